@@ -1,0 +1,91 @@
+//! `bench.json`.
+
+use lowbit_checkpoint::provenance::Provenance;
+use serde::{Deserialize, Serialize};
+
+/// One row: a model, a test, a batch size.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct BenchRow {
+    /// `candidate` or `reference`.
+    pub role: String,
+    /// Model name.
+    pub model: String,
+    /// `pp512`, `tg128`, as llama-bench names them.
+    pub test: String,
+    /// Sequences at once.
+    pub batch: usize,
+    /// Median of `samples`.
+    pub tokens_per_second: f64,
+    /// Tokens per second of every repetition.
+    pub samples: Vec<f64>,
+    /// Nanoseconds of every repetition.
+    pub samples_ns: Vec<u64>,
+    /// Bytes of weights and KV read for one decode step (0 for prefill).
+    pub bytes_per_step: u64,
+    /// Share of the measured memory bandwidth this reaches (decode only).
+    pub roofline_frac: Option<f64>,
+}
+
+/// Candidate over reference for one test.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct SpeedUp {
+    /// Test.
+    pub test: String,
+    /// Batch.
+    pub batch: usize,
+    /// Ratio of medians.
+    pub ratio: f64,
+    /// 95 % bootstrap interval over interleaved pairs.
+    pub low: f64,
+    /// Upper end.
+    pub high: f64,
+}
+
+/// Latency of a single stream, milliseconds.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct LatencyRow {
+    /// `candidate` or `reference`.
+    pub role: String,
+    /// Prompt tokens.
+    pub prompt_tokens: usize,
+    /// Output tokens.
+    pub output_tokens: usize,
+    /// Prompt in → first token out, tokenization excluded: p50, p95, p99.
+    pub ttft_ms: [f64; 3],
+    /// Gap between neighbouring tokens, all gaps pooled: p50, p95, p99.
+    pub itl_token_ms: [f64; 3],
+}
+
+/// Memory in bytes.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct MemoryRow {
+    /// `candidate` or `reference`.
+    pub role: String,
+    /// Weights as stored.
+    pub weight_bytes: u64,
+    /// KV cache of one sequence at `kv_tokens`.
+    pub kv_bytes: u64,
+    /// Tokens that is for.
+    pub kv_tokens: usize,
+    /// Peak resident memory of the process (shared by both roles).
+    pub peak_rss_bytes: Option<u64>,
+}
+
+/// `bench.json`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct BenchRecord {
+    /// Format of this record.
+    pub schema: u32,
+    /// Where it came from.
+    pub provenance: Provenance,
+    /// Measured read bandwidth, bytes a second, with the same threads.
+    pub bandwidth_bytes_per_second: f64,
+    /// Rates.
+    pub rows: Vec<BenchRow>,
+    /// Comparisons.
+    pub speed_ups: Vec<SpeedUp>,
+    /// Single-stream latency.
+    pub latency: Vec<LatencyRow>,
+    /// Memory.
+    pub memory: Vec<MemoryRow>,
+}

@@ -1,0 +1,13 @@
+//! What data says about each linear: a corpus becomes token windows, windows become statistics.
+
+pub mod corpus;
+pub mod error;
+pub mod sequential;
+pub mod stats;
+pub mod windows;
+
+pub use corpus::{Source, load_texts};
+pub use error::{CalibrationError, Result};
+pub use sequential::SequentialPass;
+pub use stats::InputStats;
+pub use windows::{WindowOrder, Windows, build_windows};

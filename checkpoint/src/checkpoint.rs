@@ -1,0 +1,75 @@
+//! A checkpoint folder: config, tensors, quantization.
+
+use std::path::{Path, PathBuf};
+
+use lowbit_kernels::backend::HostWeight;
+use serde_json::Value;
+
+use crate::config::{self, ModelConfig};
+use crate::error::{CheckpointError, Result};
+use crate::linear;
+use crate::quant_config::QuantConfig;
+use crate::store::TensorStore;
+
+/// An opened checkpoint.
+pub struct Checkpoint {
+    /// Folder.
+    pub dir: PathBuf,
+    /// What the graph needs.
+    pub config: ModelConfig,
+    /// `config.json` as found.
+    pub raw_config: Value,
+    /// Quantization, where there is one.
+    pub quantization: Option<QuantConfig>,
+    /// Tensors by name.
+    pub store: TensorStore,
+}
+
+impl Checkpoint {
+    /// Opens and validates `dir`.
+    pub fn open(dir: &Path) -> Result<Self> {
+        if !dir.is_dir() {
+            return Err(CheckpointError::Invalid {
+                file: dir.to_path_buf(),
+                problem: "no such folder".into(),
+                hint: Some("MODEL is a folder, a .gguf file, `demo`, or a hub id `org/name[@revision]`".into()),
+            });
+        }
+        let path = dir.join("config.json");
+        let raw_config = read_json(&path)?;
+        let config = config::parse(&path, &raw_config)?;
+        let external = dir.join("quantize_config.json");
+        let quantization = match raw_config.get("quantization_config").or_else(|| raw_config.get("compression_config")) {
+            Some(q) if !q.is_null() => Some(QuantConfig::parse(&path, q)?),
+            _ if external.exists() => Some(QuantConfig::parse(&external, &read_json(&external)?)?),
+            _ => None,
+        };
+        let store = TensorStore::open(dir)?;
+        Ok(Self { dir: dir.to_path_buf(), config, raw_config, quantization, store })
+    }
+
+    /// The weight of a linear or embedding, dense or packed.
+    pub fn linear(&self, module: &str, out_features: usize, in_features: usize) -> Result<HostWeight> {
+        linear::read(&self.store, self.quantization.as_ref(), module, out_features, in_features)
+    }
+
+    /// A linear's bias, where it has one.
+    pub fn bias(&self, module: &str, out_features: usize) -> Result<Option<Vec<f32>>> {
+        let name = format!("{module}.bias");
+        match self.store.find(&name) {
+            Some(_) => self.store.vector(&name, out_features).map(Some),
+            None => Ok(None),
+        }
+    }
+
+    /// Whether `module` has its own weight, dense or packed.
+    pub fn has_weight(&self, module: &str) -> bool {
+        ["weight", "weight_packed", "qweight"].iter().any(|s| self.store.find(&format!("{module}.{s}")).is_some())
+    }
+}
+
+/// Reads a JSON file.
+pub fn read_json(path: &Path) -> Result<Value> {
+    let text = std::fs::read_to_string(path).map_err(|e| CheckpointError::io(path, e))?;
+    serde_json::from_str(&text).map_err(|e| CheckpointError::invalid(path, format!("not valid JSON: {e}")))
+}

@@ -1,0 +1,191 @@
+//! Checkpoints and data sets from a hub into the standard cache, and from the cache alone when offline.
+
+mod session;
+
+use std::path::{Path, PathBuf};
+
+use hf_hub::RepoType;
+
+use crate::chat_template::read_json;
+use crate::error::{CheckpointError, Result};
+use session::Session;
+
+const INDEX: &str = "model.safetensors.index.json";
+
+/// Told about downloads while they run.
+pub trait HubProgress: Sync {
+    /// A file of so many bytes starts.
+    fn start(&self, file: &str, bytes: u64);
+    /// So many more bytes of it are here.
+    fn advance(&self, bytes: u64);
+    /// It is complete and checked.
+    fn finish(&self);
+}
+
+impl HubProgress for () {
+    fn start(&self, _: &str, _: u64) {}
+    fn advance(&self, _: u64) {}
+    fn finish(&self) {}
+}
+
+/// Where the hub is, who asks, and where downloads are kept.
+#[derive(Clone)]
+pub struct HubOptions {
+    /// Address of the hub, without a slash at its end.
+    pub endpoint: String,
+    /// Access token, sent with each request.
+    pub token: Option<String>,
+    /// Use nothing but the cache.
+    pub offline: bool,
+    /// Cache folder (`$HF_HOME/hub`).
+    pub cache_dir: PathBuf,
+}
+
+impl std::fmt::Debug for HubOptions {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("HubOptions")
+            .field("endpoint", &self.endpoint)
+            .field("token", &self.token.as_ref().map(|_| "(secret)"))
+            .field("offline", &self.offline)
+            .field("cache_dir", &self.cache_dir)
+            .finish()
+    }
+}
+
+impl HubOptions {
+    /// Options from the variables that Hugging Face's own tools read: `HF_ENDPOINT`, `HF_TOKEN` (or the
+    /// file `HF_TOKEN_PATH`, or `$HF_HOME/token`), `HF_HUB_OFFLINE`, `HF_HUB_CACHE` and `HF_HOME`.
+    pub fn from_env_map(get: impl Fn(&str) -> Option<String>) -> Self {
+        let get = |key: &str| get(key).map(|v| v.trim().to_string()).filter(|v| !v.is_empty());
+        let home = get("HF_HOME").map(PathBuf::from).unwrap_or_else(|| {
+            let user = || get("HOME").or_else(|| get("USERPROFILE")).unwrap_or_default();
+            let cache = get("XDG_CACHE_HOME").map(PathBuf::from);
+            cache.unwrap_or_else(|| Path::new(&user()).join(".cache")).join("huggingface")
+        });
+        let token_file = get("HF_TOKEN_PATH").map_or_else(|| home.join("token"), PathBuf::from);
+        let saved = || std::fs::read_to_string(token_file).ok();
+        let yes = |v: String| ["1", "on", "yes", "true"].contains(&v.to_lowercase().as_str());
+        let endpoint = get("HF_ENDPOINT").unwrap_or_else(|| "https://huggingface.co".into());
+        Self {
+            endpoint: endpoint.trim_end_matches('/').into(),
+            token: get("HF_TOKEN").or_else(saved).map(|t| t.trim().to_string()).filter(|t| !t.is_empty()),
+            offline: get("HF_HUB_OFFLINE").or_else(|| get("TRANSFORMERS_OFFLINE")).is_some_and(yes),
+            cache_dir: get("HF_HUB_CACHE").map_or_else(|| home.join("hub"), PathBuf::from),
+        }
+    }
+}
+
+/// Fetches a model named `org/name[@revision]` and returns the folder with its files: configuration,
+/// tokenizer, other small files and the safetensors weights. Files already in the cache are not
+/// fetched again; weights in other formats never are.
+pub fn resolve(model: &str, options: &HubOptions, progress: &dyn HubProgress) -> Result<PathBuf> {
+    let session = Session::new(model, RepoType::Model, options)?;
+    if options.offline {
+        let dir = session.cached()?;
+        return match missing_of_model(&dir)? {
+            None => Ok(dir),
+            Some(file) => Err(session.not_cached(&format!("{file} is not in the cache"))),
+        };
+    }
+    let (sha, names) = session.list()?;
+    let has = |name: &str| names.iter().any(|n| n == name);
+    if !has("config.json") {
+        return Err(session.fail("the repository has no config.json", "name a repository that holds a model"));
+    }
+    session.fetch(&sha, names.iter().filter(|name| is_small(name)), progress)?;
+    let dir = session.cache_repo(&session.revision).pointer_path(&sha);
+    let weights = if has(INDEX) {
+        shards_of(&dir)?
+    } else if has("model.safetensors") {
+        vec!["model.safetensors".to_string()]
+    } else {
+        let at_root = |n: &&String| n.ends_with(".safetensors") && !n.contains('/');
+        names.iter().filter(at_root).cloned().collect()
+    };
+    if weights.is_empty() {
+        return Err(CheckpointError::Unsupported {
+            what: format!("{model}: the repository has no safetensors weights"),
+            hint: Some("look for a repository of the same model with *.safetensors files".into()),
+        });
+    }
+    if let Some(absent) = weights.iter().find(|name| !has(name)) {
+        let problem = format!("{INDEX} names {absent}, which the repository does not have");
+        return Err(session.fail(&problem, "tell the owner of the repository"));
+    }
+    session.fetch(&sha, weights.iter(), progress)?;
+    session.remember(&sha)?;
+    Ok(dir)
+}
+
+/// Fetches the `.jsonl`, `.parquet` and `.txt` files of a data set named
+/// `[datasets/]org/name[/file or folder][@revision]`, and returns the folder with its files, or the
+/// named file or folder in it.
+pub fn resolve_dataset(spec: &str, options: &HubOptions, progress: &dyn HubProgress) -> Result<PathBuf> {
+    let session = Session::new(spec.strip_prefix("datasets/").unwrap_or(spec), RepoType::Dataset, options)?;
+    let part = Path::new(&session.part);
+    if options.offline {
+        let found = session.cached()?.join(part);
+        return if found.exists() { Ok(found) } else { Err(session.not_cached("the data is not in the cache")) };
+    }
+    let (sha, names) = session.list()?;
+    let is_data = |n: &&String| [".jsonl", ".parquet", ".txt"].iter().any(|end| n.ends_with(end));
+    let wanted: Vec<&String> = names.iter().filter(is_data).filter(|n| Path::new(n).starts_with(part)).collect();
+    if wanted.is_empty() {
+        return Err(session.fail(
+            &format!("no .jsonl, .parquet or .txt file under `{}`", session.part),
+            "look at the data set's files on the hub and name a folder or file: datasets/org/name/folder",
+        ));
+    }
+    session.fetch(&sha, wanted.into_iter(), progress)?;
+    session.remember(&sha)?;
+    Ok(session.cache_repo(&session.revision).pointer_path(&sha).join(part))
+}
+
+/// Configuration, tokenizer, templates, licence: what belongs to a model besides its weights.
+fn is_small(name: &str) -> bool {
+    let kept = [".json", ".jinja", ".txt", ".model", ".tiktoken", ".md"];
+    let plain = ["LICENSE", "LICENCE", "NOTICE"].contains(&name);
+    !name.contains('/')
+        && (plain || kept.iter().any(|end| name.ends_with(end)))
+        && (name == INDEX || !name.ends_with(".index.json"))
+}
+
+fn shards_of(dir: &Path) -> Result<Vec<String>> {
+    let file = dir.join(INDEX);
+    let index = read_json(&file)?.unwrap_or_default();
+    let map = index.get("weight_map").and_then(serde_json::Value::as_object);
+    let names = map.into_iter().flat_map(|map| map.values()).filter_map(serde_json::Value::as_str);
+    let mut names: Vec<String> = names.map(str::to_string).collect();
+    names.sort();
+    names.dedup();
+    if names.is_empty() || !names.iter().all(|name| is_safe(name)) {
+        return Err(CheckpointError::Invalid {
+            file,
+            problem: "weight_map names no files, or files outside the folder".into(),
+            hint: None,
+        });
+    }
+    Ok(names)
+}
+
+/// The first file without which a cached model is incomplete.
+fn missing_of_model(dir: &Path) -> Result<Option<String>> {
+    let mut needed = vec!["config.json".to_string()];
+    if dir.join(INDEX).exists() {
+        needed.extend(shards_of(dir)?);
+    } else {
+        let any = std::fs::read_dir(dir).is_ok_and(|mut entries| {
+            entries
+                .any(|e| e.is_ok_and(|e| e.path().extension().is_some_and(|x| x == "safetensors") && e.path().exists()))
+        });
+        needed.extend((!any).then(|| "model.safetensors".to_string()));
+    }
+    Ok(needed.into_iter().find(|name| !dir.join(name).exists()))
+}
+
+/// A relative path that stays where it is put.
+fn is_safe(name: &str) -> bool {
+    let odd = |c: char| c.is_control() || "\\:?#%*\"<>|".contains(c);
+    let part_ok = |part: &str| !part.is_empty() && part != "." && part != "..";
+    !name.contains(odd) && name.split('/').all(part_ok)
+}

@@ -1,0 +1,21 @@
+//! Bytes on disk to named tensors and back: safetensors, `config.json`, tokenizer, chat template, quantization configs,
+//! GGUF import, hub download, provenance hashes. Computes nothing.
+
+pub mod chat_template;
+pub mod checkpoint;
+pub mod config;
+pub mod error;
+pub mod gguf;
+pub mod hash;
+pub mod hub;
+pub mod linear;
+pub mod provenance;
+pub mod quant_config;
+pub mod store;
+pub mod tokenizer;
+pub mod writer;
+
+pub use checkpoint::Checkpoint;
+pub use config::ModelConfig;
+pub use error::{CheckpointError, Result};
+pub use safetensors::Dtype;

@@ -1,0 +1,237 @@
+//! One linear between its tensors on disk and a [`HostWeight`] / [`QuantizedMatrix`].
+
+use lowbit_kernels::backend::{Bytes, HostWeight, PackedWeight};
+use lowbit_kernels::pack;
+use lowbit_kernels::{QuantizedMatrix, Scheme};
+use safetensors::Dtype;
+
+use crate::error::{CheckpointError, Result};
+use crate::quant_config::{PackFormat, QuantConfig};
+use crate::store::{StoredTensor, TensorStore};
+use crate::writer::Declared;
+
+/// Reads the weight of `module` (`model.layers.0.self_attn.q_proj`), dense or packed, with the shape the config asks for.
+pub fn read(store: &TensorStore, quant: Option<&QuantConfig>, module: &str, out_features: usize, in_features: usize) -> Result<HostWeight> {
+    let dense = format!("{module}.weight");
+    if let Some(t) = store.find(&dense) {
+        return read_dense(store, &dense, t, out_features, in_features);
+    }
+    let first = if store.find(&format!("{module}.qweight")).is_some() { "qweight" } else { "weight_packed" };
+    if store.find(&format!("{module}.{first}")).is_none() {
+        return Err(CheckpointError::MissingTensor { dir: store.dir().to_path_buf(), tensor: dense });
+    }
+    let unknown = |found: &str| store.mismatch(&dense, "a quantization_config that covers this module".into(), found.into());
+    let quant = quant.ok_or_else(|| unknown("packed tensors and no quantization_config"))?;
+    let scheme = quant.scheme_of(module).ok_or_else(|| unknown("no rule for it"))?;
+    let packed = match quant.format {
+        PackFormat::CompressedTensors => read_compressed_tensors(store, module, scheme, out_features, in_features)?,
+        v => read_gptq(store, module, scheme, v, out_features, in_features)?,
+    };
+    Ok(HostWeight::Packed(packed))
+}
+
+fn read_dense(store: &TensorStore, name: &str, t: &StoredTensor, out_features: usize, in_features: usize) -> Result<HostWeight> {
+    if t.shape != [out_features, in_features] {
+        return Err(store.mismatch(name, format!("shape [{out_features}, {in_features}]"), format!("{:?}", t.shape)));
+    }
+    let dtype = t.float_type().ok_or_else(|| store.mismatch(name, "f32, f16 or bf16".into(), format!("{:?}", t.dtype)))?;
+    Ok(HostWeight::Dense { dtype, out_features, in_features, data: t.data.clone() })
+}
+
+fn kernel_error<'a>(store: &'a TensorStore, tensor: &'a str) -> impl Fn(lowbit_kernels::KernelError) -> CheckpointError + 'a {
+    move |source| CheckpointError::Kernel { dir: store.dir().to_path_buf(), tensor: tensor.to_string(), source }
+}
+
+fn words_of(store: &TensorStore, name: &str, shape: [usize; 2]) -> Result<Vec<u32>> {
+    let t = typed(store, name, Dtype::I32, &shape)?;
+    Ok(t.data.as_slice().as_chunks::<4>().0.iter().map(|c| u32::from_le_bytes(*c)).collect())
+}
+
+fn typed<'a>(store: &'a TensorStore, name: &str, dtype: Dtype, shape: &[usize]) -> Result<&'a StoredTensor> {
+    let t = store.get(name)?;
+    if t.dtype != dtype || t.shape != shape {
+        return Err(store.mismatch(name, format!("{dtype:?} {shape:?}"), format!("{:?} {:?}", t.dtype, t.shape)));
+    }
+    Ok(t)
+}
+
+fn read_compressed_tensors(store: &TensorStore, module: &str, scheme: Scheme, out: usize, n: usize) -> Result<PackedWeight> {
+    let name = format!("{module}.weight_packed");
+    let groups = scheme.groups(n).map_err(kernel_error(store, &name))?;
+    let width = pack::words_for(n, scheme.bits);
+    let words = typed(store, &name, Dtype::I32, &[out, width])?.data.clone();
+    let shape_name = format!("{module}.weight_shape");
+    if let Some(t) = store.find(&shape_name) {
+        let dims: Vec<i64> = t.data.as_slice().as_chunks::<8>().0.iter().map(|c| i64::from_le_bytes(*c)).collect();
+        if t.dtype == Dtype::I64 && dims != [out as i64, n as i64] {
+            return Err(store.mismatch(&shape_name, format!("[{out}, {n}]"), format!("{dims:?}")));
+        }
+    }
+    let scale_name = format!("{module}.weight_scale");
+    let s = store.get(&scale_name)?;
+    if s.shape != [out, groups] {
+        return Err(store.mismatch(&scale_name, format!("shape [{out}, {groups}]"), format!("{:?}", s.shape)));
+    }
+    let scales = store.vector(&scale_name, out * groups)?;
+    finite(store, &scale_name, &scales)?;
+    let zeros = if scheme.symmetric {
+        None
+    } else {
+        let zname = format!("{module}.weight_zero_point");
+        let rows = pack::words_for(out, scheme.bits);
+        let words = words_of(store, &zname, [rows, groups])?;
+        Some(pack::unpack_columns(&words, out, groups, scheme.bits).map_err(kernel_error(store, &zname))?)
+    };
+    let group_index = read_group_index(store, module, "weight_g_idx", scheme, n, groups)?;
+    Ok(PackedWeight { scheme, out_features: out, in_features: n, words, scales, zeros, group_index })
+}
+
+fn read_group_index(store: &TensorStore, module: &str, suffix: &str, scheme: Scheme, n: usize, groups: usize) -> Result<Option<Vec<u32>>> {
+    let name = format!("{module}.{suffix}");
+    if store.find(&name).is_none() {
+        return Ok(None);
+    }
+    let t = typed(store, &name, Dtype::I32, &[n])?;
+    let index: Vec<i32> = t.data.as_slice().as_chunks::<4>().0.iter().map(|c| i32::from_le_bytes(*c)).collect();
+    if let Some(bad) = index.iter().find(|g| **g < 0 || **g as usize >= groups) {
+        return Err(store.mismatch(&name, format!("groups 0..{groups}"), bad.to_string()));
+    }
+    let cols = scheme.group_cols(n);
+    let in_order = index.iter().enumerate().all(|(i, g)| *g as usize == i / cols);
+    Ok((!in_order).then(|| index.into_iter().map(|g| g as u32).collect()))
+}
+
+fn read_gptq(store: &TensorStore, module: &str, scheme: Scheme, format: PackFormat, out: usize, n: usize) -> Result<PackedWeight> {
+    let (wname, zname, sname) = (format!("{module}.qweight"), format!("{module}.qzeros"), format!("{module}.scales"));
+    let groups = scheme.groups(n).map_err(kernel_error(store, &wname))?;
+    let bits = scheme.bits;
+    let words = words_of(store, &wname, [pack::words_for(n, bits), out])?;
+    let by_column = pack::unpack_columns(&words, n, out, bits).map_err(kernel_error(store, &wname))?;
+    let codes = transpose(&by_column, n, out);
+    let packed = pack::pack_rows(&codes, out, n, bits).map_err(kernel_error(store, &wname))?;
+    let scales = transpose(&store.vector(&sname, groups * out)?, groups, out);
+    finite(store, &sname, &scales)?;
+    let zero_words = words_of(store, &zname, [groups, pack::words_for(out, bits)])?;
+    let stored = pack::unpack_rows(&zero_words, groups, out, bits).map_err(kernel_error(store, &zname))?;
+    let mask = scheme.max_code();
+    let shift = u8::from(format == PackFormat::GptqV1);
+    let zeros: Vec<u8> = transpose(&stored, groups, out).into_iter().map(|z| z.wrapping_add(shift) & mask).collect();
+    let zeros = if scheme.symmetric {
+        // A label that disagrees with the one constant symmetric zero points can have means v1 and v2 were mixed up.
+        if let Some(z) = zeros.iter().find(|z| **z != scheme.mid_code()) {
+            let expected = format!("the symmetric zero point {} of format `{}`", scheme.mid_code(), format.name());
+            return Err(store.mismatch(&zname, expected, format!("{z}: the checkpoint may carry the other GPTQ version's label")));
+        }
+        None
+    } else {
+        Some(zeros)
+    };
+    let group_index = read_group_index(store, module, "g_idx", scheme, n, groups)?;
+    let bytes = packed.iter().flat_map(|w| w.to_le_bytes()).collect();
+    Ok(PackedWeight { scheme, out_features: out, in_features: n, words: Bytes::from_vec(bytes), scales, zeros, group_index })
+}
+
+fn finite(store: &TensorStore, name: &str, scales: &[f32]) -> Result<()> {
+    match scales.iter().position(|s| !s.is_finite()) {
+        Some(i) => Err(store.mismatch(name, "finite scales".into(), format!("{} at {i}", scales[i]))),
+        None => Ok(()),
+    }
+}
+
+fn transpose<T: Copy>(x: &[T], rows: usize, cols: usize) -> Vec<T> {
+    let mut out = Vec::with_capacity(x.len());
+    for c in 0..cols {
+        out.extend((0..rows).map(|r| x[r * cols + c]));
+    }
+    out
+}
+
+/// Unpacks to codes for verification and conversion.
+pub fn unpack(p: &PackedWeight) -> lowbit_kernels::Result<QuantizedMatrix> {
+    let words: Vec<u32> = p.words.as_slice().as_chunks::<4>().0.iter().map(|c| u32::from_le_bytes(*c)).collect();
+    let q = QuantizedMatrix {
+        scheme: p.scheme,
+        out_features: p.out_features,
+        in_features: p.in_features,
+        codes: pack::unpack_rows(&words, p.out_features, p.in_features, p.scheme.bits)?,
+        scales: p.scales.clone(),
+        zeros: p.zeros.clone(),
+        group_index: p.group_index.clone(),
+    };
+    q.validate()?;
+    Ok(q)
+}
+
+/// Packs for upload, as compressed-tensors does.
+pub fn pack_matrix(q: &QuantizedMatrix) -> lowbit_kernels::Result<PackedWeight> {
+    q.validate()?;
+    let words = pack::pack_rows(&q.codes, q.out_features, q.in_features, q.scheme.bits)?;
+    Ok(PackedWeight {
+        scheme: q.scheme,
+        out_features: q.out_features,
+        in_features: q.in_features,
+        words: Bytes::from_vec(words.iter().flat_map(|w| w.to_le_bytes()).collect()),
+        scales: q.scales.clone(),
+        zeros: q.zeros.clone(),
+        group_index: q.group_index.clone(),
+    })
+}
+
+/// Names, dtypes and shapes that `module` will have on disk in `format`, in writing order.
+pub fn declare(module: &str, scheme: Scheme, format: PackFormat, out: usize, n: usize) -> lowbit_kernels::Result<Vec<Declared>> {
+    let groups = scheme.groups(n)?;
+    let t = |suffix: &str, dtype, shape: Vec<usize>| Declared { name: format!("{module}.{suffix}"), dtype, shape };
+    Ok(match format {
+        PackFormat::CompressedTensors => {
+            let mut v = vec![
+                t("weight_packed", Dtype::I32, vec![out, pack::words_for(n, scheme.bits)]),
+                t("weight_scale", Dtype::BF16, vec![out, groups]),
+                t("weight_shape", Dtype::I64, vec![2]),
+            ];
+            if !scheme.symmetric {
+                v.push(t("weight_zero_point", Dtype::I32, vec![pack::words_for(out, scheme.bits), groups]));
+            }
+            v
+        }
+        _ => vec![
+            t("qweight", Dtype::I32, vec![pack::words_for(n, scheme.bits), out]),
+            t("qzeros", Dtype::I32, vec![groups, pack::words_for(out, scheme.bits)]),
+            t("scales", Dtype::F16, vec![groups, out]),
+            t("g_idx", Dtype::I32, vec![n]),
+        ],
+    })
+}
+
+/// The bytes of each tensor [`declare`] lists, in the same order.
+pub fn encode(q: &QuantizedMatrix, format: PackFormat) -> lowbit_kernels::Result<Vec<Vec<u8>>> {
+    q.validate()?;
+    let (out, n, bits) = (q.out_features, q.in_features, q.scheme.bits);
+    let groups = q.scheme.groups(n)?;
+    let le = |w: Vec<u32>| -> Vec<u8> { w.iter().flat_map(|w| w.to_le_bytes()).collect() };
+    match format {
+        PackFormat::CompressedTensors => {
+            let mut v = vec![
+                le(pack::pack_rows(&q.codes, out, n, bits)?),
+                q.scales.iter().flat_map(|s| half::bf16::from_f32(*s).to_le_bytes()).collect(),
+                [out as i64, n as i64].iter().flat_map(|d| d.to_le_bytes()).collect(),
+            ];
+            if let Some(z) = &q.zeros {
+                v.push(le(pack::pack_columns(z, out, groups, bits)?));
+            }
+            Ok(v)
+        }
+        _ => {
+            let mid = vec![q.scheme.mid_code(); out * groups];
+            let zeros = q.zeros.as_ref().unwrap_or(&mid);
+            let shift = u8::from(format == PackFormat::GptqV1);
+            let stored: Vec<u8> = transpose(zeros, out, groups).into_iter().map(|z| z.wrapping_sub(shift) & q.scheme.max_code()).collect();
+            let cols = q.scheme.group_cols(n);
+            Ok(vec![
+                le(pack::pack_columns(&transpose(&q.codes, out, n), n, out, bits)?),
+                le(pack::pack_rows(&stored, groups, out, bits)?),
+                transpose(&q.scales, out, groups).iter().flat_map(|s| half::f16::from_f32(*s).to_le_bytes()).collect(),
+                (0..n).flat_map(|i| ((i / cols) as i32).to_le_bytes()).collect(),
+            ])
+        }
+    }
+}

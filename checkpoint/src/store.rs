@@ -1,0 +1,187 @@
+//! Opening safetensors checkpoints: single file or shards with an index, memory-mapped, validated before use.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use lowbit_kernels::backend::{Bytes, FloatType};
+use safetensors::{Dtype, SafeTensors};
+
+use crate::error::{CheckpointError, Result};
+
+/// A tensor's place and type, and its bytes.
+#[derive(Clone)]
+pub struct StoredTensor {
+    /// Element type.
+    pub dtype: Dtype,
+    /// Shape, row-major.
+    pub shape: Vec<usize>,
+    /// Little-endian bytes, shared with the memory map.
+    pub data: Bytes,
+}
+
+impl StoredTensor {
+    /// The float type, if it is one of the three the graph computes with.
+    pub fn float_type(&self) -> Option<FloatType> {
+        match self.dtype {
+            Dtype::F32 => Some(FloatType::F32),
+            Dtype::F16 => Some(FloatType::F16),
+            Dtype::BF16 => Some(FloatType::Bf16),
+            _ => None,
+        }
+    }
+
+    /// All elements as f32 (for vectors and solver inputs, never for a whole model).
+    pub fn to_f32(&self) -> Option<Vec<f32>> {
+        let b = self.data.as_slice();
+        Some(match self.float_type()? {
+            FloatType::F32 => b.as_chunks::<4>().0.iter().map(|c| f32::from_le_bytes(*c)).collect(),
+            FloatType::F16 => b.as_chunks::<2>().0.iter().map(|c| half::f16::from_le_bytes(*c).to_f32()).collect(),
+            FloatType::Bf16 => b.as_chunks::<2>().0.iter().map(|c| half::bf16::from_le_bytes(*c).to_f32()).collect(),
+        })
+    }
+}
+
+/// All tensors of a folder, by name.
+pub struct TensorStore {
+    dir: PathBuf,
+    tensors: BTreeMap<String, StoredTensor>,
+    files: Vec<PathBuf>,
+}
+
+struct Map(memmap2::Mmap);
+
+impl AsRef<[u8]> for Map {
+    fn as_ref(&self) -> &[u8] {
+        &self.0
+    }
+}
+
+impl TensorStore {
+    /// Opens `dir`: `model.safetensors.index.json` with its shards, or `model.safetensors`, or one other `.safetensors`.
+    pub fn open(dir: &Path) -> Result<Self> {
+        let index = dir.join("model.safetensors.index.json");
+        if index.exists() {
+            return Self::open_sharded(dir, &index);
+        }
+        let single = dir.join("model.safetensors");
+        if !single.exists() {
+            return Err(CheckpointError::invalid_hint(
+                dir,
+                "no model.safetensors and no model.safetensors.index.json here",
+                "lowbit reads safetensors; convert a .gguf file with `lowbit convert FILE.gguf -o DIR`",
+            ));
+        }
+        let tensors = open_file(&single)?;
+        Ok(Self { dir: dir.to_path_buf(), tensors, files: vec![single] })
+    }
+
+    fn open_sharded(dir: &Path, index: &Path) -> Result<Self> {
+        let text = std::fs::read_to_string(index).map_err(|e| CheckpointError::io(index, e))?;
+        let json: serde_json::Value =
+            serde_json::from_str(&text).map_err(|e| CheckpointError::invalid(index, format!("not valid JSON: {e}")))?;
+        let map = json
+            .get("weight_map")
+            .and_then(|m| m.as_object())
+            .ok_or_else(|| CheckpointError::invalid(index, "expected an object `weight_map`, found none"))?;
+        let mut by_file: BTreeMap<String, Vec<String>> = BTreeMap::new();
+        for (name, file) in map {
+            let file = file
+                .as_str()
+                .filter(|f| !f.is_empty() && !f.contains(['/', '\\']) && !f.starts_with('.'))
+                .ok_or_else(|| CheckpointError::invalid(index, format!("`{name}` maps to {file}, which is not a file name beside the index")))?;
+            by_file.entry(file.to_string()).or_default().push(name.clone());
+        }
+        let mut tensors = BTreeMap::new();
+        let mut files = Vec::new();
+        for (file, names) in by_file {
+            let path = dir.join(&file);
+            let mut shard = open_file(&path)?;
+            for name in names {
+                let t = shard.remove(&name).ok_or_else(|| {
+                    CheckpointError::invalid_hint(
+                        index,
+                        format!("tensor `{name}` is listed in {file}, but that shard does not hold it"),
+                        "index and shards are of different versions: fetch both again",
+                    )
+                })?;
+                tensors.insert(name, t);
+            }
+            // Tensors a shard holds beyond the index are carried, not lost.
+            for (name, t) in shard {
+                tensors.entry(name).or_insert(t);
+            }
+            files.push(path);
+        }
+        Ok(Self { dir: dir.to_path_buf(), tensors, files })
+    }
+
+    /// Folder.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Files opened.
+    pub fn files(&self) -> &[PathBuf] {
+        &self.files
+    }
+
+    /// A tensor that may be absent.
+    pub fn find(&self, name: &str) -> Option<&StoredTensor> {
+        self.tensors.get(name)
+    }
+
+    /// A tensor that must be there.
+    pub fn get(&self, name: &str) -> Result<&StoredTensor> {
+        self.tensors.get(name).ok_or_else(|| CheckpointError::MissingTensor { dir: self.dir.clone(), tensor: name.to_string() })
+    }
+
+    /// All of them, sorted by name.
+    pub fn iter(&self) -> impl Iterator<Item = (&str, &StoredTensor)> {
+        self.tensors.iter().map(|(n, t)| (n.as_str(), t))
+    }
+
+    /// A vector of floats of a known length.
+    pub fn vector(&self, name: &str, len: usize) -> Result<Vec<f32>> {
+        let t = self.get(name)?;
+        if t.shape.iter().product::<usize>() != len {
+            return Err(self.mismatch(name, format!("{len} elements"), format!("shape {:?}", t.shape)));
+        }
+        t.to_f32().ok_or_else(|| self.mismatch(name, "f32, f16 or bf16".into(), format!("{:?}", t.dtype)))
+    }
+
+    /// A shape or dtype error of one of these tensors.
+    pub fn mismatch(&self, name: &str, expected: String, found: String) -> CheckpointError {
+        CheckpointError::Tensor { dir: self.dir.clone(), tensor: name.to_string(), expected, found }
+    }
+}
+
+fn open_file(path: &Path) -> Result<BTreeMap<String, StoredTensor>> {
+    let file = std::fs::File::open(path).map_err(|e| CheckpointError::io(path, e))?;
+    // SAFETY: the map is private and read-only. Memmap's contract also asks that nobody truncates the file while it is
+    // mapped; checkpoints are written beside and renamed, never in place, and a foreign writer would at worst kill the process.
+    let map = unsafe { memmap2::Mmap::map(&file) }.map_err(|e| CheckpointError::io(path, e))?;
+    let (header, meta) = SafeTensors::read_metadata(&map).map_err(|e| {
+        CheckpointError::invalid_hint(
+            path,
+            format!("not a valid safetensors file of {} bytes: {e}", map.len()),
+            "the file is damaged or its download was cut short: fetch it again",
+        )
+    })?;
+    let base = header + 8;
+    let owner: Arc<dyn AsRef<[u8]> + Send + Sync> = Arc::new(Map(map));
+    let mut out = BTreeMap::new();
+    for (name, info) in meta.tensors() {
+        let bad = |what: String| CheckpointError::invalid(path, format!("tensor `{name}`: {what}"));
+        let (start, end) = info.data_offsets;
+        let range = base.checked_add(start).zip(base.checked_add(end)).ok_or_else(|| bad("offsets overflow".into()))?;
+        let elements = info.shape.iter().try_fold(1usize, |a, d| a.checked_mul(*d)).ok_or_else(|| bad(format!("shape {:?} overflows", info.shape)))?;
+        let bits = elements.checked_mul(info.dtype.bitsize()).ok_or_else(|| bad(format!("shape {:?} overflows", info.shape)))?;
+        if bits.div_ceil(8) != end - start {
+            return Err(bad(format!("shape {:?} of {:?} needs {} bytes, found {}", info.shape, info.dtype, bits.div_ceil(8), end - start)));
+        }
+        let data = Bytes::new(owner.clone(), range.0..range.1).ok_or_else(|| bad("its bytes lie outside the file".into()))?;
+        out.insert(name.clone(), StoredTensor { dtype: info.dtype, shape: info.shape.clone(), data });
+    }
+    Ok(out)
+}

@@ -1,0 +1,319 @@
+//! Text to token ids and back, as the checkpoint's own `tokenizer.json` says.
+
+use std::path::{Path, PathBuf};
+
+use serde_json::Value;
+
+use crate::chat_template::{read_json, special_token};
+use crate::error::{CheckpointError, Result};
+
+/// Texts longer than this are encoded in pieces and in parallel where that cannot change the ids.
+const PIECE: usize = 32 * 1024;
+
+/// The tokenizer of a checkpoint.
+pub struct Tokenizer {
+    inner: tokenizers::Tokenizer,
+    file: PathBuf,
+    bos: Option<(String, u32)>,
+    pad: Option<u32>,
+    eos: Vec<u32>,
+    add_bos: Option<bool>,
+    splittable: bool,
+    sha256: String,
+}
+
+impl std::fmt::Debug for Tokenizer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Tokenizer")
+            .field("file", &self.file)
+            .field("vocab_size", &self.vocab_size())
+            .field("bos", &self.bos)
+            .field("eos", &self.eos)
+            .finish_non_exhaustive()
+    }
+}
+
+fn ids_of(config: &Value, key: &str) -> Vec<u32> {
+    let one = |value: &Value| value.as_u64().and_then(|id| u32::try_from(id).ok());
+    match config.get(key) {
+        Some(Value::Array(list)) => list.iter().filter_map(one).collect(),
+        Some(value) => one(value).into_iter().collect(),
+        None => Vec::new(),
+    }
+}
+
+/// Whether a text may be cut after a single newline between a non-space and an ASCII letter without
+/// changing the ids. True for the byte-level pre-tokenizers of GPT-2 and of the cl100k family, which
+/// always end a piece there; anything not known to do so says no.
+fn splittable(json: &Value) -> bool {
+    let normalizer_ok = match json.get("normalizer") {
+        None | Some(Value::Null) => true,
+        Some(value) => value.get("type").and_then(Value::as_str) == Some("NFC"),
+    };
+    let added_ok = json.get("added_tokens").and_then(Value::as_array).is_none_or(|tokens| {
+        tokens.iter().all(|token| {
+            let flag = |key| token.get(key).and_then(Value::as_bool).unwrap_or(false);
+            let content = token.get("content").and_then(Value::as_str).unwrap_or("\n");
+            !flag("lstrip") && !flag("rstrip") && !content.contains('\n')
+        })
+    });
+    let kind = |value: &Value, name: &str| value.get("type").and_then(Value::as_str) == Some(name);
+    let prefix = |value: &Value| value.get("add_prefix_space").and_then(Value::as_bool).unwrap_or(true);
+    let pre_ok = json.get("pre_tokenizer").is_some_and(|pre| {
+        if kind(pre, "ByteLevel") {
+            return !prefix(pre) && pre.get("use_regex").and_then(Value::as_bool).unwrap_or(true);
+        }
+        let Some([split, bytes]) = pre.get("pretokenizers").and_then(Value::as_array).map(Vec::as_slice) else {
+            return false;
+        };
+        let regex = split.get("pattern").and_then(|pattern| pattern.get("Regex")).and_then(Value::as_str);
+        kind(pre, "Sequence")
+            && kind(split, "Split")
+            && kind(bytes, "ByteLevel")
+            && !prefix(bytes)
+            && split.get("behavior").and_then(Value::as_str) == Some("Isolated")
+            && regex.is_some_and(|regex| regex.contains(r"[^\r\n\p{L}\p{N}]?\p{L}+") && regex.contains(r"\s*[\r\n]+"))
+    });
+    normalizer_ok && added_ok && pre_ok
+}
+
+/// Cuts a text at safe newlines into pieces of at least [`PIECE`] bytes.
+fn pieces(text: &str) -> Vec<&str> {
+    let bytes = text.as_bytes();
+    let mut out = Vec::new();
+    let (mut start, mut at) = (0, PIECE);
+    while let Some([before, newline, after]) = at.checked_sub(2).and_then(|i| bytes.get(i..i + 3)) {
+        // `before` may be the tail of a non-ASCII space: only ASCII counts as a safe neighbour.
+        if *newline == b'\n' && before.is_ascii_graphic() && after.is_ascii_alphabetic() {
+            out.extend(text.get(start..at));
+            start = at;
+            at += PIECE;
+        } else {
+            at += 1;
+        }
+    }
+    out.extend(text.get(start..));
+    out
+}
+
+impl Tokenizer {
+    /// Loads `tokenizer.json` and, where present, `tokenizer_config.json`, `generation_config.json` and
+    /// `config.json` of a checkpoint folder.
+    pub fn load(dir: &Path) -> Result<Self> {
+        let file = dir.join("tokenizer.json");
+        let invalid = |problem: String| CheckpointError::Invalid {
+            file: file.clone(),
+            problem,
+            hint: Some("fetch the file again, or save it with `tokenizers` 0.13 or later".into()),
+        };
+        let bytes = match std::fs::read(&file) {
+            Ok(bytes) => bytes,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+                return Err(CheckpointError::Invalid {
+                    file,
+                    problem: "there is no tokenizer.json".into(),
+                    hint: Some(
+                        "convert the tokenizer with \
+                         AutoTokenizer.from_pretrained(dir).save_pretrained(dir)"
+                            .into(),
+                    ),
+                });
+            }
+            Err(source) => return Err(CheckpointError::Io { file, source }),
+        };
+        let json: Value =
+            serde_json::from_slice(&bytes).map_err(|error| invalid(format!("not valid JSON: {error}")))?;
+        let mut inner =
+            tokenizers::Tokenizer::from_bytes(&bytes).map_err(|error| invalid(format!("not a tokenizer: {error}")))?;
+        // Files saved after training often carry a truncation length: nothing may be cut here.
+        inner.with_truncation(None).map_err(|error| invalid(error.to_string()))?;
+        inner.with_padding(None);
+
+        let settings = read_json(&dir.join("tokenizer_config.json"))?;
+        let generation = read_json(&dir.join("generation_config.json"))?;
+        let config = read_json(&dir.join("config.json"))?;
+        let named = |key: &str| {
+            let text = special_token(settings.as_ref()?, key)?;
+            let id = inner.token_to_id(&text)?;
+            Some((text, id))
+        };
+        let first_id = |key: &str| {
+            let id = *ids_of(config.as_ref()?, key).first()?;
+            Some((inner.id_to_token(id)?, id))
+        };
+        // An explicit null in tokenizer_config.json means that there is none.
+        let (bos, pad) = match &settings {
+            Some(_) => (named("bos_token"), named("pad_token")),
+            None => (first_id("bos_token_id"), first_id("pad_token_id")),
+        };
+        let mut eos: Vec<u32> = Vec::new();
+        let listed = [&generation, &config].into_iter().flatten().flat_map(|value| ids_of(value, "eos_token_id"));
+        for id in listed.chain(named("eos_token").map(|(_, id)| id)) {
+            if !eos.contains(&id) {
+                eos.push(id);
+            }
+        }
+        let add_bos = settings.as_ref().and_then(|value| value.get("add_bos_token")?.as_bool());
+        Ok(Self {
+            splittable: splittable(&json),
+            sha256: crate::hash::sha256_hex(&bytes),
+            pad: pad.map(|(_, id)| id),
+            inner,
+            file,
+            bos,
+            eos,
+            add_bos,
+        })
+    }
+
+    fn fail(&self, problem: String) -> CheckpointError {
+        CheckpointError::Invalid { file: self.file.clone(), problem, hint: None }
+    }
+
+    /// Token ids of a text; with `add_special` the begin-of-text and other tokens that the tokenizer adds
+    /// to every text come along. Special tokens spelled out in the text are recognised either way.
+    pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>> {
+        let parts = if self.splittable && text.len() > 2 * PIECE { pieces(text) } else { vec![text] };
+        let mut ids = Vec::with_capacity(text.len() / 3);
+        let (mut prefix, mut suffix) = (Vec::new(), Vec::new());
+        if add_special {
+            (prefix, suffix) = self.affixes()?;
+        }
+        let fail = |error: tokenizers::Error| self.fail(format!("cannot encode: {error}"));
+        ids.append(&mut prefix);
+        if let [only] = parts.as_slice() {
+            ids.extend_from_slice(self.inner.encode_fast(*only, false).map_err(fail)?.get_ids());
+        } else {
+            for encoding in self.inner.encode_batch_fast(parts, false).map_err(fail)? {
+                ids.extend_from_slice(encoding.get_ids());
+            }
+        }
+        ids.append(&mut suffix);
+        Ok(ids)
+    }
+
+    /// What the tokenizer puts before and after every text.
+    fn affixes(&self) -> Result<(Vec<u32>, Vec<u32>)> {
+        let fail = |error: tokenizers::Error| self.fail(format!("cannot encode: {error}"));
+        let plain = self.inner.encode_fast("a", false).map_err(fail)?;
+        let whole = self.inner.encode_fast("a", true).map_err(fail)?;
+        let (plain, whole) = (plain.get_ids(), whole.get_ids());
+        let at = if plain.is_empty() {
+            // Unknown characters are dropped by this vocabulary: everything left is a prefix.
+            whole.len()
+        } else {
+            whole
+                .windows(plain.len())
+                .position(|window| window == plain)
+                .ok_or_else(|| self.fail("the post-processor changes the text's own ids".into()))?
+        };
+        let mut prefix = whole.get(..at).unwrap_or_default().to_vec();
+        let suffix = whole.get(at + plain.len()..).unwrap_or_default().to_vec();
+        if let Some((_, bos)) = &self.bos {
+            match self.add_bos {
+                Some(true) if !prefix.contains(bos) => prefix.insert(0, *bos),
+                Some(false) => prefix.retain(|id| id != bos),
+                _ => {}
+            }
+        }
+        Ok((prefix, suffix))
+    }
+
+    /// The text of token ids; with `skip_special` special tokens leave no trace.
+    pub fn decode(&self, ids: &[u32], skip_special: bool) -> Result<String> {
+        self.inner.decode(ids, skip_special).map_err(|error| self.fail(format!("cannot decode: {error}")))
+    }
+
+    /// Id of the begin-of-text token, where there is one.
+    pub fn bos_id(&self) -> Option<u32> {
+        self.bos.as_ref().map(|(_, id)| *id)
+    }
+
+    /// Id of the padding token, where there is one.
+    pub fn pad_id(&self) -> Option<u32> {
+        self.pad
+    }
+
+    /// Ids that end a generation: those of `generation_config.json`, `config.json` and
+    /// `tokenizer_config.json`, in that order and each once.
+    pub fn eos_ids(&self) -> &[u32] {
+        &self.eos
+    }
+
+    /// Id of a token by its exact spelling in the vocabulary.
+    pub fn token_to_id(&self, token: &str) -> Option<u32> {
+        self.inner.token_to_id(token)
+    }
+
+    /// Number of tokens, added ones included. The model's embedding may have more rows.
+    pub fn vocab_size(&self) -> usize {
+        self.inner.get_vocab_size(true)
+    }
+
+    /// SHA-256 of `tokenizer.json`.
+    pub fn sha256(&self) -> &str {
+        &self.sha256
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const JSON: &str = r#"{"version":"1.0","truncation":{"direction":"Right","max_length":4,
+      "strategy":"LongestFirst","stride":0},"padding":null,"added_tokens":[
+      {"id":256,"content":"<s>","single_word":false,"lstrip":false,"rstrip":false,"normalized":false,"special":true},
+      {"id":257,"content":"</s>","single_word":false,"lstrip":false,"rstrip":false,"normalized":false,"special":true}],
+      "normalizer":null,"pre_tokenizer":{"type":"ByteLevel","add_prefix_space":false,"trim_offsets":true,"use_regex":true},
+      "post_processor":null,"decoder":{"type":"ByteLevel","add_prefix_space":false,"trim_offsets":true,"use_regex":true},
+      "model":{"type":"BPE","dropout":null,"unk_token":null,"fuse_unk":false,"byte_fallback":false,"vocab":VOCAB,
+      "merges":["t h","th e","Ċ Ċ","Ġ a"]}}"#;
+
+    fn load(settings: &str) -> Tokenizer {
+        let mut shifted = 256u32;
+        let mut vocab: serde_json::Map<String, Value> = (0..=255u8)
+            .map(|byte| {
+                let plain = matches!(byte, 33..=126 | 161..=172 | 174..=255);
+                let code = if plain { byte.into() } else { shifted };
+                shifted += u32::from(!plain);
+                (char::from_u32(code).unwrap().to_string(), byte.into())
+            })
+            .collect();
+        for (id, token) in (256..).zip(["<s>", "</s>", "th", "the", "ĊĊ", "Ġa"]) {
+            vocab.insert(token.into(), id.into());
+        }
+        let json = JSON.replace("VOCAB", &serde_json::to_string(&vocab).unwrap());
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("tokenizer.json"), json).unwrap();
+        std::fs::write(dir.path().join("tokenizer_config.json"), settings).unwrap();
+        let generation = r#"{"eos_token_id":[257,5]}"#;
+        std::fs::write(dir.path().join("generation_config.json"), generation).unwrap();
+        Tokenizer::load(dir.path()).unwrap()
+    }
+
+    #[test]
+    fn specials_round_trip_and_pieces_do_not_change_the_ids() {
+        let settings = r#"{"bos_token":{"content":"<s>"},"eos_token":"</s>","add_bos_token":true}"#;
+        let tokenizer = load(settings);
+        assert_eq!((tokenizer.bos_id(), tokenizer.eos_ids()), (Some(256), &[257, 5][..]));
+        assert_eq!(tokenizer.encode("the", true).unwrap(), [256, 259]);
+        assert_eq!(tokenizer.decode(&[256, 259, 257], true).unwrap(), "the");
+        assert_eq!(tokenizer.vocab_size(), 262);
+        assert!(tokenizer.splittable && !load("{}").encode("x", true).unwrap().contains(&256));
+        let text = "the a é\nThe  1.\n\nthe\n x!\nab</s>\n \nthe\u{a0}\nz the\n".repeat(9000);
+        assert!(pieces(&text).len() > 10 && pieces(&text).concat() == text);
+        let whole = tokenizer.inner.encode_fast(text.as_str(), false).unwrap();
+        let ids = tokenizer.encode(&text, false).unwrap();
+        assert!(ids == whole.get_ids(), "pieces changed the ids");
+        assert_eq!(tokenizer.decode(&ids, false).unwrap(), text);
+    }
+
+    #[test]
+    fn a_missing_or_broken_file_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let missing = Tokenizer::load(dir.path()).unwrap_err().to_string();
+        assert!(missing.contains("tokenizer.json"), "{missing}");
+        std::fs::write(dir.path().join("tokenizer.json"), "{\"model\":3}").unwrap();
+        assert!(Tokenizer::load(dir.path()).is_err());
+    }
+}

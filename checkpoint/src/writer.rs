@@ -1,0 +1,234 @@
+//! Writing a checkpoint: streaming, atomic, deterministic.
+//!
+//! All names, dtypes and shapes are declared first, so headers, shard boundaries and the index are exact before the first
+//! byte; tensors may then arrive in any order. Everything lands in a sibling folder that [`CheckpointWriter::finish`]
+//! renames; dropping the writer removes it.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+
+use safetensors::Dtype;
+
+use crate::error::{CheckpointError, Result};
+
+/// A tensor to come.
+#[derive(Clone, Debug)]
+pub struct Declared {
+    /// Name.
+    pub name: String,
+    /// Element type.
+    pub dtype: Dtype,
+    /// Shape.
+    pub shape: Vec<usize>,
+}
+
+impl Declared {
+    /// Bytes of its data.
+    pub fn bytes(&self) -> u64 {
+        let bits = self.shape.iter().map(|d| *d as u64).product::<u64>() * self.dtype.bitsize() as u64;
+        bits.div_ceil(8)
+    }
+}
+
+struct Slot {
+    file: usize,
+    offset: u64,
+    bytes: u64,
+    written: bool,
+}
+
+/// Writes one checkpoint folder.
+pub struct CheckpointWriter {
+    target: PathBuf,
+    partial: PathBuf,
+    files: Vec<(PathBuf, File)>,
+    slots: BTreeMap<String, Slot>,
+    force: bool,
+    finished: bool,
+}
+
+/// Default shard size: 5 GB, as transformers.
+pub const DEFAULT_SHARD_BYTES: u64 = 5_000_000_000;
+
+impl CheckpointWriter {
+    /// Starts `target`. An existing target is refused unless `force`; it is replaced only at [`Self::finish`].
+    pub fn create(target: &Path, mut tensors: Vec<Declared>, shard_bytes: u64, force: bool) -> Result<Self> {
+        if target.exists() && !force {
+            return Err(CheckpointError::Exists { path: target.to_path_buf() });
+        }
+        let partial = partial_path(target)?;
+        if let Some(parent) = partial.parent() {
+            std::fs::create_dir_all(parent).map_err(|e| CheckpointError::io(parent, e))?;
+        }
+        if partial.exists() {
+            std::fs::remove_dir_all(&partial).map_err(|e| CheckpointError::io(&partial, e))?;
+        }
+        std::fs::create_dir(&partial).map_err(|e| CheckpointError::io(&partial, e))?;
+        let mut writer =
+            Self { target: target.to_path_buf(), partial, files: Vec::new(), slots: BTreeMap::new(), force, finished: false };
+        tensors.sort_by(|a, b| a.name.cmp(&b.name));
+        let mut shards: Vec<Vec<Declared>> = vec![Vec::new()];
+        let mut in_shard = 0u64;
+        for t in tensors {
+            let bytes = t.bytes();
+            if in_shard > 0 && in_shard + bytes > shard_bytes {
+                shards.push(Vec::new());
+                in_shard = 0;
+            }
+            in_shard += bytes;
+            if let Some(last) = shards.last_mut() {
+                last.push(t);
+            }
+        }
+        let count = shards.len();
+        for (i, shard) in shards.iter().enumerate() {
+            let name = if count == 1 { "model.safetensors".to_string() } else { format!("model-{:05}-of-{count:05}.safetensors", i + 1) };
+            writer.start_shard(&name, shard)?;
+        }
+        if count > 1 {
+            writer.write_index()?;
+        }
+        Ok(writer)
+    }
+
+    fn start_shard(&mut self, name: &str, tensors: &[Declared]) -> Result<()> {
+        let path = self.partial.join(name);
+        let mut header = serde_json::Map::new();
+        header.insert("__metadata__".into(), serde_json::json!({"format": "pt"}));
+        let mut at = 0u64;
+        for t in tensors {
+            let end = at + t.bytes();
+            let dtype = serde_json::to_value(t.dtype).map_err(|e| CheckpointError::invalid(&path, e.to_string()))?;
+            header.insert(t.name.clone(), serde_json::json!({"dtype": dtype, "shape": t.shape, "data_offsets": [at, end]}));
+            at = end;
+        }
+        let mut text = serde_json::Value::Object(header).to_string().into_bytes();
+        while text.len() % 8 != 0 {
+            text.push(b' ');
+        }
+        let base = 8 + text.len() as u64;
+        let mut file = File::create(&path).map_err(|e| CheckpointError::io(&path, e))?;
+        let write = |file: &mut File| -> std::io::Result<()> {
+            file.write_all(&(text.len() as u64).to_le_bytes())?;
+            file.write_all(&text)?;
+            file.set_len(base + at)
+        };
+        write(&mut file).map_err(|e| CheckpointError::io(&path, e))?;
+        let mut offset = base;
+        for t in tensors {
+            let slot = Slot { file: self.files.len(), offset, bytes: t.bytes(), written: false };
+            offset += t.bytes();
+            if self.slots.insert(t.name.clone(), slot).is_some() {
+                return Err(CheckpointError::invalid(&path, format!("tensor `{}` is declared twice", t.name)));
+            }
+        }
+        self.files.push((path, file));
+        Ok(())
+    }
+
+    fn write_index(&self) -> Result<()> {
+        let total: u64 = self.slots.values().map(|s| s.bytes).sum();
+        let map: serde_json::Map<String, serde_json::Value> = self
+            .slots
+            .iter()
+            .map(|(n, s)| {
+                let file = self.files[s.file].0.file_name().map(|f| f.to_string_lossy().into_owned()).unwrap_or_default();
+                (n.clone(), file.into())
+            })
+            .collect();
+        let json = serde_json::json!({"metadata": {"total_size": total}, "weight_map": map});
+        self.write_file("model.safetensors.index.json", format!("{json:#}\n").as_bytes())
+    }
+
+    /// Writes one declared tensor.
+    pub fn write(&mut self, name: &str, data: &[u8]) -> Result<()> {
+        let slot = self
+            .slots
+            .get_mut(name)
+            .ok_or_else(|| CheckpointError::invalid(&self.target, format!("tensor `{name}` was never declared")))?;
+        let (path, file) = &mut self.files[slot.file];
+        if data.len() as u64 != slot.bytes {
+            return Err(CheckpointError::invalid(path, format!("tensor `{name}`: declared {} bytes, got {}", slot.bytes, data.len())));
+        }
+        file.seek(SeekFrom::Start(slot.offset)).and_then(|_| file.write_all(data)).map_err(|e| CheckpointError::io(path, e))?;
+        slot.written = true;
+        Ok(())
+    }
+
+    /// Writes another file of the folder (`config.json`, a tokenizer).
+    pub fn write_file(&self, name: &str, data: &[u8]) -> Result<()> {
+        let path = self.partial.join(name);
+        std::fs::write(&path, data).map_err(|e| CheckpointError::io(&path, e))
+    }
+
+    /// Copies every file of `source` that is not weights, index or one of `except`, bit for bit.
+    pub fn carry_over(&self, source: &Path, except: &[&str]) -> Result<()> {
+        let entries = std::fs::read_dir(source).map_err(|e| CheckpointError::io(source, e))?;
+        for entry in entries {
+            let entry = entry.map_err(|e| CheckpointError::io(source, e))?;
+            let path = entry.path();
+            let name = entry.file_name().to_string_lossy().into_owned();
+            let weights = name.ends_with(".safetensors") || name.ends_with(".safetensors.index.json");
+            // Hidden files are the download tool's own notes.
+            if !path.is_file() || weights || name.starts_with('.') || except.contains(&name.as_str()) {
+                continue;
+            }
+            let to = self.partial.join(&name);
+            std::fs::copy(&path, &to).map_err(|e| CheckpointError::io(&to, e))?;
+        }
+        Ok(())
+    }
+
+    /// Checks that every tensor came, flushes to disk, and puts the folder in place.
+    pub fn finish(mut self) -> Result<()> {
+        if let Some((name, _)) = self.slots.iter().find(|(_, s)| !s.written) {
+            return Err(CheckpointError::invalid(&self.target, format!("tensor `{name}` was declared but never written")));
+        }
+        for (path, file) in &self.files {
+            file.sync_all().map_err(|e| CheckpointError::io(path, e))?;
+        }
+        if self.target.exists() {
+            if !self.force {
+                return Err(CheckpointError::Exists { path: self.target.clone() });
+            }
+            let old = self.partial.with_extension("old");
+            std::fs::rename(&self.target, &old).map_err(|e| CheckpointError::io(&self.target, e))?;
+            std::fs::rename(&self.partial, &self.target).map_err(|e| CheckpointError::io(&self.target, e))?;
+            std::fs::remove_dir_all(&old).map_err(|e| CheckpointError::io(&old, e))?;
+        } else {
+            std::fs::rename(&self.partial, &self.target).map_err(|e| CheckpointError::io(&self.target, e))?;
+        }
+        self.finished = true;
+        Ok(())
+    }
+}
+
+impl Drop for CheckpointWriter {
+    fn drop(&mut self) {
+        if !self.finished {
+            // Best effort: the error that got us here is the one to show.
+            let _ = std::fs::remove_dir_all(&self.partial);
+        }
+    }
+}
+
+fn partial_path(target: &Path) -> Result<PathBuf> {
+    let name = target
+        .file_name()
+        .ok_or_else(|| CheckpointError::invalid(target, "not a folder name"))?
+        .to_string_lossy()
+        .into_owned();
+    Ok(target.with_file_name(format!(".{name}.partial")))
+}
+
+/// Writes a file beside `path` and renames it into place.
+pub fn write_atomic(path: &Path, data: &[u8]) -> Result<()> {
+    let partial = partial_path(path)?;
+    let result = std::fs::write(&partial, data).and_then(|()| std::fs::rename(&partial, path));
+    result.map_err(|e| {
+        let _ = std::fs::remove_file(&partial);
+        CheckpointError::io(path, e)
+    })
+}

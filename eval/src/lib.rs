@@ -1,0 +1,24 @@
+//! How good a checkpoint is: perplexity and drift against a reference
+
+pub mod encode;
+pub mod error;
+pub mod kl;
+pub mod perplexity;
+pub mod protocol;
+pub mod record;
+pub mod scorer;
+pub mod stats;
+pub mod text;
+pub mod windows;
+
+#[cfg(test)]
+mod fake;
+
+pub use encode::Encode;
+pub use error::{EvalError, Result};
+pub use kl::{KlOptions, evaluate_kl};
+pub use perplexity::evaluate_perplexity;
+pub use protocol::{Protocol, Setup, Window, WindowPlan};
+pub use record::{EvalRecord, Interval, KlRecord, PerplexityRecord};
+pub use scorer::{LogitRows, Scorer};
+pub use text::Source;

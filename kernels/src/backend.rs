@@ -1,0 +1,295 @@
+//! The op vocabulary: every operation of the decoder graph, on device buffers.
+//!
+//! `model` is written once against [`Backend`]. Activations are f32 in device [`Buffer`]s; weights are
+//! [`WeightHandle`]s in their stored format. Shapes are row-major; T is the number of tokens in the call (all
+//! sequences of a batch concatenated, "ragged"), and [`Segment`]s say which rows belong to which sequence.
+
+use std::any::Any;
+use std::ops::Range;
+use std::sync::Arc;
+
+use crate::error::Result;
+use crate::scheme::Scheme;
+
+/// f32 memory on the backend's device.
+pub struct Buffer {
+    /// f32 elements.
+    pub len: usize,
+    /// The backend's own storage; only the backend that made it may look inside.
+    pub memory: Box<dyn Any + Send + Sync>,
+}
+
+/// Bytes that outlive the call: a memory map or a vector, shared without copying.
+#[derive(Clone)]
+pub struct Bytes {
+    owner: Arc<dyn AsRef<[u8]> + Send + Sync>,
+    range: Range<usize>,
+}
+
+impl Bytes {
+    /// A view of `range` of `owner`; `None` when the range is outside.
+    pub fn new(owner: Arc<dyn AsRef<[u8]> + Send + Sync>, range: Range<usize>) -> Option<Self> {
+        (*owner).as_ref().get(range.clone())?;
+        Some(Self { owner, range })
+    }
+
+    /// Takes a vector.
+    pub fn from_vec(v: Vec<u8>) -> Self {
+        let range = 0..v.len();
+        Self {
+            owner: Arc::new(v),
+            range,
+        }
+    }
+
+    /// The bytes.
+    pub fn as_slice(&self) -> &[u8] {
+        &(*self.owner).as_ref()[self.range.clone()]
+    }
+}
+
+/// Float dtypes of stored weights.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum FloatType {
+    /// 32-bit.
+    F32,
+    /// IEEE half.
+    F16,
+    /// bfloat16.
+    Bf16,
+}
+
+impl FloatType {
+    /// Bytes of one element.
+    pub fn size(self) -> usize {
+        match self {
+            FloatType::F32 => 4,
+            FloatType::F16 | FloatType::Bf16 => 2,
+        }
+    }
+}
+
+/// A matrix as stored, on the host, before upload.
+#[derive(Clone)]
+pub enum HostWeight {
+    /// `[out, in]` floats, little-endian.
+    Dense {
+        dtype: FloatType,
+        out_features: usize,
+        in_features: usize,
+        data: Bytes,
+    },
+    /// Packed integers in compressed-tensors row order.
+    Packed(PackedWeight),
+}
+
+/// Integer codes packed along rows (see [`crate::pack`]), scales and zero points unpacked.
+#[derive(Clone)]
+pub struct PackedWeight {
+    /// Number format.
+    pub scheme: Scheme,
+    /// Rows.
+    pub out_features: usize,
+    /// Columns.
+    pub in_features: usize,
+    /// `[out, ceil(in·bits/32)]` words, little-endian bytes.
+    pub words: Bytes,
+    /// `[out, groups]`.
+    pub scales: Vec<f32>,
+    /// `[out, groups]`; `None` when symmetric.
+    pub zeros: Option<Vec<u8>>,
+    /// `[in]` column → group when not `col / group`.
+    pub group_index: Option<Vec<u32>>,
+}
+
+impl HostWeight {
+    /// `(out, in)`.
+    pub fn dims(&self) -> (usize, usize) {
+        match self {
+            HostWeight::Dense {
+                out_features,
+                in_features,
+                ..
+            } => (*out_features, *in_features),
+            HostWeight::Packed(p) => (p.out_features, p.in_features),
+        }
+    }
+
+    /// Bytes one pass over the weight reads: codes, scales (16 bits each) and zero points, or the dense floats.
+    pub fn stored_bytes(&self) -> usize {
+        match self {
+            HostWeight::Dense { data, .. } => data.as_slice().len(),
+            HostWeight::Packed(p) => {
+                let zeros = p
+                    .zeros
+                    .as_ref()
+                    .map_or(0, |z| (z.len() * p.scheme.bits as usize).div_ceil(8));
+                p.words.as_slice().len() + p.scales.len() * 2 + zeros
+            }
+        }
+    }
+}
+
+/// A weight on the device.
+pub struct WeightHandle {
+    /// Rows.
+    pub out_features: usize,
+    /// Columns.
+    pub in_features: usize,
+    /// Bytes one pass reads.
+    pub stored_bytes: usize,
+    /// The backend's own layout.
+    pub memory: Box<dyn Any + Send + Sync>,
+}
+
+/// One sequence's rows in a ragged batch.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Segment {
+    /// Which KV cache slot it continues.
+    pub slot: usize,
+    /// First row of this call's activations.
+    pub row: usize,
+    /// Rows (new tokens).
+    pub tokens: usize,
+    /// Tokens already in the cache: the position of the first new token.
+    pub past: usize,
+}
+
+/// Attention shape.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct AttentionShape {
+    /// Query heads.
+    pub heads: usize,
+    /// Key/value heads; divides `heads` (grouped-query attention).
+    pub kv_heads: usize,
+    /// Width of a head.
+    pub head_dim: usize,
+    /// Multiplies `q·k`.
+    pub scale: f32,
+    /// Keys at distance `>= window` are masked (sliding window).
+    pub window: Option<usize>,
+    /// Scores become `cap · tanh(score / cap)`.
+    pub soft_cap: Option<f32>,
+}
+
+/// Gate activation of the MLP.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Activation {
+    /// `x · sigmoid(x)`.
+    Silu,
+    /// GELU, tanh approximation.
+    GeluTanh,
+    /// GELU through erf.
+    Gelu,
+}
+
+/// Result of scoring one position against a target.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct TokenScore {
+    /// `log softmax(logits)[target]`, nats.
+    pub log_prob: f32,
+    /// First index of the largest logit.
+    pub top1: u32,
+}
+
+/// The operations. All accumulate in f32 unless stated; results do not depend on thread count or batch size.
+pub trait Backend: Send + Sync {
+    /// `cpu`, `scalar`, ...
+    fn name(&self) -> &'static str;
+    /// Copies floats to the device.
+    fn upload(&self, data: &[f32]) -> Result<Buffer>;
+    /// Zeros.
+    fn zeros(&self, len: usize) -> Result<Buffer>;
+    /// Copies back.
+    fn download(&self, x: &Buffer) -> Result<Vec<f32>>;
+    /// Copies `range` back.
+    fn download_range(&self, x: &Buffer, range: Range<usize>) -> Result<Vec<f32>>;
+    /// Prepares a weight in the layout this backend reads fastest.
+    fn upload_weight(&self, w: &HostWeight) -> Result<WeightHandle>;
+
+    /// `out[t] = scale · table[ids[t]]`; `table` `[vocab, hidden]`, result `[T, hidden]`. An id outside the table is an error.
+    fn embed(&self, table: &WeightHandle, ids: &[u32], scale: f32) -> Result<Buffer>;
+    /// Per row of `width`: `x / sqrt(mean(x²) + eps) · (offset + weight)`; mean in f64 on the scalar twin, f32 elsewhere.
+    fn rms_norm(
+        &self,
+        x: &Buffer,
+        weight: &Buffer,
+        width: usize,
+        eps: f32,
+        offset: f32,
+    ) -> Result<Buffer>;
+    /// `y = x · Wᵀ (+ bias)`: x `[T, in]`, y `[T, out]`.
+    fn linear(&self, x: &Buffer, w: &WeightHandle, bias: Option<&Buffer>) -> Result<Buffer>;
+    /// Rotates q `[T, heads·head_dim]` in place, half-split pairing (`x[i], x[i+d/2]`); `inv_freq` `[rot/2]`, angle = position · inv_freq, cos and sin multiplied by `mscale`.
+    fn rope(
+        &self,
+        x: &mut Buffer,
+        heads: usize,
+        head_dim: usize,
+        inv_freq: &[f32],
+        mscale: f32,
+        segments: &[Segment],
+    ) -> Result<()>;
+    /// Makes an empty cache for `slots` sequences of up to `capacity` tokens.
+    fn kv_cache(
+        &self,
+        slots: usize,
+        capacity: usize,
+        kv_heads: usize,
+        head_dim: usize,
+    ) -> Result<KvBuffer>;
+    /// Appends k and v `[T, kv_heads·head_dim]` at each segment's `past`.
+    fn kv_append(
+        &self,
+        cache: &mut KvBuffer,
+        k: &Buffer,
+        v: &Buffer,
+        segments: &[Segment],
+    ) -> Result<()>;
+    /// Causal attention of q `[T, heads·head_dim]` over the cache (which already holds the new keys); result like q.
+    fn attention(
+        &self,
+        q: &Buffer,
+        cache: &KvBuffer,
+        shape: &AttentionShape,
+        segments: &[Segment],
+    ) -> Result<Buffer>;
+    /// `act(gate) · up`, element by element.
+    fn activation_mul(&self, gate: &Buffer, up: &Buffer, act: Activation) -> Result<Buffer>;
+    /// `x += y`.
+    fn add_assign(&self, x: &mut Buffer, y: &Buffer) -> Result<()>;
+    /// Rows `rows` of x `[T, width]`, gathered.
+    fn gather_rows(&self, x: &Buffer, width: usize, rows: &[usize]) -> Result<Buffer>;
+    /// Columns `range` of every row of x `[T, width]` (splits fused projections).
+    fn slice_columns(&self, x: &Buffer, width: usize, range: Range<usize>) -> Result<Buffer>;
+    /// `x ← cap · tanh(x / cap)`.
+    fn soft_cap(&self, x: &mut Buffer, cap: f32) -> Result<()>;
+    /// For each row of logits `[T, vocab]`: log-probability of its target and the argmax. No logits travel to the host.
+    fn score(&self, logits: &Buffer, vocab: usize, targets: &[u32]) -> Result<Vec<TokenScore>>;
+    /// First index of the largest value of each row.
+    fn argmax(&self, logits: &Buffer, vocab: usize) -> Result<Vec<u32>>;
+    /// `h += xᵀ x` for x `[T, n]`, upper triangle and diagonal only (the lower is left as it was); h `[n, n]`.
+    fn hessian_update(&self, h: &mut Buffer, x: &Buffer, n: usize) -> Result<()>;
+    /// Largest |x|; NaN counts as infinity so that it cannot hide.
+    fn abs_max(&self, x: &Buffer) -> Result<f32> {
+        Ok(self.download(x)?.iter().fold(0f32, |m, v| {
+            if v.is_nan() {
+                f32::INFINITY
+            } else {
+                m.max(v.abs())
+            }
+        }))
+    }
+}
+
+/// Keys and values of one layer for every slot.
+pub struct KvBuffer {
+    /// Sequences.
+    pub slots: usize,
+    /// Tokens a slot can hold.
+    pub capacity: usize,
+    /// `kv_heads · head_dim`.
+    pub width: usize,
+    /// The backend's own storage.
+    pub memory: Box<dyn Any + Send + Sync>,
+}

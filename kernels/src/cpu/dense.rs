@@ -1,0 +1,311 @@
+//! Dense weights, read in the dtype they are stored in.
+//!
+//! Up to [`GEMV_TOKENS`] tokens go through a matrix–vector loop that widens in registers: the weight is read once and
+//! the result of a token does not depend on the others. More tokens go through f32 panels and a general product,
+//! whose order of additions differs from the loop's (and may change with T): there, results of different batch sizes
+//! agree to rounding only. Neither depends on the number of threads.
+
+use std::ops::Range;
+
+use half::{bf16, f16};
+use rayon::prelude::*;
+
+use super::matmul::by_panels;
+use super::simd::{Kernel, Lanes, Simd};
+use crate::backend::{Bytes, FloatType};
+use crate::error::{KernelError, Result, check_len};
+
+/// Most tokens the matrix–vector loops take.
+pub const GEMV_TOKENS: usize = 4;
+/// Rows of one task of a matrix–vector product.
+pub const GEMV_ROWS: usize = 64;
+
+/// `[rows, cols]` floats as stored.
+pub struct DenseWeight {
+    dtype: FloatType,
+    rows: usize,
+    cols: usize,
+    data: Bytes,
+}
+
+/// A stored element type.
+trait Element {
+    const SIZE: usize;
+    /// # Safety
+    /// As [`Lanes::load_bf16`].
+    unsafe fn lanes<L: Lanes>(p: *const u8) -> L::V;
+    fn widen(bytes: &[u8]) -> f32;
+}
+
+struct F32;
+struct F16;
+struct Bf16;
+
+impl Element for F32 {
+    const SIZE: usize = 4;
+    #[inline(always)]
+    unsafe fn lanes<L: Lanes>(p: *const u8) -> L::V {
+        // SAFETY: the caller's contract; `load` needs no alignment.
+        unsafe { L::load(p.cast()) }
+    }
+    #[inline(always)]
+    fn widen(b: &[u8]) -> f32 {
+        f32::from_le_bytes([b[0], b[1], b[2], b[3]])
+    }
+}
+
+impl Element for F16 {
+    const SIZE: usize = 2;
+    #[inline(always)]
+    unsafe fn lanes<L: Lanes>(p: *const u8) -> L::V {
+        // SAFETY: the caller's contract.
+        unsafe { L::load_f16(p) }
+    }
+    #[inline(always)]
+    fn widen(b: &[u8]) -> f32 {
+        f16::from_le_bytes([b[0], b[1]]).to_f32()
+    }
+}
+
+impl Element for Bf16 {
+    const SIZE: usize = 2;
+    #[inline(always)]
+    unsafe fn lanes<L: Lanes>(p: *const u8) -> L::V {
+        // SAFETY: the caller's contract.
+        unsafe { L::load_bf16(p) }
+    }
+    #[inline(always)]
+    fn widen(b: &[u8]) -> f32 {
+        bf16::from_le_bytes([b[0], b[1]]).to_f32()
+    }
+}
+
+impl DenseWeight {
+    /// Checks the length; copies nothing.
+    pub fn new(dtype: FloatType, rows: usize, cols: usize, data: Bytes) -> Result<Self> {
+        let cells = rows
+            .checked_mul(cols)
+            .and_then(|n| n.checked_mul(dtype.size()));
+        check_len(
+            "weight bytes",
+            cells.ok_or(KernelError::Overflow("weight bytes"))?,
+            data.as_slice().len(),
+        )?;
+        Ok(Self {
+            dtype,
+            rows,
+            cols,
+            data,
+        })
+    }
+
+    fn row_bytes(&self, rows: Range<usize>) -> &[u8] {
+        let stride = self.cols * self.dtype.size();
+        &self.data.as_slice()[rows.start * stride..rows.end * stride]
+    }
+
+    /// Rows as f32 `[rows, cols]`; `rows` within the matrix.
+    pub fn widen(&self, simd: Simd, rows: Range<usize>, out: &mut [f32]) {
+        let bytes = self.row_bytes(rows);
+        match self.dtype {
+            FloatType::F32 => simd.run(Widen::<F32>(bytes, out, F32)),
+            FloatType::F16 => simd.run(Widen::<F16>(bytes, out, F16)),
+            FloatType::Bf16 => simd.run(Widen::<Bf16>(bytes, out, Bf16)),
+        }
+    }
+
+    /// `y = x Wᵀ`: x `[t, cols]`, y `[t, rows]`.
+    pub fn linear(&self, simd: Simd, x: &[f32], t: usize, y: &mut [f32]) -> Result<()> {
+        check_len("x", t * self.cols, x.len())?;
+        if t > GEMV_TOKENS {
+            return by_panels(y, x, (t, self.rows, self.cols), |rows, out| {
+                self.widen(simd, rows, out)
+            });
+        }
+        gemv(y, t, self.rows, |rows, out| {
+            let (bytes, k) = (self.row_bytes(rows), self.cols);
+            match self.dtype {
+                FloatType::F32 => simd.run(Gemv {
+                    bytes,
+                    x,
+                    k,
+                    t,
+                    out,
+                    element: F32,
+                }),
+                FloatType::F16 => simd.run(Gemv {
+                    bytes,
+                    x,
+                    k,
+                    t,
+                    out,
+                    element: F16,
+                }),
+                FloatType::Bf16 => simd.run(Gemv {
+                    bytes,
+                    x,
+                    k,
+                    t,
+                    out,
+                    element: Bf16,
+                }),
+            }
+        });
+        Ok(())
+    }
+}
+
+/// Splits rows over tasks; `chunk(rows, out)` fills `out` `[rows, t]`. The result is turned into y `[t, n]`.
+pub fn gemv<F>(y: &mut [f32], t: usize, n: usize, chunk: F)
+where
+    F: Fn(Range<usize>, &mut [f32]) + Sync,
+{
+    let each =
+        |(i, out): (usize, &mut [f32])| chunk(i * GEMV_ROWS..i * GEMV_ROWS + out.len() / t, out);
+    if t == 1 {
+        y.par_chunks_mut(GEMV_ROWS).enumerate().for_each(each);
+        return;
+    }
+    let mut by_row = vec![0f32; n * t];
+    by_row
+        .par_chunks_mut(GEMV_ROWS * t)
+        .enumerate()
+        .for_each(each);
+    for (row, values) in by_row.chunks_exact(t).enumerate() {
+        for (token, v) in values.iter().enumerate() {
+            y[token * n + row] = *v;
+        }
+    }
+}
+
+struct Widen<'a, E>(&'a [u8], &'a mut [f32], E);
+
+impl<E: Element> Kernel for Widen<'_, E> {
+    type Output = ();
+    #[inline(always)]
+    unsafe fn run<L: Lanes>(self) {
+        let Widen(bytes, out, _) = self;
+        let n = out.len().min(bytes.len() / E::SIZE);
+        let whole = n / L::N * L::N;
+        for i in (0..whole).step_by(L::N) {
+            // SAFETY: `i + N ≤ n` elements exist in both slices; the caller vouches for the instruction set.
+            unsafe {
+                L::store(
+                    out.as_mut_ptr().add(i),
+                    E::lanes::<L>(bytes.as_ptr().add(i * E::SIZE)),
+                )
+            };
+        }
+        for i in whole..n {
+            out[i] = E::widen(&bytes[i * E::SIZE..]);
+        }
+    }
+}
+
+/// `out[r][t] = W[r] · x[t]`.
+struct Gemv<'a, E> {
+    bytes: &'a [u8],
+    x: &'a [f32],
+    k: usize,
+    t: usize,
+    out: &'a mut [f32],
+    element: E,
+}
+
+impl<E: Element> Kernel for Gemv<'_, E> {
+    type Output = ();
+    #[inline(always)]
+    unsafe fn run<L: Lanes>(self) {
+        let _ = &self.element;
+        let rows = self.out.len() / self.t;
+        // More rows at a time when tokens are few: eight chains of additions hide the multiplier's latency, and each
+        // (row, token) pair keeps its own order whatever the blocking.
+        let block = match self.t {
+            1 => 4,
+            2 => 2,
+            _ => 1,
+        };
+        let mut r = 0;
+        while r < rows {
+            let full = r + block <= rows;
+            let w = &self.bytes[r * self.k * E::SIZE..];
+            let out = &mut self.out[r * self.t..];
+            // SAFETY: the caller vouches for the instruction set; `block`'s lengths are checked inside.
+            unsafe {
+                match (self.t, full) {
+                    (1, true) => dot_block::<L, E, 4, 1>(w, self.x, self.k, out),
+                    (1, false) => dot_block::<L, E, 1, 1>(w, self.x, self.k, out),
+                    (2, true) => dot_block::<L, E, 2, 2>(w, self.x, self.k, out),
+                    (2, false) => dot_block::<L, E, 1, 2>(w, self.x, self.k, out),
+                    (3, _) => dot_block::<L, E, 1, 3>(w, self.x, self.k, out),
+                    _ => dot_block::<L, E, 1, 4>(w, self.x, self.k, out),
+                }
+            }
+            r += if full { block } else { 1 };
+        }
+    }
+}
+
+/// # Safety
+/// The instruction set of `L` is available.
+#[inline(always)]
+unsafe fn dot_block<L: Lanes, E: Element, const R: usize, const T: usize>(
+    w: &[u8],
+    x: &[f32],
+    k: usize,
+    out: &mut [f32],
+) {
+    let (w, x) = (&w[..R * k * E::SIZE], &x[..T * k]);
+    // SAFETY: offsets stay below `R · k` elements of `w` and `T · k` of `x`, sliced above.
+    unsafe {
+        let mut acc = [[[L::splat(0.0); 2]; T]; R];
+        let mut i = 0;
+        while i + 2 * L::N <= k {
+            for s in 0..2 {
+                step::<L, E, R, T>(w, x, k, i + s * L::N, s, &mut acc);
+            }
+            i += 2 * L::N;
+        }
+        if i + L::N <= k {
+            step::<L, E, R, T>(w, x, k, i, 0, &mut acc);
+            i += L::N;
+        }
+        for r in 0..R {
+            for t in 0..T {
+                let mut sum = L::sum(L::add(acc[r][t][0], acc[r][t][1]));
+                for j in i..k {
+                    sum += E::widen(&w[(r * k + j) * E::SIZE..]) * x[t * k + j];
+                }
+                out[r * T + t] = sum;
+            }
+        }
+    }
+}
+
+/// One register of columns at `at`, into chain `s`.
+///
+/// # Safety
+/// As [`dot_block`]; `at + N ≤ k`.
+#[inline(always)]
+unsafe fn step<L: Lanes, E: Element, const R: usize, const T: usize>(
+    w: &[u8],
+    x: &[f32],
+    k: usize,
+    at: usize,
+    s: usize,
+    acc: &mut [[[L::V; 2]; T]; R],
+) {
+    // SAFETY: N elements from column `at` exist in each of the R rows of `w` and T rows of `x`.
+    unsafe {
+        let mut xv = [L::splat(0.0); T];
+        for t in 0..T {
+            xv[t] = L::load(x.as_ptr().add(t * k + at));
+        }
+        for r in 0..R {
+            let wv = E::lanes::<L>(w.as_ptr().add((r * k + at) * E::SIZE));
+            for t in 0..T {
+                acc[r][t][s] = L::fmadd(wv, xv[t], acc[r][t][s]);
+            }
+        }
+    }
+}

@@ -1,0 +1,334 @@
+//! The host backends: [`CpuBackend`] (threads and run-time SIMD) and [`ScalarBackend`] (the reference it is compared
+//! with).
+//!
+//! Results never depend on the number of threads. They do not depend on the rest of the batch either, with one
+//! limit: a product of more than four tokens may round differently from one of four or fewer (see [`dense`]).
+
+mod attention;
+mod bandwidth;
+mod checks;
+mod dense;
+mod elementwise;
+mod hessian;
+mod matmul;
+mod packed;
+mod reference;
+mod scalar;
+mod simd;
+
+use std::ops::Range;
+
+pub use bandwidth::read_bandwidth;
+use checks::{buffer, host, host_mut};
+pub use reference::ScalarBackend;
+pub use simd::Level;
+use simd::Simd;
+
+use self::attention::Cache;
+use self::dense::DenseWeight;
+use self::packed::PackedMatrix;
+use crate::backend::{
+    Activation, AttentionShape, Backend, Buffer, HostWeight, KvBuffer, Segment, TokenScore,
+    WeightHandle,
+};
+use crate::error::{KernelError, Result, check_len};
+
+const NAME: &str = "cpu";
+
+/// Rayon over rows, AVX-512, AVX2 or portable inner loops.
+pub struct CpuBackend {
+    simd: Simd,
+}
+
+enum Weight {
+    Dense(DenseWeight),
+    Packed(PackedMatrix),
+}
+
+impl Weight {
+    fn widen(&self, simd: Simd, rows: Range<usize>, out: &mut [f32]) {
+        match self {
+            Weight::Dense(w) => w.widen(simd, rows, out),
+            Weight::Packed(w) => w.widen(simd, rows, out),
+        }
+    }
+}
+
+impl CpuBackend {
+    /// With the best instruction set of this machine.
+    pub fn new() -> Self {
+        Self::with_level(Level::Avx512)
+    }
+
+    /// With no more than `most` (and no more than the machine has).
+    pub fn with_level(most: Level) -> Self {
+        Self {
+            simd: Simd::up_to(most),
+        }
+    }
+
+    /// The instruction set in use.
+    pub fn level(&self) -> Level {
+        self.simd.level()
+    }
+}
+
+impl Default for CpuBackend {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+fn weight(w: &WeightHandle) -> Result<&Weight> {
+    w.memory.downcast_ref().ok_or(KernelError::ForeignHandle {
+        backend: NAME,
+        what: "weight",
+    })
+}
+
+fn cache(c: &KvBuffer) -> Result<&Cache> {
+    c.memory.downcast_ref().ok_or(KernelError::ForeignHandle {
+        backend: NAME,
+        what: "cache",
+    })
+}
+
+impl Backend for CpuBackend {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn upload(&self, data: &[f32]) -> Result<Buffer> {
+        Ok(buffer(data.to_vec()))
+    }
+
+    fn zeros(&self, len: usize) -> Result<Buffer> {
+        Ok(buffer(vec![0.0; len]))
+    }
+
+    fn download(&self, x: &Buffer) -> Result<Vec<f32>> {
+        Ok(host(NAME, x)?.to_vec())
+    }
+
+    fn download_range(&self, x: &Buffer, range: Range<usize>) -> Result<Vec<f32>> {
+        checks::part(host(NAME, x)?, range)
+    }
+
+    fn upload_weight(&self, w: &HostWeight) -> Result<WeightHandle> {
+        let (out_features, in_features) = w.dims();
+        let memory = match w {
+            HostWeight::Dense {
+                dtype,
+                out_features,
+                in_features,
+                data,
+            } => Weight::Dense(DenseWeight::new(
+                *dtype,
+                *out_features,
+                *in_features,
+                data.clone(),
+            )?),
+            HostWeight::Packed(p) => Weight::Packed(PackedMatrix::new(p)?),
+        };
+        Ok(WeightHandle {
+            out_features,
+            in_features,
+            stored_bytes: w.stored_bytes(),
+            memory: Box::new(memory),
+        })
+    }
+
+    fn embed(&self, table: &WeightHandle, ids: &[u32], scale: f32) -> Result<Buffer> {
+        let w = weight(table)?;
+        let width = table.in_features;
+        let mut y = vec![0f32; checks::product("embeddings", ids.len(), width)?];
+        for (id, row) in ids.iter().zip(y.chunks_exact_mut(width.max(1))) {
+            let id = *id as usize;
+            checks::below(NAME, "embed", "token id", id, table.out_features)?;
+            w.widen(self.simd, id..id + 1, row);
+            row.iter_mut().for_each(|v| *v *= scale);
+        }
+        Ok(buffer(y))
+    }
+
+    fn rms_norm(
+        &self,
+        x: &Buffer,
+        weight: &Buffer,
+        width: usize,
+        eps: f32,
+        offset: f32,
+    ) -> Result<Buffer> {
+        let (x, weight) = (host(NAME, x)?, host(NAME, weight)?);
+        checks::rows("norm input", x.len(), width)?;
+        check_len("norm weight", width, weight.len())?;
+        Ok(buffer(elementwise::rms_norm(
+            self.simd, x, weight, width, eps, offset,
+        )))
+    }
+
+    fn linear(&self, x: &Buffer, w: &WeightHandle, bias: Option<&Buffer>) -> Result<Buffer> {
+        let (x, n) = (host(NAME, x)?, w.out_features);
+        let t = checks::rows("linear input", x.len(), w.in_features)?;
+        let mut y = vec![0f32; checks::product("linear output", t, n)?];
+        if y.is_empty() {
+            return Ok(buffer(y));
+        }
+        match weight(w)? {
+            Weight::Dense(w) => w.linear(self.simd, x, t, &mut y)?,
+            Weight::Packed(w) => w.linear(self.simd, x, t, &mut y)?,
+        }
+        if let Some(bias) = bias {
+            let bias = host(NAME, bias)?;
+            check_len("bias", n, bias.len())?;
+            y.chunks_exact_mut(n)
+                .for_each(|row| elementwise::add_assign(row, bias));
+        }
+        Ok(buffer(y))
+    }
+
+    fn rope(
+        &self,
+        x: &mut Buffer,
+        heads: usize,
+        head_dim: usize,
+        inv_freq: &[f32],
+        mscale: f32,
+        segments: &[Segment],
+    ) -> Result<()> {
+        let x = host_mut(NAME, x)?;
+        let total = checks::rotary(NAME, x.len(), heads, head_dim, inv_freq.len())?;
+        checks::segments(NAME, "rope", segments, total)?;
+        let positions = checks::positions(segments, total);
+        elementwise::rope(
+            self.simd,
+            x,
+            heads * head_dim,
+            head_dim,
+            inv_freq,
+            mscale,
+            &positions,
+        );
+        Ok(())
+    }
+
+    fn kv_cache(
+        &self,
+        slots: usize,
+        capacity: usize,
+        kv_heads: usize,
+        head_dim: usize,
+    ) -> Result<KvBuffer> {
+        let width = checks::product("cache", kv_heads, head_dim)?;
+        let len = checks::product("cache", checks::product("cache", slots, capacity)?, width)?;
+        let memory = Cache {
+            keys: vec![0.0; len],
+            values: vec![0.0; len],
+            kv_heads,
+            head_dim,
+            capacity,
+        };
+        Ok(KvBuffer {
+            slots,
+            capacity,
+            width,
+            memory: Box::new(memory),
+        })
+    }
+
+    fn kv_append(
+        &self,
+        cache: &mut KvBuffer,
+        k: &Buffer,
+        v: &Buffer,
+        segments: &[Segment],
+    ) -> Result<()> {
+        let (k, v) = (host(NAME, k)?, host(NAME, v)?);
+        check_len("values", k.len(), v.len())?;
+        checks::segments(
+            NAME,
+            "kv_append",
+            segments,
+            checks::rows("keys", k.len(), cache.width)?,
+        )?;
+        checks::cached(NAME, "kv_append", segments, cache)?;
+        let memory = cache.memory.downcast_mut::<Cache>();
+        memory
+            .ok_or(KernelError::ForeignHandle {
+                backend: NAME,
+                what: "cache",
+            })?
+            .append(k, v, segments);
+        Ok(())
+    }
+
+    fn attention(
+        &self,
+        q: &Buffer,
+        kv: &KvBuffer,
+        shape: &AttentionShape,
+        segments: &[Segment],
+    ) -> Result<Buffer> {
+        let (q, memory) = (host(NAME, q)?, cache(kv)?);
+        checks::shape(NAME, shape, kv.width)?;
+        check_len("cache heads", memory.kv_heads, shape.kv_heads)?;
+        let width = checks::product("query width", shape.heads, shape.head_dim)?;
+        checks::segments(
+            NAME,
+            "attention",
+            segments,
+            checks::rows("queries", q.len(), width)?,
+        )?;
+        checks::cached(NAME, "attention", segments, kv)?;
+        Ok(buffer(attention::attention(
+            self.simd, q, memory, shape, segments,
+        )?))
+    }
+
+    fn activation_mul(&self, gate: &Buffer, up: &Buffer, act: Activation) -> Result<Buffer> {
+        let (gate, up) = (host(NAME, gate)?, host(NAME, up)?);
+        check_len("up", gate.len(), up.len())?;
+        Ok(buffer(elementwise::activation_mul(
+            self.simd, gate, up, act,
+        )))
+    }
+
+    fn add_assign(&self, x: &mut Buffer, y: &Buffer) -> Result<()> {
+        let (x, y) = (host_mut(NAME, x)?, host(NAME, y)?);
+        check_len("addend", x.len(), y.len())?;
+        elementwise::add_assign(x, y);
+        Ok(())
+    }
+
+    fn gather_rows(&self, x: &Buffer, width: usize, rows: &[usize]) -> Result<Buffer> {
+        Ok(buffer(checks::gather(NAME, host(NAME, x)?, width, rows)?))
+    }
+
+    fn slice_columns(&self, x: &Buffer, width: usize, range: Range<usize>) -> Result<Buffer> {
+        Ok(buffer(checks::columns(host(NAME, x)?, width, range)?))
+    }
+
+    fn soft_cap(&self, x: &mut Buffer, cap: f32) -> Result<()> {
+        elementwise::soft_cap(host_mut(NAME, x)?, cap);
+        Ok(())
+    }
+
+    fn score(&self, logits: &Buffer, vocab: usize, targets: &[u32]) -> Result<Vec<TokenScore>> {
+        let logits = host(NAME, logits)?;
+        checks::targets(NAME, logits.len(), vocab, targets)?;
+        Ok(elementwise::score(self.simd, logits, vocab, targets))
+    }
+
+    fn argmax(&self, logits: &Buffer, vocab: usize) -> Result<Vec<u32>> {
+        let logits = host(NAME, logits)?;
+        checks::rows("logits", logits.len(), vocab)?;
+        Ok(elementwise::argmax(self.simd, logits, vocab))
+    }
+
+    fn hessian_update(&self, h: &mut Buffer, x: &Buffer, n: usize) -> Result<()> {
+        let (h, x) = (host_mut(NAME, h)?, host(NAME, x)?);
+        checks::rows("hessian input", x.len(), n)?;
+        check_len("hessian", checks::product("hessian", n, n)?, h.len())?;
+        hessian::update(h, x, n)
+    }
+}

@@ -1,0 +1,379 @@
+//! Integer weights.
+//!
+//! 4- and 8-bit words are used as given, without a copy. Other widths, and any weight with a column → group table,
+//! are unpacked at upload to one byte a code: those formats save disk, not memory traffic, on this backend.
+//!
+//! Few tokens: codes times x are summed per group, then `y += scale · (Σ code·x − zero · Σ x)`, so the inner loop has
+//! no multiplication by the scale. Many tokens: panels dequantized to f32 (see [`super::dense`] for what that means
+//! for batch independence).
+
+use std::ops::Range;
+
+use rayon::prelude::*;
+
+use super::dense::{GEMV_TOKENS, gemv};
+use super::matmul::by_panels;
+use super::simd::{Kernel, Lanes, Simd};
+use crate::backend::{Bytes, PackedWeight};
+use crate::error::{KernelError, Result, check_len};
+use crate::pack::words_for;
+
+enum Codes {
+    /// Two codes a byte, `[rows, cols/2]` (row stride in whole words).
+    Nibbles(Bytes),
+    /// One code a byte, row stride in whole words.
+    Bytes(Bytes),
+}
+
+/// Codes and their scales on this backend.
+pub struct PackedMatrix {
+    rows: usize,
+    cols: usize,
+    group_cols: usize,
+    groups: usize,
+    mid: u8,
+    codes: Codes,
+    row_stride: usize,
+    scales: Vec<f32>,
+    zeros: Option<Vec<u8>>,
+    group_index: Option<Vec<u32>>,
+}
+
+impl PackedMatrix {
+    /// Checks every length and chooses the layout.
+    pub fn new(w: &PackedWeight) -> Result<Self> {
+        let (rows, cols, bits) = (w.out_features, w.in_features, w.scheme.bits);
+        check_weight(w)?;
+        let stride = words_for(cols, bits) * 4;
+        let (codes, row_stride) = match (bits, &w.group_index) {
+            (4, None) => (Codes::Nibbles(w.words.clone()), stride),
+            (8, None) => (Codes::Bytes(w.words.clone()), stride),
+            _ => (
+                Codes::Bytes(Bytes::from_vec(unpack(
+                    w.words.as_slice(),
+                    rows,
+                    cols,
+                    bits,
+                    stride,
+                ))),
+                cols,
+            ),
+        };
+        Ok(Self {
+            rows,
+            cols,
+            group_cols: w.scheme.group_cols(cols),
+            groups: w.scheme.groups(cols)?,
+            mid: w.scheme.mid_code(),
+            codes,
+            row_stride,
+            scales: w.scales.clone(),
+            zeros: w.zeros.clone(),
+            group_index: w.group_index.clone(),
+        })
+    }
+
+    fn zero(&self, at: usize) -> u8 {
+        self.zeros.as_ref().map_or(self.mid, |z| z[at])
+    }
+
+    /// Rows as f32 `[rows, cols]`: `scale · (code − zero)`; `rows` within the matrix.
+    pub fn widen(&self, simd: Simd, rows: Range<usize>, out: &mut [f32]) {
+        for (row, out) in rows.zip(out.chunks_exact_mut(self.cols.max(1))) {
+            let at = row * self.row_stride;
+            let base = row * self.groups;
+            match (&self.codes, &self.group_index) {
+                (Codes::Bytes(b), Some(index)) => {
+                    let codes = &b.as_slice()[at..at + self.cols];
+                    for ((o, code), g) in out.iter_mut().zip(codes).zip(index) {
+                        let cell = base + *g as usize;
+                        *o = (f32::from(*code) - f32::from(self.zero(cell))) * self.scales[cell];
+                    }
+                }
+                (codes, _) => {
+                    let (bytes, nibbles) = match codes {
+                        Codes::Nibbles(b) => (b, true),
+                        Codes::Bytes(b) => (b, false),
+                    };
+                    simd.run(WidenRow {
+                        m: self,
+                        bytes: &bytes.as_slice()[at..at + self.row_stride],
+                        nibbles,
+                        base,
+                        out,
+                    });
+                }
+            }
+        }
+    }
+
+    /// `y = x Wᵀ`: x `[t, cols]`, y `[t, rows]`.
+    pub fn linear(&self, simd: Simd, x: &[f32], t: usize, y: &mut [f32]) -> Result<()> {
+        check_len("x", t * self.cols, x.len())?;
+        // The group kernels step whole registers of 16 lanes over nibble pairs, hence 32.
+        let grouped = self.group_index.is_none() && self.group_cols.is_multiple_of(32);
+        if t > GEMV_TOKENS || !grouped {
+            return by_panels(y, x, (t, self.rows, self.cols), |rows, out| {
+                self.widen(simd, rows, out)
+            });
+        }
+        let sums: Vec<f32> = x
+            .chunks_exact(self.group_cols)
+            .map(|g| simd.run(Sum(g)))
+            .collect();
+        match &self.codes {
+            Codes::Nibbles(bytes) => {
+                // Byte j holds columns 2j and 2j+1: with x parted the same way, a register of low nibbles meets a
+                // plain load of the even columns.
+                let half = self.cols / 2;
+                let mut parted = vec![0f32; x.len()];
+                for (row, x) in parted
+                    .chunks_exact_mut(self.cols)
+                    .zip(x.chunks_exact(self.cols))
+                {
+                    let (even, odd) = row.split_at_mut(half);
+                    for ((pair, e), o) in x.chunks_exact(2).zip(even).zip(odd) {
+                        (*e, *o) = (pair[0], pair[1]);
+                    }
+                }
+                gemv(y, t, self.rows, |rows, out| {
+                    simd.run(GroupGemv::<true> {
+                        m: self,
+                        bytes: bytes.as_slice(),
+                        first: rows.start,
+                        x: &parted,
+                        sums: &sums,
+                        t,
+                        out,
+                    });
+                });
+            }
+            Codes::Bytes(bytes) => gemv(y, t, self.rows, |rows, out| {
+                simd.run(GroupGemv::<false> {
+                    m: self,
+                    bytes: bytes.as_slice(),
+                    first: rows.start,
+                    x,
+                    sums: &sums,
+                    t,
+                    out,
+                });
+            }),
+        }
+        Ok(())
+    }
+}
+
+fn check_weight(w: &PackedWeight) -> Result<()> {
+    let (rows, cols, bits) = (w.out_features, w.in_features, w.scheme.bits);
+    if !(1..=8).contains(&bits) {
+        let why = format!("{bits}-bit codes");
+        return Err(KernelError::Unsupported {
+            backend: "cpu",
+            op: "upload_weight",
+            why,
+        });
+    }
+    let groups = w.scheme.groups(cols)?;
+    let bytes = words_for(cols, bits)
+        .checked_mul(4)
+        .and_then(|n| n.checked_mul(rows));
+    check_len(
+        "packed bytes",
+        bytes.ok_or(KernelError::Overflow("packed bytes"))?,
+        w.words.as_slice().len(),
+    )?;
+    check_len("scales", rows * groups, w.scales.len())?;
+    if let Some(z) = &w.zeros {
+        check_len("zero points", rows * groups, z.len())?;
+    }
+    if let Some(index) = &w.group_index {
+        check_len("g_idx", cols, index.len())?;
+        if let Some(bad) = index.iter().find(|g| **g as usize >= groups) {
+            return Err(KernelError::Length {
+                what: "g_idx group",
+                expected: groups,
+                found: *bad as usize,
+            });
+        }
+    }
+    Ok(())
+}
+
+/// One byte a code, `[rows, cols]`. A little-endian word stream is a byte stream with the same bit order.
+fn unpack(bytes: &[u8], rows: usize, cols: usize, bits: u8, stride: usize) -> Vec<u8> {
+    let mut out = vec![0u8; rows * cols];
+    let mask = (1u32 << bits) - 1;
+    out.par_chunks_mut(cols.max(1))
+        .zip(bytes.par_chunks(stride.max(1)))
+        .for_each(|(out, src)| {
+            for (i, o) in out.iter_mut().enumerate() {
+                let bit = i * bits as usize;
+                let low = u32::from(src[bit / 8]);
+                let high = u32::from(src.get(bit / 8 + 1).copied().unwrap_or(0));
+                *o = (((low | high << 8) >> (bit % 8)) & mask) as u8;
+            }
+        });
+    out
+}
+
+struct WidenRow<'a> {
+    m: &'a PackedMatrix,
+    bytes: &'a [u8],
+    nibbles: bool,
+    base: usize,
+    out: &'a mut [f32],
+}
+
+impl Kernel for WidenRow<'_> {
+    type Output = ();
+    #[inline(always)]
+    unsafe fn run<L: Lanes>(self) {
+        let Self {
+            m,
+            bytes,
+            nibbles,
+            base,
+            out,
+        } = self;
+        for (g, out) in out.chunks_exact_mut(m.group_cols).enumerate() {
+            let (scale, zero) = (m.scales[base + g], f32::from(m.zero(base + g)));
+            let first = g * m.group_cols;
+            if nibbles && first.is_multiple_of(2) {
+                let pairs = &bytes[first / 2..];
+                let (head, odd) = out.as_chunks_mut::<2>();
+                for (pair, b) in head.iter_mut().zip(pairs) {
+                    *pair = [
+                        (f32::from(b & 15) - zero) * scale,
+                        (f32::from(b >> 4) - zero) * scale,
+                    ];
+                }
+                if let [last] = odd {
+                    *last = (f32::from(pairs[head.len()] & 15) - zero) * scale;
+                }
+            } else if nibbles {
+                for (i, o) in out.iter_mut().enumerate() {
+                    let col = first + i;
+                    *o = (f32::from((bytes[col / 2] >> (col % 2 * 4)) & 15) - zero) * scale;
+                }
+            } else {
+                for (o, b) in out.iter_mut().zip(&bytes[first..]) {
+                    *o = (f32::from(*b) - zero) * scale;
+                }
+            }
+        }
+    }
+}
+
+/// Sum of a slice whose length is a multiple of 16.
+struct Sum<'a>(&'a [f32]);
+
+impl Kernel for Sum<'_> {
+    type Output = f32;
+    #[inline(always)]
+    unsafe fn run<L: Lanes>(self) -> f32 {
+        // SAFETY: chunks are exactly N long; the caller vouches for the instruction set.
+        unsafe {
+            let mut acc = L::splat(0.0);
+            for c in self.0.chunks_exact(L::N) {
+                acc = L::add(acc, L::load(c.as_ptr()));
+            }
+            L::sum(acc)
+        }
+    }
+}
+
+/// `out[r][t] = W[first + r] · x[t]`; x parted into even and odd columns when `NIBBLES`; sums `[t, groups]`.
+struct GroupGemv<'a, const NIBBLES: bool> {
+    m: &'a PackedMatrix,
+    bytes: &'a [u8],
+    first: usize,
+    x: &'a [f32],
+    sums: &'a [f32],
+    t: usize,
+    out: &'a mut [f32],
+}
+
+impl<const NIBBLES: bool> Kernel for GroupGemv<'_, NIBBLES> {
+    type Output = ();
+    #[inline(always)]
+    unsafe fn run<L: Lanes>(mut self) {
+        let rows = self.out.len() / self.t;
+        let mut r = 0;
+        while r < rows {
+            // SAFETY: the caller vouches for the instruction set; the blocks check their own ranges.
+            unsafe {
+                match self.t {
+                    1 if r + 2 <= rows => self.block::<L, 2, 1>(r),
+                    1 => self.block::<L, 1, 1>(r),
+                    2 => self.block::<L, 1, 2>(r),
+                    3 => self.block::<L, 1, 3>(r),
+                    _ => self.block::<L, 1, 4>(r),
+                }
+            }
+            r += if self.t == 1 && r + 2 <= rows { 2 } else { 1 };
+        }
+    }
+}
+
+impl<const NIBBLES: bool> GroupGemv<'_, NIBBLES> {
+    /// # Safety
+    /// The instruction set of `L` is available; `group_cols` is a multiple of 32.
+    #[inline(always)]
+    unsafe fn block<L: Lanes, const R: usize, const T: usize>(&mut self, r0: usize) {
+        let m = self.m;
+        let (k, groups, stride) = (m.cols, m.groups, m.row_stride);
+        let x = &self.x[..T * k];
+        let codes = &self.bytes[(self.first + r0) * stride..(self.first + r0 + R) * stride];
+        let per_step = if NIBBLES { 2 * L::N } else { L::N };
+        // SAFETY: a row has `stride` bytes of codes for its k columns, a step reads N bytes and `per_step` columns,
+        // and `per_step` divides `group_cols`, so every offset stays inside the two slices above.
+        unsafe {
+            let mut total = [[L::splat(0.0); T]; R];
+            let mut shift = [[0f32; T]; R];
+            for g in 0..groups {
+                let mut acc = [[[L::splat(0.0); 2]; T]; R];
+                let start = g * m.group_cols;
+                for step in 0..m.group_cols / per_step {
+                    let byte = if NIBBLES { start / 2 } else { start } + step * L::N;
+                    for r in 0..R {
+                        let p = codes.as_ptr().add(r * stride + byte);
+                        if NIBBLES {
+                            let (low, high) = L::load_nibbles(p);
+                            for t in 0..T {
+                                let even = x.as_ptr().add(t * k + byte);
+                                acc[r][t][0] = L::fmadd(low, L::load(even), acc[r][t][0]);
+                                acc[r][t][1] =
+                                    L::fmadd(high, L::load(even.add(k / 2)), acc[r][t][1]);
+                            }
+                        } else {
+                            let wide = L::load_u8(p);
+                            for t in 0..T {
+                                let xv = L::load(x.as_ptr().add(t * k + byte));
+                                acc[r][t][0] = L::fmadd(wide, xv, acc[r][t][0]);
+                            }
+                        }
+                    }
+                }
+                for r in 0..R {
+                    let cell = (self.first + r0 + r) * groups + g;
+                    let (scale, zero) = (m.scales[cell], f32::from(m.zero(cell)));
+                    for t in 0..T {
+                        let both = if NIBBLES {
+                            L::add(acc[r][t][0], acc[r][t][1])
+                        } else {
+                            acc[r][t][0]
+                        };
+                        total[r][t] = L::fmadd(L::splat(scale), both, total[r][t]);
+                        shift[r][t] += scale * zero * self.sums[t * groups + g];
+                    }
+                }
+            }
+            for r in 0..R {
+                for t in 0..T {
+                    self.out[(r0 + r) * T + t] = L::sum(total[r][t]) - shift[r][t];
+                }
+            }
+        }
+    }
+}

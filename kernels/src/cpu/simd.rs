@@ -1,0 +1,350 @@
+//! Vector lanes chosen at run time: each kernel is written once over [`Lanes`] and compiled per instruction set.
+
+use half::{bf16, f16};
+
+/// The widest instruction set a kernel may use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Level {
+    /// Whatever the build target guarantees.
+    Portable,
+    /// AVX2, FMA and F16C.
+    Avx2,
+    /// The above and AVX-512F.
+    Avx512,
+}
+
+/// A level this machine was seen to have. It cannot be made otherwise, which is what makes [`Simd::run`] sound.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Simd(Level);
+
+/// A loop nest generic in its vector width. Implementations of `run` must be `#[inline(always)]`: only then do the
+/// intrinsics land in the function that enables their instruction set.
+pub trait Kernel {
+    /// What it returns.
+    type Output;
+    /// # Safety
+    /// The instruction set of `L` is available.
+    unsafe fn run<L: Lanes>(self) -> Self::Output;
+}
+
+impl Simd {
+    /// The best level of this machine, no higher than `most`.
+    pub fn up_to(most: Level) -> Self {
+        Self(detected().min(most))
+    }
+
+    /// The level in use.
+    pub fn level(self) -> Level {
+        self.0
+    }
+
+    /// Runs the kernel compiled for this level.
+    pub fn run<K: Kernel>(self, kernel: K) -> K::Output {
+        match self.0 {
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: a `Simd` holds only levels that `detected` found on this machine.
+            Level::Avx512 => unsafe { x86::run_avx512(kernel) },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: as above.
+            Level::Avx2 => unsafe { x86::run_avx2(kernel) },
+            // SAFETY: the portable lanes use no instruction set beyond the build target's.
+            _ => unsafe { kernel.run::<Portable>() },
+        }
+    }
+}
+
+fn detected() -> Level {
+    #[cfg(target_arch = "x86_64")]
+    if is_x86_feature_detected!("avx2")
+        && is_x86_feature_detected!("fma")
+        && is_x86_feature_detected!("f16c")
+    {
+        return if is_x86_feature_detected!("avx512f") {
+            Level::Avx512
+        } else {
+            Level::Avx2
+        };
+    }
+    Level::Portable
+}
+
+/// `N` f32 lanes.
+///
+/// # Safety
+/// `V` must consist of exactly `N` f32 (it is read back as such). Every method requires its instruction set to be
+/// available; the pointer ones also that the bytes they name (`N` elements from `p`, no alignment) are readable.
+pub unsafe trait Lanes {
+    /// The register.
+    type V: Copy;
+    /// Lanes.
+    const N: usize;
+    /// All lanes `x`.
+    /// # Safety
+    /// See the trait.
+    unsafe fn splat(x: f32) -> Self::V;
+    /// `N` f32.
+    /// # Safety
+    /// See the trait.
+    unsafe fn load(p: *const f32) -> Self::V;
+    /// Writes `N` f32.
+    /// # Safety
+    /// See the trait; `p` is writable.
+    unsafe fn store(p: *mut f32, v: Self::V);
+    /// `a · b + c`.
+    /// # Safety
+    /// See the trait.
+    unsafe fn fmadd(a: Self::V, b: Self::V, c: Self::V) -> Self::V;
+    /// `a + b`.
+    /// # Safety
+    /// See the trait.
+    unsafe fn add(a: Self::V, b: Self::V) -> Self::V;
+    /// `N` little-endian bfloat16, widened.
+    /// # Safety
+    /// See the trait.
+    unsafe fn load_bf16(p: *const u8) -> Self::V;
+    /// `N` little-endian IEEE halves, widened.
+    /// # Safety
+    /// See the trait.
+    unsafe fn load_f16(p: *const u8) -> Self::V;
+    /// `N` bytes as numbers 0–255.
+    /// # Safety
+    /// See the trait.
+    unsafe fn load_u8(p: *const u8) -> Self::V;
+    /// Low and high nibbles of `N` bytes as numbers 0–15.
+    /// # Safety
+    /// See the trait.
+    unsafe fn load_nibbles(p: *const u8) -> (Self::V, Self::V);
+
+    /// Sum of the lanes, as a binary tree (the same order on every machine of equal `N`).
+    /// # Safety
+    /// See the trait.
+    #[inline(always)]
+    unsafe fn sum(v: Self::V) -> f32 {
+        let mut lanes = [0f32; 16];
+        // SAFETY: N ≤ 16 lanes fit in the array; the caller vouches for the instruction set.
+        unsafe { Self::store(lanes.as_mut_ptr(), v) };
+        let mut width = Self::N / 2;
+        while width > 0 {
+            for i in 0..width {
+                lanes[i] += lanes[i + width];
+            }
+            width /= 2;
+        }
+        lanes[0]
+    }
+}
+
+/// Eight lanes in an array; the compiler makes of it what the target has.
+pub struct Portable;
+
+// SAFETY: `V` is eight f32; the methods only read the N elements the contract names.
+unsafe impl Lanes for Portable {
+    type V = [f32; 8];
+    const N: usize = 8;
+    #[inline(always)]
+    unsafe fn splat(x: f32) -> Self::V {
+        [x; 8]
+    }
+    #[inline(always)]
+    unsafe fn load(p: *const f32) -> Self::V {
+        // SAFETY: the caller vouches for eight f32 at `p`; the read needs no alignment.
+        unsafe { p.cast::<[f32; 8]>().read_unaligned() }
+    }
+    #[inline(always)]
+    unsafe fn store(p: *mut f32, v: Self::V) {
+        // SAFETY: the caller vouches for eight writable f32 at `p`.
+        unsafe { p.cast::<[f32; 8]>().write_unaligned(v) }
+    }
+    #[inline(always)]
+    unsafe fn fmadd(a: Self::V, b: Self::V, c: Self::V) -> Self::V {
+        // Not `mul_add`: without FMA that is a library call per lane.
+        std::array::from_fn(|i| a[i] * b[i] + c[i])
+    }
+    #[inline(always)]
+    unsafe fn add(a: Self::V, b: Self::V) -> Self::V {
+        std::array::from_fn(|i| a[i] + b[i])
+    }
+    #[inline(always)]
+    unsafe fn load_bf16(p: *const u8) -> Self::V {
+        // SAFETY: the caller vouches for sixteen bytes at `p`.
+        let raw = unsafe { p.cast::<[[u8; 2]; 8]>().read_unaligned() };
+        raw.map(|b| bf16::from_le_bytes(b).to_f32())
+    }
+    #[inline(always)]
+    unsafe fn load_f16(p: *const u8) -> Self::V {
+        // SAFETY: as in `load_bf16`.
+        let raw = unsafe { p.cast::<[[u8; 2]; 8]>().read_unaligned() };
+        raw.map(|b| f16::from_le_bytes(b).to_f32())
+    }
+    #[inline(always)]
+    unsafe fn load_u8(p: *const u8) -> Self::V {
+        // SAFETY: the caller vouches for eight bytes at `p`.
+        unsafe { p.cast::<[u8; 8]>().read_unaligned() }.map(f32::from)
+    }
+    #[inline(always)]
+    unsafe fn load_nibbles(p: *const u8) -> (Self::V, Self::V) {
+        // SAFETY: the caller vouches for eight bytes at `p`.
+        let raw = unsafe { p.cast::<[u8; 8]>().read_unaligned() };
+        (
+            raw.map(|b| f32::from(b & 15)),
+            raw.map(|b| f32::from(b >> 4)),
+        )
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use std::arch::x86_64::*;
+
+    use super::{Kernel, Lanes};
+
+    /// # Safety
+    /// AVX2, FMA and F16C are available.
+    #[target_feature(enable = "avx2,fma,f16c")]
+    pub unsafe fn run_avx2<K: Kernel>(kernel: K) -> K::Output {
+        // SAFETY: this function enables what `Avx2` needs.
+        unsafe { kernel.run::<Avx2>() }
+    }
+
+    /// # Safety
+    /// AVX-512F, AVX2, FMA and F16C are available.
+    #[target_feature(enable = "avx512f,avx2,fma,f16c")]
+    pub unsafe fn run_avx512<K: Kernel>(kernel: K) -> K::Output {
+        // SAFETY: this function enables what `Avx512` needs.
+        unsafe { kernel.run::<Avx512>() }
+    }
+
+    /// Eight lanes.
+    pub struct Avx2;
+
+    // SAFETY: `V` is eight f32; each method reads or writes the N elements its contract names.
+    unsafe impl Lanes for Avx2 {
+        type V = __m256;
+        const N: usize = 8;
+        #[inline]
+        #[target_feature(enable = "avx2,fma,f16c")]
+        unsafe fn splat(x: f32) -> __m256 {
+            _mm256_set1_ps(x)
+        }
+        #[inline]
+        #[target_feature(enable = "avx2,fma,f16c")]
+        unsafe fn load(p: *const f32) -> __m256 {
+            // SAFETY: the caller vouches for eight f32 at `p`; loadu needs no alignment.
+            unsafe { _mm256_loadu_ps(p) }
+        }
+        #[inline]
+        #[target_feature(enable = "avx2,fma,f16c")]
+        unsafe fn store(p: *mut f32, v: __m256) {
+            // SAFETY: the caller vouches for eight writable f32 at `p`.
+            unsafe { _mm256_storeu_ps(p, v) }
+        }
+        #[inline]
+        #[target_feature(enable = "avx2,fma,f16c")]
+        unsafe fn fmadd(a: __m256, b: __m256, c: __m256) -> __m256 {
+            _mm256_fmadd_ps(a, b, c)
+        }
+        #[inline]
+        #[target_feature(enable = "avx2,fma,f16c")]
+        unsafe fn add(a: __m256, b: __m256) -> __m256 {
+            _mm256_add_ps(a, b)
+        }
+        #[inline]
+        #[target_feature(enable = "avx2,fma,f16c")]
+        unsafe fn load_bf16(p: *const u8) -> __m256 {
+            // SAFETY: the caller vouches for sixteen bytes at `p`.
+            let raw = unsafe { _mm_loadu_si128(p.cast()) };
+            _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(raw)))
+        }
+        #[inline]
+        #[target_feature(enable = "avx2,fma,f16c")]
+        unsafe fn load_f16(p: *const u8) -> __m256 {
+            // SAFETY: the caller vouches for sixteen bytes at `p`.
+            _mm256_cvtph_ps(unsafe { _mm_loadu_si128(p.cast()) })
+        }
+        #[inline]
+        #[target_feature(enable = "avx2,fma,f16c")]
+        unsafe fn load_u8(p: *const u8) -> __m256 {
+            // SAFETY: the caller vouches for eight bytes at `p`.
+            let raw = unsafe { _mm_loadl_epi64(p.cast()) };
+            _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(raw))
+        }
+        #[inline]
+        #[target_feature(enable = "avx2,fma,f16c")]
+        unsafe fn load_nibbles(p: *const u8) -> (__m256, __m256) {
+            // SAFETY: the caller vouches for eight bytes at `p`.
+            let wide = _mm256_cvtepu8_epi32(unsafe { _mm_loadl_epi64(p.cast()) });
+            let low = _mm256_and_si256(wide, _mm256_set1_epi32(15));
+            (
+                _mm256_cvtepi32_ps(low),
+                _mm256_cvtepi32_ps(_mm256_srli_epi32::<4>(wide)),
+            )
+        }
+    }
+
+    /// Sixteen lanes.
+    pub struct Avx512;
+
+    // SAFETY: `V` is sixteen f32; each method reads or writes the N elements its contract names.
+    unsafe impl Lanes for Avx512 {
+        type V = __m512;
+        const N: usize = 16;
+        #[inline]
+        #[target_feature(enable = "avx512f,avx2,fma,f16c")]
+        unsafe fn splat(x: f32) -> __m512 {
+            _mm512_set1_ps(x)
+        }
+        #[inline]
+        #[target_feature(enable = "avx512f,avx2,fma,f16c")]
+        unsafe fn load(p: *const f32) -> __m512 {
+            // SAFETY: the caller vouches for sixteen f32 at `p`; loadu needs no alignment.
+            unsafe { _mm512_loadu_ps(p) }
+        }
+        #[inline]
+        #[target_feature(enable = "avx512f,avx2,fma,f16c")]
+        unsafe fn store(p: *mut f32, v: __m512) {
+            // SAFETY: the caller vouches for sixteen writable f32 at `p`.
+            unsafe { _mm512_storeu_ps(p, v) }
+        }
+        #[inline]
+        #[target_feature(enable = "avx512f,avx2,fma,f16c")]
+        unsafe fn fmadd(a: __m512, b: __m512, c: __m512) -> __m512 {
+            _mm512_fmadd_ps(a, b, c)
+        }
+        #[inline]
+        #[target_feature(enable = "avx512f,avx2,fma,f16c")]
+        unsafe fn add(a: __m512, b: __m512) -> __m512 {
+            _mm512_add_ps(a, b)
+        }
+        #[inline]
+        #[target_feature(enable = "avx512f,avx2,fma,f16c")]
+        unsafe fn load_bf16(p: *const u8) -> __m512 {
+            // SAFETY: the caller vouches for thirty-two bytes at `p`.
+            let raw = unsafe { _mm256_loadu_si256(p.cast()) };
+            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(raw)))
+        }
+        #[inline]
+        #[target_feature(enable = "avx512f,avx2,fma,f16c")]
+        unsafe fn load_f16(p: *const u8) -> __m512 {
+            // SAFETY: the caller vouches for thirty-two bytes at `p`.
+            _mm512_cvtph_ps(unsafe { _mm256_loadu_si256(p.cast()) })
+        }
+        #[inline]
+        #[target_feature(enable = "avx512f,avx2,fma,f16c")]
+        unsafe fn load_u8(p: *const u8) -> __m512 {
+            // SAFETY: the caller vouches for sixteen bytes at `p`.
+            let raw = unsafe { _mm_loadu_si128(p.cast()) };
+            _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(raw))
+        }
+        #[inline]
+        #[target_feature(enable = "avx512f,avx2,fma,f16c")]
+        unsafe fn load_nibbles(p: *const u8) -> (__m512, __m512) {
+            // SAFETY: the caller vouches for sixteen bytes at `p`.
+            let wide = _mm512_cvtepu8_epi32(unsafe { _mm_loadu_si128(p.cast()) });
+            let low = _mm512_and_si512(wide, _mm512_set1_epi32(15));
+            (
+                _mm512_cvtepi32_ps(low),
+                _mm512_cvtepi32_ps(_mm512_srli_epi32::<4>(wide)),
+            )
+        }
+    }
+}

@@ -1,0 +1,14 @@
+//! Number formats and the operations on them: slices, buffers and sizes only, no files, no layer names.
+
+pub mod backend;
+pub mod cpu;
+pub mod error;
+pub mod pack;
+pub mod qdq;
+pub mod quantized;
+pub mod scheme;
+
+pub use error::{KernelError, Result};
+pub use qdq::ScaleType;
+pub use quantized::QuantizedMatrix;
+pub use scheme::{GroupSize, Scheme};

@@ -1,0 +1,160 @@
+//! Packing codes into little-endian `u32` words: one dense bit stream, least significant bit first.
+//!
+//! compressed-tensors packs along rows (`weight_packed` `[out, ceil(in·b/32)]`), GPTQ along columns
+//! (`qweight` `[in·b/32, out]`). Element `i` of a lane occupies bits `[i·b, i·b+b)`; widths that do not divide
+//! 32 straddle words. Zero points: compressed-tensors packs them along rows of the transposed matrix, GPTQ along `out`.
+
+use crate::error::{KernelError, Result, check_len};
+
+/// Words needed for `n` codes of `bits`.
+pub fn words_for(n: usize, bits: u8) -> usize {
+    (n * bits as usize).div_ceil(32)
+}
+
+fn put(words: &mut [u32], stride: usize, i: usize, bits: u8, code: u8) {
+    let bit = i * bits as usize;
+    let (word, shift) = (bit / 32, bit % 32);
+    let wide = u64::from(code) << shift;
+    words[word * stride] |= wide as u32;
+    if shift + bits as usize > 32 {
+        words[(word + 1) * stride] |= (wide >> 32) as u32;
+    }
+}
+
+fn get(words: &[u32], stride: usize, i: usize, bits: u8) -> u8 {
+    let bit = i * bits as usize;
+    let (word, shift) = (bit / 32, bit % 32);
+    let mut wide = u64::from(words[word * stride]);
+    if shift + bits as usize > 32 {
+        wide |= u64::from(words[(word + 1) * stride]) << 32;
+    }
+    ((wide >> shift) & ((1u64 << bits) - 1)) as u8
+}
+
+/// Packs `[rows, cols]` codes along each row into `[rows, ceil(cols·bits/32)]`.
+pub fn pack_rows(codes: &[u8], rows: usize, cols: usize, bits: u8) -> Result<Vec<u32>> {
+    check_codes(codes, rows, cols, bits)?;
+    let width = words_for(cols, bits);
+    let mut out = vec![0u32; rows * width];
+    for r in 0..rows {
+        for c in 0..cols {
+            put(&mut out[r * width..], 1, c, bits, codes[r * cols + c]);
+        }
+    }
+    Ok(out)
+}
+
+/// Inverse of [`pack_rows`].
+pub fn unpack_rows(words: &[u32], rows: usize, cols: usize, bits: u8) -> Result<Vec<u8>> {
+    let width = words_for(cols, bits);
+    check_len(
+        "packed words",
+        rows.checked_mul(width)
+            .ok_or(KernelError::Overflow("packed words"))?,
+        words.len(),
+    )?;
+    let mut out = Vec::with_capacity(rows * cols);
+    for r in 0..rows {
+        out.extend((0..cols).map(|c| get(&words[r * width..], 1, c, bits)));
+    }
+    Ok(out)
+}
+
+/// Packs `[rows, cols]` codes along each column into `[ceil(rows·bits/32), cols]`.
+pub fn pack_columns(codes: &[u8], rows: usize, cols: usize, bits: u8) -> Result<Vec<u32>> {
+    check_codes(codes, rows, cols, bits)?;
+    let mut out = vec![0u32; words_for(rows, bits) * cols];
+    for r in 0..rows {
+        for c in 0..cols {
+            put(&mut out[c..], cols, r, bits, codes[r * cols + c]);
+        }
+    }
+    Ok(out)
+}
+
+/// Inverse of [`pack_columns`].
+pub fn unpack_columns(words: &[u32], rows: usize, cols: usize, bits: u8) -> Result<Vec<u8>> {
+    check_len(
+        "packed words",
+        words_for(rows, bits)
+            .checked_mul(cols)
+            .ok_or(KernelError::Overflow("packed words"))?,
+        words.len(),
+    )?;
+    let mut out = vec![0u8; rows * cols];
+    for r in 0..rows {
+        for c in 0..cols {
+            out[r * cols + c] = get(&words[c..], cols, r, bits);
+        }
+    }
+    Ok(out)
+}
+
+fn check_codes(codes: &[u8], rows: usize, cols: usize, bits: u8) -> Result<()> {
+    check_len(
+        "codes",
+        rows.checked_mul(cols)
+            .ok_or(KernelError::Overflow("codes"))?,
+        codes.len(),
+    )?;
+    let max = ((1u16 << bits) - 1) as u8;
+    match codes.iter().position(|c| *c > max) {
+        Some(index) => Err(KernelError::BadCode {
+            index,
+            code: codes[index],
+            bits,
+        }),
+        None => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn four_bit_rows_put_column_zero_in_the_lowest_nibble() {
+        let codes = [1, 2, 3, 4, 5, 6, 7, 8];
+        assert_eq!(pack_rows(&codes, 1, 8, 4).unwrap(), [0x8765_4321]);
+        assert_eq!(pack_columns(&codes, 8, 1, 4).unwrap(), [0x8765_4321]);
+    }
+
+    #[test]
+    fn three_bit_codes_straddle_words_as_gptq_does() {
+        // word 0 = codes 0–9 and the low 2 bits of code 10; word 1 starts with its top bit.
+        let mut codes = [0u8; 32];
+        codes[10] = 0b101;
+        codes[11] = 0b111;
+        let w = pack_rows(&codes, 1, 32, 3).unwrap();
+        assert_eq!(w, [0b01 << 30, 1 | (0b111 << 1), 0]);
+    }
+
+    #[test]
+    fn a_code_too_large_is_refused_with_its_place() {
+        let e = pack_rows(&[0, 16], 1, 2, 4).unwrap_err();
+        assert!(matches!(
+            e,
+            KernelError::BadCode {
+                index: 1,
+                code: 16,
+                bits: 4
+            }
+        ));
+    }
+
+    proptest! {
+        #[test]
+        fn packing_round_trips(bits in 1u8..=8, rows in 1usize..5, cols in 1usize..70, seed: u64) {
+            let max = ((1u16 << bits) - 1) as u8;
+            let codes: Vec<u8> = (0..rows * cols)
+                .map(|i| ((seed.wrapping_mul(i as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32) as u8) & max)
+                .collect();
+            let packed = pack_rows(&codes, rows, cols, bits).unwrap();
+            prop_assert_eq!(unpack_rows(&packed, rows, cols, bits).unwrap(), codes.clone());
+            let packed = pack_columns(&codes, rows, cols, bits).unwrap();
+            prop_assert_eq!(unpack_columns(&packed, rows, cols, bits).unwrap(), codes);
+        }
+    }
+}

@@ -1,0 +1,264 @@
+//! One decoder block as a sequence of stages.
+//!
+//! The stages are what calibration needs: each ends where a group of linears that share an input begins
+//! (q/k/v → o → gate/up → down), so quantizing one group and going on costs no second pass.
+
+use lowbit_checkpoint::config::ModelConfig;
+use lowbit_checkpoint::Checkpoint;
+use lowbit_kernels::backend::{AttentionShape, Backend, Buffer, HostWeight, KvBuffer, Segment, WeightHandle};
+
+use crate::error::{At, ModelError, Result};
+use crate::rope::Rope;
+
+/// A linear on the device.
+pub struct Linear {
+    /// Full module name.
+    pub module: String,
+    /// Weight.
+    pub weight: WeightHandle,
+    /// `[out]`.
+    pub bias: Option<Buffer>,
+}
+
+impl Linear {
+    /// Reads and uploads `module`.
+    pub fn load(ckpt: &Checkpoint, backend: &dyn Backend, module: &str, out: usize, n: usize) -> Result<Self> {
+        let host = ckpt.linear(module, out, n)?;
+        let bias = ckpt.bias(module, out)?;
+        Self::from_host(backend, module, &host, bias.as_deref())
+    }
+
+    /// Uploads a weight that is already in memory (a freshly quantized one).
+    pub fn from_host(backend: &dyn Backend, module: &str, host: &HostWeight, bias: Option<&[f32]>) -> Result<Self> {
+        let weight = backend.upload_weight(host).at(module)?;
+        let bias = bias.map(|b| backend.upload(b).at(module)).transpose()?;
+        Ok(Self { module: module.to_string(), weight, bias })
+    }
+
+    /// `x · Wᵀ + b`.
+    pub fn apply(&self, backend: &dyn Backend, x: &Buffer) -> Result<Buffer> {
+        backend.linear(x, &self.weight, self.bias.as_ref()).at(&self.module)
+    }
+}
+
+/// The four groups of linears that share an input, in the order of the forward pass.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LinearGroup {
+    /// q, k, v (or the fused qkv).
+    Attention,
+    /// o.
+    Output,
+    /// gate, up (or fused).
+    Mlp,
+    /// down.
+    Down,
+}
+
+impl LinearGroup {
+    /// All, in order.
+    pub const ALL: [LinearGroup; 4] = [LinearGroup::Attention, LinearGroup::Output, LinearGroup::Mlp, LinearGroup::Down];
+}
+
+/// Name, rows and columns of a linear of a block.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LinearShape {
+    /// Suffix within the block: `self_attn.q_proj`.
+    pub suffix: &'static str,
+    /// Group.
+    pub group: LinearGroup,
+    /// Rows.
+    pub out_features: usize,
+    /// Columns.
+    pub in_features: usize,
+}
+
+/// The linears of a block, in graph order.
+pub fn linear_shapes(c: &ModelConfig) -> Vec<LinearShape> {
+    let (q, kv) = (c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim);
+    let (h, m) = (c.hidden_size, c.intermediate_size);
+    let s = |suffix, group, out_features, in_features| LinearShape { suffix, group, out_features, in_features };
+    let mut v = if c.fused_projections {
+        vec![s("self_attn.qkv_proj", LinearGroup::Attention, q + 2 * kv, h)]
+    } else {
+        vec![
+            s("self_attn.q_proj", LinearGroup::Attention, q, h),
+            s("self_attn.k_proj", LinearGroup::Attention, kv, h),
+            s("self_attn.v_proj", LinearGroup::Attention, kv, h),
+        ]
+    };
+    v.push(s("self_attn.o_proj", LinearGroup::Output, h, q));
+    if c.fused_projections {
+        v.push(s("mlp.gate_up_proj", LinearGroup::Mlp, 2 * m, h));
+    } else {
+        v.push(s("mlp.gate_proj", LinearGroup::Mlp, m, h));
+        v.push(s("mlp.up_proj", LinearGroup::Mlp, m, h));
+    }
+    v.push(s("mlp.down_proj", LinearGroup::Down, h, m));
+    v
+}
+
+/// A decoder block.
+pub struct Block {
+    /// Index.
+    pub index: usize,
+    /// Linears in the order of [`linear_shapes`].
+    pub linears: Vec<Linear>,
+    shapes: Vec<LinearShape>,
+    input_norm: Buffer,
+    pre_mlp_norm: Buffer,
+    post_attention_norm: Option<Buffer>,
+    post_mlp_norm: Option<Buffer>,
+    q_norm: Option<Buffer>,
+    k_norm: Option<Buffer>,
+    rope: Rope,
+    shape: AttentionShape,
+    config: ModelConfig,
+}
+
+impl Block {
+    /// Loads block `index`; `prefix` is `model.layers.N`.
+    pub fn load(ckpt: &Checkpoint, backend: &dyn Backend, prefix: &str, index: usize) -> Result<Self> {
+        let c = &ckpt.config;
+        let shapes = linear_shapes(c);
+        let linears = shapes
+            .iter()
+            .map(|s| Linear::load(ckpt, backend, &format!("{prefix}.{}", s.suffix), s.out_features, s.in_features))
+            .collect::<Result<Vec<_>>>()?;
+        let norm = |name: &str, len: usize| -> Result<Buffer> {
+            let full = format!("{prefix}.{name}.weight");
+            backend.upload(&ckpt.store.vector(&full, len)?).at(&full)
+        };
+        let optional = |on: bool, name: &str, len: usize| if on { norm(name, len).map(Some) } else { Ok(None) };
+        let h = c.hidden_size;
+        let slides = c.layer_slides.get(index).copied().unwrap_or(false);
+        let rope = match &c.rope_local {
+            Some(local) if slides => local,
+            _ => &c.rope,
+        };
+        // An even number of rotated elements, as transformers truncates head_dim · factor.
+        let rotated = ((c.head_dim as f64 * c.partial_rotary_factor) as usize) & !1;
+        Ok(Self {
+            index,
+            linears,
+            shapes,
+            input_norm: norm("input_layernorm", h)?,
+            pre_mlp_norm: norm(if c.post_norms { "pre_feedforward_layernorm" } else { "post_attention_layernorm" }, h)?,
+            post_attention_norm: optional(c.post_norms, "post_attention_layernorm", h)?,
+            post_mlp_norm: optional(c.post_norms, "post_feedforward_layernorm", h)?,
+            q_norm: optional(c.qk_norm, "self_attn.q_norm", c.head_dim)?,
+            k_norm: optional(c.qk_norm, "self_attn.k_norm", c.head_dim)?,
+            rope: Rope::new(rope, rotated),
+            shape: AttentionShape {
+                heads: c.num_heads,
+                kv_heads: c.num_kv_heads,
+                head_dim: c.head_dim,
+                scale: c.attention_scale,
+                window: if slides { c.sliding_window } else { None },
+                soft_cap: c.attention_soft_cap,
+            },
+            config: c.clone(),
+        })
+    }
+
+    /// Key/value heads.
+    pub fn kv_heads(&self) -> usize {
+        self.config.num_kv_heads
+    }
+
+    /// Width of a head.
+    pub fn head_dim(&self) -> usize {
+        self.config.head_dim
+    }
+
+    /// Shapes of the linears, in the order of `linears`.
+    pub fn shapes(&self) -> &[LinearShape] {
+        &self.shapes
+    }
+
+    fn linear(&self, suffix: &str) -> Result<&Linear> {
+        let i = self.shapes.iter().position(|s| s.suffix == suffix);
+        i.and_then(|i| self.linears.get(i)).ok_or_else(|| ModelError::Argument(format!("block {} has no `{suffix}`", self.index)))
+    }
+
+    fn norm(&self, b: &dyn Backend, x: &Buffer, weight: &Buffer, width: usize, place: &str) -> Result<Buffer> {
+        b.rms_norm(x, weight, width, self.config.rms_norm_eps, self.config.norm_offset).at(place)
+    }
+
+    /// Stage 1: the input of q, k and v.
+    pub fn attention_input(&self, b: &dyn Backend, x: &Buffer) -> Result<Buffer> {
+        self.norm(b, x, &self.input_norm, self.config.hidden_size, "input_layernorm")
+    }
+
+    /// Stage 2: q, k, v, rotation, cache, attention: the input of o.
+    pub fn attend(&self, b: &dyn Backend, input: &Buffer, segments: &[Segment], cache: &mut KvBuffer) -> Result<Buffer> {
+        let c = &self.config;
+        let (qw, kw) = (c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim);
+        let (mut q, mut k, v) = if c.fused_projections {
+            let all = self.linear("self_attn.qkv_proj")?.apply(b, input)?;
+            let w = qw + 2 * kw;
+            let part = |r: std::ops::Range<usize>| b.slice_columns(&all, w, r).at("qkv_proj");
+            (part(0..qw)?, part(qw..qw + kw)?, part(qw + kw..w)?)
+        } else {
+            (
+                self.linear("self_attn.q_proj")?.apply(b, input)?,
+                self.linear("self_attn.k_proj")?.apply(b, input)?,
+                self.linear("self_attn.v_proj")?.apply(b, input)?,
+            )
+        };
+        if let Some(w) = &self.q_norm {
+            q = self.norm(b, &q, w, c.head_dim, "q_norm")?;
+        }
+        if let Some(w) = &self.k_norm {
+            k = self.norm(b, &k, w, c.head_dim, "k_norm")?;
+        }
+        b.rope(&mut q, c.num_heads, c.head_dim, &self.rope.inv_freq, self.rope.mscale, segments).at("rope")?;
+        b.rope(&mut k, c.num_kv_heads, c.head_dim, &self.rope.inv_freq, self.rope.mscale, segments).at("rope")?;
+        b.kv_append(cache, &k, &v, segments).at("kv_append")?;
+        b.attention(&q, cache, &self.shape, segments).at("attention")
+    }
+
+    /// Stage 3: o and the residual.
+    pub fn attention_residual(&self, b: &dyn Backend, x: &mut Buffer, attended: &Buffer) -> Result<()> {
+        let mut y = self.linear("self_attn.o_proj")?.apply(b, attended)?;
+        if let Some(w) = &self.post_attention_norm {
+            y = self.norm(b, &y, w, self.config.hidden_size, "post_attention_layernorm")?;
+        }
+        b.add_assign(x, &y).at("residual")
+    }
+
+    /// Stage 4: the input of gate and up.
+    pub fn mlp_input(&self, b: &dyn Backend, x: &Buffer) -> Result<Buffer> {
+        self.norm(b, x, &self.pre_mlp_norm, self.config.hidden_size, "mlp norm")
+    }
+
+    /// Stage 5: gate, up, activation: the input of down.
+    pub fn mlp_activation(&self, b: &dyn Backend, input: &Buffer) -> Result<Buffer> {
+        let m = self.config.intermediate_size;
+        let (gate, up) = if self.config.fused_projections {
+            let all = self.linear("mlp.gate_up_proj")?.apply(b, input)?;
+            (b.slice_columns(&all, 2 * m, 0..m).at("gate")?, b.slice_columns(&all, 2 * m, m..2 * m).at("up")?)
+        } else {
+            (self.linear("mlp.gate_proj")?.apply(b, input)?, self.linear("mlp.up_proj")?.apply(b, input)?)
+        };
+        b.activation_mul(&gate, &up, self.config.activation).at("activation")
+    }
+
+    /// Stage 6: down and the residual.
+    pub fn mlp_residual(&self, b: &dyn Backend, x: &mut Buffer, activated: &Buffer) -> Result<()> {
+        let mut y = self.linear("mlp.down_proj")?.apply(b, activated)?;
+        if let Some(w) = &self.post_mlp_norm {
+            y = self.norm(b, &y, w, self.config.hidden_size, "post_feedforward_layernorm")?;
+        }
+        b.add_assign(x, &y).at("residual")
+    }
+
+    /// All six stages.
+    pub fn forward(&self, b: &dyn Backend, x: &mut Buffer, segments: &[Segment], cache: &mut KvBuffer) -> Result<()> {
+        let input = self.attention_input(b, x)?;
+        let attended = self.attend(b, &input, segments, cache)?;
+        self.attention_residual(b, x, &attended)?;
+        let input = self.mlp_input(b, x)?;
+        let activated = self.mlp_activation(b, &input)?;
+        self.mlp_residual(b, x, &activated)
+    }
+}

@@ -1,0 +1,175 @@
+//! The whole decoder: embedding, blocks, final norm, head.
+
+use std::sync::Arc;
+
+use lowbit_checkpoint::{Checkpoint, ModelConfig};
+use lowbit_kernels::backend::{Backend, Buffer, KvBuffer, Segment, WeightHandle};
+
+use crate::block::{Block, Linear};
+use crate::error::{At, ModelError, Result};
+
+/// Where a checkpoint keeps its decoder: `model.` or, inside multimodal folders, `language_model.model.`.
+pub fn prefix(ckpt: &Checkpoint) -> Result<&'static str> {
+    ["model", "language_model.model"].into_iter().find(|p| ckpt.has_weight(&format!("{p}.embed_tokens"))).ok_or_else(|| {
+        lowbit_checkpoint::CheckpointError::MissingTensor { dir: ckpt.dir.clone(), tensor: "model.embed_tokens.weight".into() }.into()
+    })
+}
+
+/// The token embedding.
+pub struct Embedding {
+    table: WeightHandle,
+    scale: f32,
+}
+
+impl Embedding {
+    /// Loads it.
+    pub fn load(ckpt: &Checkpoint, backend: &dyn Backend) -> Result<Self> {
+        let c = &ckpt.config;
+        let module = format!("{}.embed_tokens", prefix(ckpt)?);
+        let host = ckpt.linear(&module, c.vocab_size, c.hidden_size)?;
+        Ok(Self { table: backend.upload_weight(&host).at(&module)?, scale: c.embed_scale })
+    }
+
+    /// `[T, hidden]`.
+    pub fn apply(&self, backend: &dyn Backend, ids: &[u32]) -> Result<Buffer> {
+        backend.embed(&self.table, ids, self.scale).at("embed_tokens")
+    }
+}
+
+/// Final norm and head.
+pub struct Head {
+    norm: Buffer,
+    head: Linear,
+    config: ModelConfig,
+}
+
+impl Head {
+    /// Loads it; a tied head reads the embedding's matrix.
+    pub fn load(ckpt: &Checkpoint, backend: &dyn Backend) -> Result<Self> {
+        let c = &ckpt.config;
+        let p = prefix(ckpt)?;
+        let own = if p == "model" { "lm_head" } else { "language_model.lm_head" };
+        // Some untied configs come without a head of their own: transformers then ties silently; we ask the config.
+        let module = if c.tie_word_embeddings { format!("{p}.embed_tokens") } else { own.to_string() };
+        let name = format!("{p}.norm.weight");
+        Ok(Self {
+            norm: backend.upload(&ckpt.store.vector(&name, c.hidden_size)?).at(&name)?,
+            head: Linear::load(ckpt, backend, &module, c.vocab_size, c.hidden_size)?,
+            config: c.clone(),
+        })
+    }
+
+    /// Final norm of `[T, hidden]`.
+    pub fn norm(&self, b: &dyn Backend, x: &Buffer) -> Result<Buffer> {
+        let c = &self.config;
+        b.rms_norm(x, &self.norm, c.hidden_size, c.rms_norm_eps, c.norm_offset).at("model.norm")
+    }
+
+    /// Logits `[T, vocab]` of normed rows.
+    pub fn logits(&self, b: &dyn Backend, hidden: &Buffer) -> Result<Buffer> {
+        let mut y = self.head.apply(b, hidden)?;
+        if let Some(cap) = self.config.final_soft_cap {
+            b.soft_cap(&mut y, cap).at("final soft cap")?;
+        }
+        Ok(y)
+    }
+}
+
+/// Keys and values of every layer.
+pub struct KvCache {
+    layers: Vec<KvBuffer>,
+    /// Sequences it can hold.
+    pub slots: usize,
+    /// Tokens a slot can hold.
+    pub capacity: usize,
+}
+
+/// A loaded model.
+pub struct Model {
+    config: ModelConfig,
+    backend: Arc<dyn Backend>,
+    embedding: Embedding,
+    blocks: Vec<Block>,
+    head: Head,
+}
+
+impl Model {
+    /// Loads every weight (memory-mapped where the backend allows).
+    pub fn load(ckpt: &Checkpoint, backend: Arc<dyn Backend>) -> Result<Self> {
+        let p = prefix(ckpt)?;
+        let b = backend.as_ref();
+        let embedding = Embedding::load(ckpt, b)?;
+        let blocks = (0..ckpt.config.num_layers).map(|i| Block::load(ckpt, b, &format!("{p}.layers.{i}"), i)).collect::<Result<Vec<_>>>()?;
+        let head = Head::load(ckpt, b)?;
+        Ok(Self { config: ckpt.config.clone(), backend, embedding, blocks, head })
+    }
+
+    /// Its config.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// Its backend.
+    pub fn backend(&self) -> &dyn Backend {
+        self.backend.as_ref()
+    }
+
+    /// An empty cache.
+    pub fn new_cache(&self, slots: usize, capacity: usize) -> Result<KvCache> {
+        let c = &self.config;
+        let layers = (0..c.num_layers)
+            .map(|_| self.backend.kv_cache(slots, capacity, c.num_kv_heads, c.head_dim).at("kv_cache"))
+            .collect::<Result<Vec<_>>>()?;
+        Ok(KvCache { layers, slots, capacity })
+    }
+
+    /// Runs `ids` (all segments' tokens, concatenated) through the blocks and the final norm: `[T, hidden]`.
+    pub fn forward(&self, ids: &[u32], segments: &[Segment], cache: &mut KvCache) -> Result<Buffer> {
+        let total: usize = segments.iter().map(|s| s.tokens).sum();
+        if total != ids.len() {
+            return Err(ModelError::Argument(format!("segments hold {total} tokens, ids {}", ids.len())));
+        }
+        for s in segments {
+            let tokens = s.past + s.tokens;
+            if tokens > cache.capacity || s.slot >= cache.slots {
+                return Err(ModelError::CacheFull { tokens, capacity: cache.capacity });
+            }
+        }
+        let b = self.backend.as_ref();
+        let mut x = self.embedding.apply(b, ids)?;
+        for (block, kv) in self.blocks.iter().zip(&mut cache.layers) {
+            block.forward(b, &mut x, segments, kv)?;
+        }
+        self.head.norm(b, &x)
+    }
+
+    /// Logits `[T, vocab]` of hidden rows.
+    pub fn logits(&self, hidden: &Buffer) -> Result<Buffer> {
+        self.head.logits(self.backend.as_ref(), hidden)
+    }
+
+    /// Some rows of the hidden states.
+    pub fn gather_hidden(&self, hidden: &Buffer, rows: &[usize]) -> Result<Buffer> {
+        self.backend.gather_rows(hidden, self.config.hidden_size, rows).at("gather_rows")
+    }
+
+    /// Logits of every position of one sequence on the host, `[T, vocab]`.
+    pub fn logits_of(&self, ids: &[u32]) -> Result<Vec<f32>> {
+        let mut cache = self.new_cache(1, ids.len())?;
+        let hidden = self.forward(ids, &[Segment { slot: 0, row: 0, tokens: ids.len(), past: 0 }], &mut cache)?;
+        let logits = self.logits(&hidden)?;
+        self.backend.download(&logits).at("logits")
+    }
+
+    /// Bytes of all weights as stored; a tied matrix counts once.
+    pub fn weight_bytes(&self) -> u64 {
+        let embedding = if self.config.tie_word_embeddings { 0 } else { self.embedding.table.stored_bytes as u64 };
+        self.decode_weight_bytes() + embedding
+    }
+
+    /// Bytes of weights one decode step reads: every linear and the head (of the embedding one row, not counted).
+    pub fn decode_weight_bytes(&self) -> u64 {
+        let linears: usize = self.blocks.iter().flat_map(|b| &b.linears).map(|l| l.weight.stored_bytes).sum();
+        (linears + self.head.head.weight.stored_bytes) as u64
+    }
+}

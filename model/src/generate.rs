@@ -1,0 +1,106 @@
+//! Greedy and sampled generation with a time stamp for each token.
+
+use std::time::{Duration, Instant};
+
+use lowbit_kernels::backend::Segment;
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+
+use crate::decoder::Model;
+use crate::error::{At, ModelError, Result};
+
+/// How the next token is chosen.
+#[derive(Clone, Debug)]
+pub struct GenerateOptions {
+    /// Most tokens to produce.
+    pub max_new_tokens: usize,
+    /// 0 is greedy.
+    pub temperature: f32,
+    /// Keep the k most likely tokens; 0 keeps all.
+    pub top_k: usize,
+    /// Keep the smallest set with this much probability.
+    pub top_p: f32,
+    /// Seed of the sampler.
+    pub seed: u64,
+    /// Tokens that end the text.
+    pub stop: Vec<u32>,
+}
+
+impl Default for GenerateOptions {
+    fn default() -> Self {
+        Self { max_new_tokens: 128, temperature: 0.0, top_k: 0, top_p: 1.0, seed: 0, stop: Vec::new() }
+    }
+}
+
+/// What came out.
+#[derive(Clone, Debug, Default)]
+pub struct Generation {
+    /// New tokens (a stop token is not included).
+    pub tokens: Vec<u32>,
+    /// Time since the call for each token.
+    pub times: Vec<Duration>,
+}
+
+/// Continues `prompt`; `on_token` sees each token as it comes and ends the text by returning false.
+pub fn generate(model: &Model, prompt: &[u32], options: &GenerateOptions, on_token: &mut dyn FnMut(u32) -> bool) -> Result<Generation> {
+    if prompt.is_empty() {
+        return Err(ModelError::Argument("the prompt has no tokens".into()));
+    }
+    let start = Instant::now();
+    let mut rng = StdRng::seed_from_u64(options.seed);
+    let mut cache = model.new_cache(1, prompt.len() + options.max_new_tokens)?;
+    let mut out = Generation::default();
+    let mut step = prompt.to_vec();
+    let mut past = 0;
+    while out.tokens.len() < options.max_new_tokens {
+        let hidden = model.forward(&step, &[Segment { slot: 0, row: 0, tokens: step.len(), past }], &mut cache)?;
+        past += step.len();
+        let last = model.gather_hidden(&hidden, &[step.len() - 1])?;
+        let logits = model.logits(&last)?;
+        let next = if options.temperature <= 0.0 {
+            let best = model.backend().argmax(&logits, model.config().vocab_size).at("argmax")?;
+            best.first().copied().unwrap_or_default()
+        } else {
+            sample(&model.backend().download(&logits).at("logits")?, options, &mut rng)
+        };
+        if options.stop.contains(&next) {
+            break;
+        }
+        out.tokens.push(next);
+        out.times.push(start.elapsed());
+        if !on_token(next) {
+            break;
+        }
+        step = vec![next];
+    }
+    Ok(out)
+}
+
+/// Temperature, then top-k, then top-p, as transformers orders them.
+fn sample(logits: &[f32], o: &GenerateOptions, rng: &mut StdRng) -> u32 {
+    let mut order: Vec<(u32, f32)> = logits.iter().enumerate().map(|(i, l)| (i as u32, l / o.temperature)).collect();
+    order.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
+    if o.top_k > 0 {
+        order.truncate(o.top_k);
+    }
+    let max = order.first().map_or(0.0, |f| f.1);
+    let weights: Vec<f64> = order.iter().map(|(_, l)| f64::from(l - max).exp()).collect();
+    let total: f64 = weights.iter().sum();
+    let mut kept = weights.len();
+    let mut mass = 0.0;
+    for (i, w) in weights.iter().enumerate() {
+        mass += w / total;
+        if mass >= f64::from(o.top_p) {
+            kept = i + 1;
+            break;
+        }
+    }
+    let mut draw = rng.random::<f64>() * weights[..kept].iter().sum::<f64>();
+    for ((id, _), w) in order[..kept].iter().zip(&weights) {
+        draw -= w;
+        if draw <= 0.0 {
+            return *id;
+        }
+    }
+    order.first().map_or(0, |f| f.0)
+}

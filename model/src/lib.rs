@@ -1,0 +1,11 @@
+//! ONE decoder graph for every architecture and every weight format, driven by config.
+
+pub mod block;
+pub mod decoder;
+pub mod error;
+pub mod generate;
+pub mod rope;
+
+pub use decoder::{Embedding, Head, KvCache, Model};
+pub use error::{ModelError, Result};
+pub use generate::{GenerateOptions, Generation, generate};

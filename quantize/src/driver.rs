@@ -1,0 +1,303 @@
+//! Carries a plan out: block by block, streaming into a checkpoint that appears only when it is whole.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+use lowbit_calibration::{InputStats, SequentialPass, Windows};
+use lowbit_checkpoint::quant_config::PackFormat;
+use lowbit_checkpoint::writer::CheckpointWriter;
+use lowbit_checkpoint::{Checkpoint, linear};
+use lowbit_kernels::QuantizedMatrix;
+use lowbit_kernels::backend::{Backend, HostWeight};
+use lowbit_model::block::{Block, Linear, LinearGroup};
+use lowbit_model::{Embedding, decoder};
+
+use crate::error::{QuantizeError, Result};
+use crate::factor::{Factor, SolveError, factorize};
+use crate::gptq::quantize_gptq;
+use crate::plan::{Method, Plan, PlannedLinear};
+use crate::record::{CalibrationRecord, LayerRecord};
+use crate::rtn::quantize_rtn;
+use crate::scale_search::SolverOptions;
+
+/// Progress of long work; the command line draws it.
+pub trait Progress: Sync {
+    /// A stage of `total` steps begins.
+    fn stage(&self, name: &str, total: u64);
+    /// `n` steps are done.
+    fn advance(&self, n: u64);
+    /// What is being worked on.
+    fn detail(&self, text: &str);
+}
+
+/// No progress.
+pub struct Silent;
+
+impl Progress for Silent {
+    fn stage(&self, _: &str, _: u64) {}
+    fn advance(&self, _: u64) {}
+    fn detail(&self, _: &str) {}
+}
+
+/// What a run produced, for the record.
+pub struct Outcome {
+    /// One per linear, in graph order.
+    pub layers: Vec<LayerRecord>,
+    /// Which data was used.
+    pub calibration: Option<CalibrationRecord>,
+    /// Seconds by stage.
+    pub stage_seconds: BTreeMap<String, f64>,
+}
+
+struct Run<'a> {
+    ckpt: &'a Checkpoint,
+    plan: &'a Plan,
+    writer: CheckpointWriter,
+    layers: Vec<LayerRecord>,
+    stage_seconds: BTreeMap<String, f64>,
+    stop: &'a AtomicBool,
+}
+
+/// Quantizes `ckpt` into `target`. `windows` is needed by [`Method::Gptq`].
+pub fn quantize(
+    ckpt: &Checkpoint,
+    backend: &dyn Backend,
+    plan: &Plan,
+    windows: Option<&Windows>,
+    target: &Path,
+    force: bool,
+    progress: &dyn Progress,
+    stop: &AtomicBool,
+) -> Result<Outcome> {
+    let writer = CheckpointWriter::create(target, plan.declared.clone(), plan.options.shard_bytes, force)?;
+    let mut run = Run { ckpt, plan, writer, layers: Vec::new(), stage_seconds: BTreeMap::new(), stop };
+    run.copy(progress)?;
+    let calibration = match (plan.options.method, windows) {
+        (Method::Gptq, Some(w)) => {
+            run.gptq(backend, w, progress)?;
+            Some(CalibrationRecord {
+                source: w.source.clone(),
+                windows_sha256: w.sha256.clone(),
+                windows: w.tokens.len(),
+                window_tokens: w.tokens.iter().map(Vec::len).max().unwrap_or(0),
+                tokens: w.token_count() as u64,
+                seed: w.seed,
+            })
+        }
+        (Method::Gptq, None) => {
+            return Err(QuantizeError::Plan {
+                summary: "method gptq needs calibration data".into(),
+                offenders: vec![],
+                hint: Some("give --calib FILE, or choose --method rtn".into()),
+            });
+        }
+        (Method::Rtn, _) => {
+            run.rtn(progress)?;
+            None
+        }
+    };
+    run.head(progress)?;
+    let mut skip = vec!["config.json", "recipe.yaml"];
+    skip.push("quantize_config.json");
+    run.writer.carry_over(&ckpt.dir, &skip)?;
+    let text = format!("{:#}\n", plan.config);
+    run.writer.write_file("config.json", text.as_bytes())?;
+    if plan.options.format != PackFormat::CompressedTensors
+        && let Some(q) = plan.config.get("quantization_config")
+    {
+        run.writer.write_file("quantize_config.json", format!("{q:#}\n").as_bytes())?;
+    }
+    run.check_stop()?;
+    run.writer.finish()?;
+    Ok(Outcome { layers: run.layers, calibration, stage_seconds: run.stage_seconds })
+}
+
+impl Run<'_> {
+    fn check_stop(&self) -> Result<()> {
+        if self.stop.load(Ordering::Relaxed) { Err(QuantizeError::Interrupted) } else { Ok(()) }
+    }
+
+    fn time<T>(&mut self, stage: &str, start: Instant, value: T) -> T {
+        *self.stage_seconds.entry(stage.into()).or_default() += start.elapsed().as_secs_f64();
+        value
+    }
+
+    fn copy(&mut self, progress: &dyn Progress) -> Result<()> {
+        let start = Instant::now();
+        progress.stage("copy", self.plan.copies.len() as u64);
+        for name in &self.plan.copies {
+            self.check_stop()?;
+            let t = self.ckpt.store.get(name)?;
+            if let Some(v) = t.to_f32()
+                && let Some(i) = v.iter().position(|x| !x.is_finite())
+            {
+                return Err(self.ckpt.store.mismatch(name, "finite values".into(), format!("{} at element {i}", v[i])).into());
+            }
+            self.writer.write(name, t.data.as_slice())?;
+            progress.advance(1);
+        }
+        self.time("copy", start, ());
+        Ok(())
+    }
+
+    fn gptq(&mut self, backend: &dyn Backend, windows: &Windows, progress: &dyn Progress) -> Result<()> {
+        let prefix = decoder::prefix(self.ckpt)?;
+        let embedding = Embedding::load(self.ckpt, backend)?;
+        let mut pass = SequentialPass::start(backend, &embedding, &windows.tokens)?;
+        drop(embedding);
+        let layers = self.ckpt.config.num_layers;
+        progress.stage("quantize", layers as u64 * pass.ticks_per_block());
+        let whole = Instant::now();
+        let mut solving = 0f64;
+        for index in 0..layers {
+            progress.detail(&format!("block {}/{layers}", index + 1));
+            let mut block = Block::load(self.ckpt, backend, &format!("{prefix}.layers.{index}"), index)?;
+            let stop = self.stop;
+            pass.run_block(
+                &mut block,
+                &mut |group, stats, block| {
+                    let start = Instant::now();
+                    let done = self.solve_group(backend, index, group, &stats, block);
+                    solving += start.elapsed().as_secs_f64();
+                    done
+                },
+                &mut || {
+                    progress.advance(1);
+                    if stop.load(Ordering::Relaxed) { Err(QuantizeError::Interrupted) } else { Ok(()) }
+                },
+            )?;
+        }
+        self.stage_seconds.insert("solve".into(), solving);
+        self.stage_seconds.insert("forward and statistics".into(), whole.elapsed().as_secs_f64() - solving);
+        Ok(())
+    }
+
+    fn solve_group(&mut self, backend: &dyn Backend, index: usize, group: LinearGroup, stats: &InputStats, block: &mut Block) -> Result<()> {
+        let plan = self.plan;
+        let mut factor: Option<Factor> = None;
+        for i in 0..block.linears.len() {
+            let (Some(shape), Some(module)) = (block.shapes().get(i).cloned(), block.linears.get(i).map(|l| l.module.clone())) else { continue };
+            if shape.group != group {
+                continue;
+            }
+            let Some(planned) = plan.linears.iter().find(|l| l.module == module) else { continue };
+            self.check_stop()?;
+            let start = Instant::now();
+            let opts = plan.options.solver(planned.scheme);
+            let solve = |source: SolveError| QuantizeError::Solve { module: module.clone(), source };
+            if factor.is_none() {
+                factor = Some(factorize(&stats.hessian, stats.n, &opts).map_err(solve)?);
+            }
+            let Some(f) = &factor else { continue };
+            let w = self.dense(planned)?;
+            let (q, loss) = quantize_gptq(&w, planned.out_features, planned.in_features, &stats.hessian, f, &opts).map_err(solve)?;
+            let record = LayerRecord {
+                name: module.clone(),
+                block: Some(index),
+                out_features: planned.out_features,
+                in_features: planned.in_features,
+                scheme: planned.scheme.full_name(),
+                method: "gptq".into(),
+                proxy_loss: loss.proxy,
+                relative_error: loss.relative(),
+                seconds: start.elapsed().as_secs_f64(),
+                tokens: stats.tokens,
+                input_abs_max: stats.abs_max,
+                dead_columns: f.dead.len(),
+                damp_frac: f.damp_frac,
+                events: f.events.clone(),
+            };
+            self.keep(planned, &q, record)?;
+            let bias = self.ckpt.bias(&module, planned.out_features)?;
+            let packed = linear::pack_matrix(&q).map_err(|source| QuantizeError::Kernel { module: module.clone(), source })?;
+            let replaced = Linear::from_host(backend, &module, &HostWeight::Packed(packed), bias.as_deref())?;
+            if let Some(slot) = block.linears.get_mut(i) {
+                *slot = replaced;
+            }
+        }
+        Ok(())
+    }
+
+    fn rtn(&mut self, progress: &dyn Progress) -> Result<()> {
+        let start = Instant::now();
+        let linears: Vec<PlannedLinear> = self.plan.linears.iter().filter(|l| l.block.is_some()).cloned().collect();
+        progress.stage("quantize", linears.len() as u64);
+        for l in &linears {
+            self.check_stop()?;
+            self.round(l)?;
+            progress.advance(1);
+        }
+        self.time("solve", start, ());
+        Ok(())
+    }
+
+    fn head(&mut self, progress: &dyn Progress) -> Result<()> {
+        let start = Instant::now();
+        if let Some(l) = self.plan.linears.iter().find(|l| l.block.is_none()).cloned() {
+            progress.detail(&l.module);
+            self.round(&l)?;
+        }
+        self.time("head", start, ());
+        Ok(())
+    }
+
+    fn round(&mut self, l: &PlannedLinear) -> Result<()> {
+        let start = Instant::now();
+        // Without data the Hessian is the identity: act-order and damping have no meaning.
+        let opts = SolverOptions { act_order: false, ..self.plan.options.solver(l.scheme) };
+        let w = self.dense(l)?;
+        let solve = |source| QuantizeError::Solve { module: l.module.clone(), source };
+        let q = quantize_rtn(&w, l.out_features, l.in_features, None, &opts).map_err(solve)?;
+        let back = q.dequantize().map_err(|source| QuantizeError::Kernel { module: l.module.clone(), source })?;
+        let (mut error, mut norm) = (0f64, 0f64);
+        for (a, b) in w.iter().zip(&back) {
+            error += f64::from(a - b).powi(2);
+            norm += f64::from(*a).powi(2);
+        }
+        let record = LayerRecord {
+            name: l.module.clone(),
+            block: l.block,
+            out_features: l.out_features,
+            in_features: l.in_features,
+            scheme: l.scheme.full_name(),
+            method: "rtn".into(),
+            proxy_loss: error,
+            relative_error: if norm > 0.0 { error / norm } else { 0.0 },
+            seconds: start.elapsed().as_secs_f64(),
+            ..LayerRecord::default()
+        };
+        self.keep(l, &q, record)
+    }
+
+    fn dense(&self, l: &PlannedLinear) -> Result<Vec<f32>> {
+        let name = format!("{}.weight", l.source);
+        let t = self.ckpt.store.get(&name)?;
+        if t.shape != [l.out_features, l.in_features] {
+            let expected = format!("shape [{}, {}]", l.out_features, l.in_features);
+            return Err(self.ckpt.store.mismatch(&name, expected, format!("{:?}", t.shape)).into());
+        }
+        let w = t.to_f32().ok_or_else(|| self.ckpt.store.mismatch(&name, "f32, f16 or bf16".into(), format!("{:?}", t.dtype)))?;
+        if let Some(i) = w.iter().position(|x| !x.is_finite()) {
+            return Err(self.ckpt.store.mismatch(&name, "finite weights".into(), format!("{} at element {i}", w[i])).into());
+        }
+        Ok(w)
+    }
+
+    fn keep(&mut self, l: &PlannedLinear, q: &QuantizedMatrix, record: LayerRecord) -> Result<()> {
+        if self.plan.options.strict
+            && let Some(event) = record.events.first()
+        {
+            return Err(QuantizeError::Strict { module: l.module.clone(), event: event.clone() });
+        }
+        let kernel = |source| QuantizeError::Kernel { module: l.module.clone(), source };
+        let format = self.plan.options.format;
+        let names = linear::declare(&l.module, l.scheme, format, l.out_features, l.in_features).map_err(kernel)?;
+        for (d, bytes) in names.iter().zip(linear::encode(q, format).map_err(kernel)?) {
+            self.writer.write(&d.name, &bytes)?;
+        }
+        self.layers.push(record);
+        Ok(())
+    }
+}

@@ -1,0 +1,144 @@
+//! `plan.json` and `quantize.json`: what was decided and what happened, linear by linear.
+
+use std::collections::BTreeMap;
+
+use lowbit_checkpoint::provenance::Provenance;
+use serde::{Deserialize, Serialize};
+
+/// Bytes of one part of the model before and after.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct ComponentSize {
+    /// `embedding`, `attention`, `mlp`, `norms`, `lm_head`, `other`.
+    pub component: String,
+    /// Bytes in the original checkpoint.
+    pub before_bytes: u64,
+    /// Bytes in the quantized checkpoint.
+    pub after_bytes: u64,
+}
+
+/// The fate of one tensor.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct PlannedTensor {
+    /// Name in the original checkpoint.
+    pub name: String,
+    /// `[out, in]` or as stored.
+    pub shape: Vec<usize>,
+    /// `quantize`, `keep`, `copy` or `drop`.
+    pub action: String,
+    /// Full scheme name when quantized.
+    pub scheme: Option<String>,
+    /// Why.
+    pub reason: String,
+    /// Component it counts towards.
+    pub component: String,
+    /// Bytes before.
+    pub before_bytes: u64,
+    /// Bytes after, exact.
+    pub after_bytes: u64,
+}
+
+/// `plan.json`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct PlanRecord {
+    /// Format of this record.
+    pub schema: u32,
+    /// Where it came from.
+    pub provenance: Provenance,
+    /// Every tensor of the checkpoint.
+    pub tensors: Vec<PlannedTensor>,
+    /// Sizes by component.
+    pub sizes: Vec<ComponentSize>,
+    /// Sum before.
+    pub before_bytes: u64,
+    /// Sum after, exact (tensor data).
+    pub after_bytes: u64,
+    /// Estimate of the peak resident memory of quantizing.
+    pub peak_memory_bytes: u64,
+    /// Linears to quantize.
+    pub quantized_linears: usize,
+    /// Linears left as they are.
+    pub kept_linears: usize,
+}
+
+/// What happened to one linear.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct LayerRecord {
+    /// Name without `.weight`.
+    pub name: String,
+    /// Block index; `None` for embedding and head.
+    pub block: Option<usize>,
+    /// Rows.
+    pub out_features: usize,
+    /// Columns.
+    pub in_features: usize,
+    /// Full scheme name.
+    pub scheme: String,
+    /// `gptq` or `rtn`.
+    pub method: String,
+    /// `tr((W−Q) H (W−Q)ᵀ)` per calibration token (H = Σ x xᵀ / N).
+    pub proxy_loss: f64,
+    /// Proxy loss over `tr(W H Wᵀ)`.
+    pub relative_error: f64,
+    /// Seconds in the solver.
+    pub seconds: f64,
+    /// Calibration tokens seen.
+    pub tokens: u64,
+    /// Largest |input|.
+    pub input_abs_max: f32,
+    /// Input columns never activated.
+    pub dead_columns: usize,
+    /// Damping used, as a fraction of mean(diag H).
+    pub damp_frac: f64,
+    /// Retries, fallbacks: anything a reader must know.
+    pub events: Vec<String>,
+}
+
+/// `quantize.json`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct QuantizeRecord {
+    /// Format of this record.
+    pub schema: u32,
+    /// Where it came from.
+    pub provenance: Provenance,
+    /// Full scheme name.
+    pub scheme: String,
+    /// `gptq` or `rtn`.
+    pub method: String,
+    /// `compressed-tensors` or `gptq`.
+    pub format: String,
+    /// Options in full.
+    pub options: BTreeMap<String, serde_json::Value>,
+    /// Calibration source, windows, tokens and hash.
+    pub calibration: Option<CalibrationRecord>,
+    /// One per quantized linear.
+    pub layers: Vec<LayerRecord>,
+    /// Sizes by component.
+    pub sizes: Vec<ComponentSize>,
+    /// Sum before.
+    pub before_bytes: u64,
+    /// Sum after.
+    pub after_bytes: u64,
+    /// Wall seconds.
+    pub seconds: f64,
+    /// Seconds by stage.
+    pub stage_seconds: BTreeMap<String, f64>,
+    /// Peak resident memory of the process.
+    pub peak_rss_bytes: Option<u64>,
+}
+
+/// Which data was used.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct CalibrationRecord {
+    /// File name, data set id or `self`.
+    pub source: String,
+    /// SHA-256 of the token windows.
+    pub windows_sha256: String,
+    /// Windows.
+    pub windows: usize,
+    /// Tokens per window.
+    pub window_tokens: usize,
+    /// All tokens.
+    pub tokens: u64,
+    /// Seed.
+    pub seed: u64,
+}

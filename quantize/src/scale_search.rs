@@ -1,0 +1,490 @@
+//! Scales and zero points of every group, chosen before any solver runs.
+//!
+//! Groups lie in original column order ("static groups"), so no column index has to be stored.
+
+use lowbit_kernels::error::check_len;
+use lowbit_kernels::{ScaleType, Scheme};
+use rayon::prelude::*;
+
+use crate::factor::SolveError;
+
+/// Compiles a function for AVX-512, AVX2 and the baseline, and picks at run time.
+///
+/// Every version runs the same IEEE operations in the same order (no contraction), so results do not depend on
+/// the one picked.
+macro_rules! multiversion {
+    ($(#[$meta:meta])* fn $name:ident($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)? $body:block) => {
+        $(#[$meta])*
+        fn $name($($arg: $ty),*) $(-> $ret)? {
+            #[inline(always)]
+            fn body($($arg: $ty),*) $(-> $ret)? $body
+
+            #[cfg(target_arch = "x86_64")]
+            {
+                #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+                fn avx512($($arg: $ty),*) $(-> $ret)? {
+                    body($($arg),*)
+                }
+                #[target_feature(enable = "avx2")]
+                fn avx2($($arg: $ty),*) $(-> $ret)? {
+                    body($($arg),*)
+                }
+                if is_x86_feature_detected!("avx512f")
+                    && is_x86_feature_detected!("avx512bw")
+                    && is_x86_feature_detected!("avx512dq")
+                    && is_x86_feature_detected!("avx512vl")
+                {
+                    // SAFETY: the four features this function is compiled for were detected on this CPU.
+                    return unsafe { avx512($($arg),*) };
+                }
+                if is_x86_feature_detected!("avx2") {
+                    // SAFETY: AVX2, the only feature this function is compiled for, was detected on this CPU.
+                    return unsafe { avx2($($arg),*) };
+                }
+            }
+            body($($arg),*)
+        }
+    };
+}
+pub(crate) use multiversion;
+
+/// How a group's scale is chosen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ScaleSearch {
+    /// From the extremes alone: nothing is clipped.
+    MinMax,
+    /// The candidate with the least squared error weighted by the diagonal of the Hessian.
+    Hessian,
+}
+
+/// What a solver needs to know besides the matrices.
+#[derive(Clone, Debug)]
+pub struct SolverOptions {
+    /// Number format of the result.
+    pub scheme: Scheme,
+    /// Dtype the scales are rounded to before any error is computed.
+    pub scale_type: ScaleType,
+    /// Damping, as a fraction of the Hessian's mean diagonal.
+    pub damp_frac: f64,
+    /// Quantize columns by falling diagonal of the Hessian instead of left to right.
+    pub act_order: bool,
+    /// How scales are chosen.
+    pub scale_search: ScaleSearch,
+    /// Columns between two lazy updates of the remaining matrix.
+    pub block: usize,
+    /// Whether [`ScaleSearch::Hessian`] may pick negative scales (symmetric schemes only).
+    pub signed_scales: bool,
+}
+
+impl SolverOptions {
+    /// The usual settings for a scheme: damping 0.01, act-order, Hessian search with signed scales, blocks of 128.
+    pub fn new(scheme: Scheme, scale_type: ScaleType) -> Self {
+        Self {
+            scheme,
+            scale_type,
+            damp_frac: 0.01,
+            act_order: true,
+            scale_search: ScaleSearch::Hessian,
+            block: 128,
+            signed_scales: true,
+        }
+    }
+
+    /// Fails on settings no solver can work with.
+    pub fn check(&self) -> Result<(), SolveError> {
+        if !(1..=8).contains(&self.scheme.bits) {
+            return Err(SolveError::BadOption {
+                what: "bits",
+                value: f64::from(self.scheme.bits),
+            });
+        }
+        if !(self.damp_frac.is_finite() && self.damp_frac >= 0.0) {
+            return Err(SolveError::BadOption {
+                what: "damping fraction",
+                value: self.damp_frac,
+            });
+        }
+        if self.block == 0 {
+            return Err(SolveError::BadOption {
+                what: "block",
+                value: 0.0,
+            });
+        }
+        Ok(())
+    }
+}
+
+/// Scales of a matrix `[out, groups]`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Scales {
+    /// Rounded scales, never zero.
+    pub scales: Vec<f32>,
+    /// Zero points; `None` for symmetric schemes.
+    pub zeros: Option<Vec<u8>>,
+    /// Weighted squared error of each group under round-to-nearest with its scale.
+    pub losses: Vec<f32>,
+}
+
+/// Fails on the first element that is NaN or infinite.
+pub(crate) fn check_finite(what: &'static str, values: &[f32]) -> Result<(), SolveError> {
+    match values.iter().position(|v| !v.is_finite()) {
+        Some(index) => Err(SolveError::NonFinite { what, index }),
+        None => Ok(()),
+    }
+}
+
+/// Lanes of the error sum; groups are padded to a multiple of it.
+const LANES: usize = 16;
+
+/// What is the same for every row.
+struct Search {
+    scheme: Scheme,
+    scale_type: ScaleType,
+    kind: ScaleSearch,
+    signed: bool,
+    /// Clip factors tried by the Hessian search.
+    shrink: Vec<f32>,
+    /// Columns of a group, and the same rounded up to [`LANES`].
+    cols: usize,
+    padded: usize,
+    /// `[groups, padded]` weights of the squared error; zero at padding and dead columns.
+    weight: Vec<f32>,
+}
+
+/// One group's answer.
+#[derive(Clone, Copy)]
+struct Choice {
+    scale: f32,
+    zero: u8,
+    loss: f32,
+}
+
+/// Chooses the scales of `w` `[out, n]`.
+///
+/// `diag` weights the squared error (all ones when absent). Columns where it is zero are dead: their weights
+/// count as 0. A group without a non-zero weight gets scale 1.
+pub fn search_scales(
+    w: &[f32],
+    out: usize,
+    n: usize,
+    diag: Option<&[f32]>,
+    opts: &SolverOptions,
+) -> Result<Scales, SolveError> {
+    opts.check()?;
+    check_len("weight", out * n, w.len())?;
+    check_finite("weight", w)?;
+    let groups = opts.scheme.groups(n)?;
+    let cols = opts.scheme.group_cols(n);
+    let padded = cols.next_multiple_of(LANES);
+    let mut weight = vec![0f32; groups * padded];
+    if let Some(diag) = diag {
+        check_len("Hessian diagonal", n, diag.len())?;
+        check_finite("Hessian diagonal", diag)?;
+    }
+    for group in 0..groups {
+        for col in 0..cols {
+            weight[group * padded + col] = diag.map_or(1.0, |d| d[group * cols + col]);
+        }
+    }
+    // 0.50 to 1.07 (0.35 for 3 bits and fewer) in steps of 0.02.
+    let first: u16 = if opts.scheme.bits <= 3 { 35 } else { 50 };
+    let shrink = (first..=107)
+        .step_by(2)
+        .map(|p| f32::from(p) / 100.0)
+        .collect();
+    let search = Search {
+        scheme: opts.scheme,
+        scale_type: opts.scale_type,
+        kind: opts.scale_search,
+        signed: opts.signed_scales,
+        shrink,
+        cols,
+        padded,
+        weight,
+    };
+
+    let mut choices = vec![
+        Choice {
+            scale: 1.0,
+            zero: 0,
+            loss: 0.0
+        };
+        out * groups
+    ];
+    if n > 0 {
+        choices
+            .par_chunks_mut(groups)
+            .zip(w.par_chunks(n))
+            .for_each_init(
+                || vec![0f32; padded],
+                |buf, (choices, row)| search_row(&search, row, buf, choices),
+            );
+    }
+    if let Some(i) = choices.iter().position(|c| !c.scale.is_finite()) {
+        return Err(SolveError::ScaleOverflow {
+            row: i / groups,
+            group: i % groups,
+            value: choices[i].scale,
+        });
+    }
+    Ok(Scales {
+        scales: choices.iter().map(|c| c.scale).collect(),
+        zeros: (!opts.scheme.symmetric).then(|| choices.iter().map(|c| c.zero).collect()),
+        losses: choices.iter().map(|c| c.loss).collect(),
+    })
+}
+
+multiversion! {
+    /// Chooses the scale of every group of a row.
+    fn search_row(search: &Search, row: &[f32], buf: &mut [f32], choices: &mut [Choice]) {
+        for (group, choice) in choices.iter_mut().enumerate() {
+            let weight = &search.weight[group * search.padded..][..search.padded];
+            let values = &row[group * search.cols..][..search.cols];
+            for ((b, v), h) in buf.iter_mut().zip(values).zip(weight) {
+                *b = if *h == 0.0 { 0.0 } else { *v };
+            }
+            *choice = if search.scheme.symmetric {
+                symmetric(search, buf, weight)
+            } else {
+                asymmetric(search, buf, weight)
+            };
+        }
+    }
+}
+
+#[inline(always)]
+fn symmetric(search: &Search, w: &[f32], weight: &[f32]) -> Choice {
+    let (min, max) = extremes(w);
+    let absmax = max.max(-min);
+    let zero = search.scheme.mid_code();
+    let half_range = f32::from(search.scheme.max_code()) / 2.0;
+    let mut best = Choice {
+        scale: search.scale_type.round(absmax / half_range),
+        zero,
+        loss: 0.0,
+    };
+    if !usable(best.scale) {
+        return fallback(best);
+    }
+    best.loss = error(search, w, weight, best.scale, zero);
+    if search.kind == ScaleSearch::MinMax {
+        return best;
+    }
+    // Code 0 lies one step further out than the largest code: turn it towards the extreme element.
+    let signed = if max >= -min { -absmax } else { absmax } / f32::from(zero);
+    for &p in &search.shrink {
+        best = better(search, w, weight, best, p * absmax / half_range, zero);
+        if search.signed {
+            best = better(search, w, weight, best, p * signed, zero);
+        }
+    }
+    best
+}
+
+#[inline(always)]
+fn asymmetric(search: &Search, w: &[f32], weight: &[f32]) -> Choice {
+    let (min, max) = extremes(w);
+    let top = f32::from(search.scheme.max_code());
+    // Divided one by one: the difference of two large finite weights may overflow.
+    let step = max / top - min / top;
+    let scale = search.scale_type.round(step);
+    let mut best = Choice {
+        scale,
+        zero: 0,
+        loss: 0.0,
+    };
+    if !usable(scale) {
+        return fallback(best);
+    }
+    best.zero = (-min / scale).round_ties_even().clamp(0.0, top) as u8;
+    best.loss = error(search, w, weight, scale, best.zero);
+    if search.kind == ScaleSearch::MinMax {
+        return best;
+    }
+    for &p in &search.shrink {
+        let scale = search.scale_type.round(p * step);
+        let zero = (-min * p / scale).round_ties_even().clamp(0.0, top) as u8;
+        best = better(search, w, weight, best, scale, zero);
+    }
+    best
+}
+
+/// Whether a rounded scale can be divided by.
+#[inline(always)]
+fn usable(scale: f32) -> bool {
+    scale.is_finite() && scale != 0.0 && (1.0 / scale).is_finite()
+}
+
+/// For a group whose scale rounds to (nearly) zero: scale 1 and every code at the zero point. Keeps an overflow, which the
+/// caller reports.
+#[inline(always)]
+fn fallback(choice: Choice) -> Choice {
+    if choice.scale.is_finite() {
+        Choice {
+            scale: 1.0,
+            ..choice
+        }
+    } else {
+        choice
+    }
+}
+
+/// The better of `best` and a new candidate.
+#[inline(always)]
+fn better(
+    search: &Search,
+    w: &[f32],
+    weight: &[f32],
+    best: Choice,
+    scale: f32,
+    zero: u8,
+) -> Choice {
+    let scale = search.scale_type.round(scale);
+    if !usable(scale) {
+        return best;
+    }
+    let loss = error(search, w, weight, scale, zero);
+    if loss < best.loss {
+        Choice { scale, zero, loss }
+    } else {
+        best
+    }
+}
+
+/// Smallest and largest element, both including 0.
+#[inline(always)]
+fn extremes(w: &[f32]) -> (f32, f32) {
+    let (mut lo, mut hi) = ([0f32; LANES], [0f32; LANES]);
+    for chunk in w.as_chunks::<LANES>().0 {
+        for l in 0..LANES {
+            lo[l] = if chunk[l] < lo[l] { chunk[l] } else { lo[l] };
+            hi[l] = if chunk[l] > hi[l] { chunk[l] } else { hi[l] };
+        }
+    }
+    (
+        lo.iter().fold(0.0, |a: f32, b| a.min(*b)),
+        hi.iter().fold(0.0, |a: f32, b| a.max(*b)),
+    )
+}
+
+/// `Σ weight · (w − scale · (code − zero))²`.
+///
+/// Multiplies by the reciprocal where the solvers divide: this can only pick the other neighbour of a near tie, whose
+/// error is the same.
+#[inline(always)]
+fn error(search: &Search, w: &[f32], weight: &[f32], scale: f32, zero: u8) -> f32 {
+    let inverse = 1.0 / scale;
+    let lo = -f32::from(zero);
+    let hi = f32::from(search.scheme.max_code()) + lo;
+    let mut sums = [0f32; LANES];
+    for (w, weight) in w
+        .as_chunks::<LANES>()
+        .0
+        .iter()
+        .zip(weight.as_chunks::<LANES>().0)
+    {
+        for l in 0..LANES {
+            let z = (w[l] * inverse).round_ties_even();
+            let z = if z < lo { lo } else { z };
+            let z = if z > hi { hi } else { z };
+            let e = w[l] - scale * z;
+            sums[l] += weight[l] * (e * e);
+        }
+    }
+    sums.iter().sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use lowbit_kernels::{GroupSize, qdq};
+    use rand::rngs::StdRng;
+    use rand::{Rng, SeedableRng};
+
+    use super::*;
+
+    fn options(bits: u8, symmetric: bool) -> SolverOptions {
+        let scheme = Scheme {
+            bits,
+            symmetric,
+            group: GroupSize::Cols(40),
+        };
+        SolverOptions::new(scheme, ScaleType::Bf16)
+    }
+
+    fn data(seed: u64, out: usize, n: usize) -> (Vec<f32>, Vec<f32>) {
+        let mut rng = StdRng::seed_from_u64(seed);
+        let w = (0..out * n)
+            .map(|_| rng.random_range(-1f32..1.0).powi(3))
+            .collect();
+        (w, (0..n).map(|_| rng.random_range(0.01f32..4.0)).collect())
+    }
+
+    #[test]
+    fn more_candidates_never_raise_the_searched_loss() {
+        for bits in [2, 3, 4, 8] {
+            let (w, d) = data(u64::from(bits), 24, 120);
+            let mut opts = options(bits, true);
+            let signed = search_scales(&w, 24, 120, Some(&d), &opts).unwrap();
+            opts.signed_scales = false;
+            let plain = search_scales(&w, 24, 120, Some(&d), &opts).unwrap();
+            opts.scale_search = ScaleSearch::MinMax;
+            let minmax = search_scales(&w, 24, 120, Some(&d), &opts).unwrap();
+            for i in 0..signed.losses.len() {
+                assert!(signed.losses[i] <= plain.losses[i] && plain.losses[i] <= minmax.losses[i]);
+            }
+            assert!(plain.scales.iter().all(|s| *s > 0.0));
+            if bits <= 4 {
+                assert!(signed.scales.iter().any(|s| *s < 0.0));
+                assert!(signed.losses.iter().sum::<f32>() < plain.losses.iter().sum::<f32>());
+            }
+        }
+    }
+
+    #[test]
+    fn the_reported_loss_is_that_of_the_codes() {
+        for symmetric in [true, false] {
+            let (w, d) = data(5, 6, 80);
+            let s = search_scales(&w, 6, 80, Some(&d), &options(4, symmetric)).unwrap();
+            for (i, loss) in s.losses.iter().enumerate() {
+                let zero = s.zeros.as_ref().map_or(8, |z| z[i]);
+                let found: f32 = (0..40)
+                    .map(|c| {
+                        let v = w[(i / 2) * 80 + (i % 2) * 40 + c];
+                        let q = qdq::dequantize(
+                            qdq::quantize(v, s.scales[i], zero, 15),
+                            s.scales[i],
+                            zero,
+                        );
+                        d[(i % 2) * 40 + c] * (v - q).powi(2)
+                    })
+                    .sum();
+                assert!((found - loss).abs() <= 1e-4 * found, "{found} {loss}");
+                assert_eq!(s.scales[i], ScaleType::Bf16.round(s.scales[i]));
+            }
+        }
+    }
+
+    #[test]
+    fn zero_groups_get_scale_one_and_overflow_is_refused() {
+        for symmetric in [true, false] {
+            let mut opts = options(4, symmetric);
+            let s = search_scales(&[0.0; 40], 1, 40, None, &opts).unwrap();
+            assert_eq!(s.scales, [1.0]);
+            opts.scale_type = ScaleType::F16;
+            let e = search_scales(&[1e9; 80], 1, 80, None, &opts).unwrap_err();
+            assert!(
+                matches!(
+                    e,
+                    SolveError::ScaleOverflow {
+                        row: 0,
+                        group: 0,
+                        ..
+                    }
+                ),
+                "{e}"
+            );
+            let tiny = search_scales(&[1e-9; 40], 1, 40, None, &opts).unwrap();
+            assert_eq!(tiny.scales, [1.0]);
+        }
+    }
+}

@@ -1,0 +1,320 @@
+//! What was typed: clap only, no files touched.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+/// Quantize a language model, prove what that did to its accuracy, and measure what it gained in speed.
+#[derive(Parser, Debug)]
+#[command(name = "lowbit", version, max_term_width = 100)]
+pub struct Cli {
+    #[command(flatten)]
+    pub global: Global,
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Args, Debug, Clone)]
+pub struct Global {
+    /// Where to compute.
+    #[arg(long, global = true, value_enum, default_value_t = Device::Auto)]
+    pub device: Device,
+    /// Print one JSON document on stdout instead of text.
+    #[arg(long, global = true)]
+    pub json: bool,
+    /// No progress and no talk on stderr, errors only.
+    #[arg(long, short, global = true)]
+    pub quiet: bool,
+    /// Threads to use (default: all cores).
+    #[arg(long, global = true)]
+    pub threads: Option<usize>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Device {
+    /// The best there is.
+    Auto,
+    /// Rayon and SIMD.
+    Cpu,
+    /// The slow reference, for checking.
+    Scalar,
+}
+
+#[derive(Subcommand, Debug)]
+pub enum Command {
+    /// The main job: plan, quantize, verify, eval and bench against the original, report.
+    Run(RunArgs),
+    /// Architecture, tensors, dtypes, sizes, quantization found.
+    Inspect(InspectArgs),
+    /// Before any work: every tensor's fate and why, and the exact size of the output.
+    Plan(PlanArgs),
+    /// Write the quantized checkpoint and quantize.json.
+    Quantize(QuantizeArgs),
+    /// Re-open an artefact and check every tensor against its config and record.
+    Verify(VerifyArgs),
+    /// Between checkpoint formats: GGUF or packed weights to a bf16 Hugging Face folder, or packed to packed.
+    Convert(ConvertArgs),
+    /// Perplexity, and drift against a reference in the same pass.
+    Eval(EvalArgs),
+    /// Prefill and decode rates, interleaved with a reference, against the memory bandwidth.
+    Bench(BenchArgs),
+    /// Continue a prompt.
+    Generate(GenerateArgs),
+    /// Write report.html, report.md and report.json from the records in a folder.
+    Report(ReportArgs),
+}
+
+#[derive(Args, Debug, Clone)]
+pub struct QuantOptions {
+    /// w2a16, w3a16, w4a16 or w8a16.
+    #[arg(long, default_value = "w4a16")]
+    pub scheme: String,
+    /// gptq or rtn.
+    #[arg(long, value_enum, default_value_t = MethodArg::Gptq)]
+    pub method: MethodArg,
+    /// Input columns that share a scale, or `channel`. Default: 128.
+    #[arg(long)]
+    pub group_size: Option<String>,
+    /// Zero point per group instead of a symmetric range.
+    #[arg(long)]
+    pub asymmetric: bool,
+    /// Layout on disk.
+    #[arg(long, value_enum, default_value_t = FormatArg::CompressedTensors)]
+    pub format: FormatArg,
+    /// Damping as a fraction of the mean Hessian diagonal.
+    #[arg(long, default_value_t = 0.01)]
+    pub damp: f64,
+    /// Quantize columns left to right instead of by falling Hessian diagonal.
+    #[arg(long)]
+    pub no_act_order: bool,
+    /// Scales from the extremes of each group instead of the Hessian-weighted search.
+    #[arg(long)]
+    pub minmax_scales: bool,
+    /// Never write a negative scale (for engines that refuse them).
+    #[arg(long)]
+    pub unsigned_scales: bool,
+    /// `w8`: quantize lm_head to 8 bits (untied when it shares the embedding's matrix); `keep` leaves it.
+    #[arg(long, value_enum, default_value_t = HeadArg::Keep)]
+    pub head: HeadArg,
+    /// Modules to leave alone: names, or `re:` patterns.
+    #[arg(long)]
+    pub ignore: Vec<String>,
+    /// Calibration text: .txt, .jsonl, .json, .parquet, a folder of them, a hub data set, or `self`.
+    #[arg(long)]
+    pub calib: Option<String>,
+    /// Calibration windows.
+    #[arg(long, default_value_t = 128)]
+    pub samples: usize,
+    /// Tokens per window.
+    #[arg(long, default_value_t = 512)]
+    pub seq_len: usize,
+    /// Draw random windows with this seed instead of the first ones.
+    #[arg(long)]
+    pub seed: Option<u64>,
+    /// Any retry, fallback or surprise is an error.
+    #[arg(long)]
+    pub strict: bool,
+    /// Largest shard in megabytes (10^6 bytes).
+    #[arg(long, default_value_t = 5000)]
+    pub shard_mb: u64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum MethodArg {
+    /// GPTQ on calibration data.
+    Gptq,
+    /// Round to nearest, no data.
+    Rtn,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum FormatArg {
+    /// pack-quantized.
+    CompressedTensors,
+    /// GPTQ v1.
+    Gptq,
+    /// Dense bfloat16 (convert only).
+    Bf16,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum HeadArg {
+    /// Full precision.
+    Keep,
+    /// 8 bits.
+    W8,
+}
+
+#[derive(Args, Debug)]
+pub struct RunArgs {
+    /// A folder, a .gguf file, `demo`, or a hub id `org/name[@revision]`.
+    pub model: String,
+    /// Folder for the model, the records and the report.
+    #[arg(long, short)]
+    pub output: PathBuf,
+    #[command(flatten)]
+    pub quant: QuantOptions,
+    /// Text for perplexity and KL (default for `demo`: a text of our own).
+    #[arg(long)]
+    pub eval_text: Option<PathBuf>,
+    /// Perplexity protocol: gptq-N, llama.cpp-N, lm-eval-word, stride:N. Default: gptq with the model's window, at most 2048.
+    #[arg(long)]
+    pub protocol: Option<String>,
+    /// KL windows at most.
+    #[arg(long, default_value_t = 10)]
+    pub kl_windows: usize,
+    /// Perplexity windows at most.
+    #[arg(long, default_value_t = 10)]
+    pub limit: usize,
+    /// Leave the bench out.
+    #[arg(long)]
+    pub no_bench: bool,
+    /// Timed repetitions of the bench.
+    #[arg(long, default_value_t = 5)]
+    pub repetitions: usize,
+    /// Start anew in a folder that has results already.
+    #[arg(long)]
+    pub force: bool,
+}
+
+#[derive(Args, Debug)]
+pub struct InspectArgs {
+    /// Model.
+    pub model: String,
+}
+
+#[derive(Args, Debug)]
+pub struct PlanArgs {
+    /// Model.
+    pub model: String,
+    #[command(flatten)]
+    pub quant: QuantOptions,
+}
+
+#[derive(Args, Debug)]
+pub struct QuantizeArgs {
+    /// Model.
+    pub model: String,
+    /// Checkpoint folder to write.
+    #[arg(long, short)]
+    pub output: PathBuf,
+    #[command(flatten)]
+    pub quant: QuantOptions,
+    /// Replace an existing output.
+    #[arg(long)]
+    pub force: bool,
+}
+
+#[derive(Args, Debug)]
+pub struct VerifyArgs {
+    /// Checkpoint folder.
+    pub model: String,
+    /// The original, to compare untouched tensors bit for bit.
+    #[arg(long)]
+    pub original: Option<String>,
+}
+
+#[derive(Args, Debug)]
+pub struct ConvertArgs {
+    /// Model.
+    pub model: String,
+    /// Folder to write.
+    #[arg(long, short)]
+    pub output: PathBuf,
+    /// Layout to write.
+    #[arg(long, value_enum, default_value_t = FormatArg::Bf16)]
+    pub format: FormatArg,
+    /// Replace an existing output.
+    #[arg(long)]
+    pub force: bool,
+}
+
+#[derive(Args, Debug)]
+pub struct EvalArgs {
+    /// Model.
+    pub model: String,
+    /// The model to compare with.
+    #[arg(long)]
+    pub reference: Option<String>,
+    /// Text for perplexity: .raw, .txt, .jsonl.
+    #[arg(long)]
+    pub ppl: Option<PathBuf>,
+    /// Protocols: gptq-N, llama.cpp-N, lm-eval-word, stride:N.
+    #[arg(long, value_delimiter = ',', default_value = "gptq-2048")]
+    pub protocol: Vec<String>,
+    /// Text for KL against the reference.
+    #[arg(long)]
+    pub kl: Option<PathBuf>,
+    /// Tokens per KL window.
+    #[arg(long, default_value_t = 1024)]
+    pub kl_window: usize,
+    /// Windows at most, of each.
+    #[arg(long)]
+    pub limit: Option<usize>,
+    /// Write the record here.
+    #[arg(long, short)]
+    pub output: Option<PathBuf>,
+    /// Replace an existing record.
+    #[arg(long)]
+    pub force: bool,
+}
+
+#[derive(Args, Debug)]
+pub struct BenchArgs {
+    /// Model.
+    pub model: String,
+    /// The model to compare with.
+    #[arg(long)]
+    pub reference: Option<String>,
+    /// Prompt tokens of the prefill test (0: none).
+    #[arg(short, long, default_value_t = 512)]
+    pub prompt: usize,
+    /// Tokens of the decode test (0: none).
+    #[arg(short = 'n', long, default_value_t = 128)]
+    pub generate: usize,
+    /// Batch sizes of the decode test.
+    #[arg(short, long, value_delimiter = ',', default_value = "1")]
+    pub batch: Vec<usize>,
+    /// Timed repetitions.
+    #[arg(short, long, default_value_t = 5)]
+    pub repetitions: usize,
+    /// Write the record here.
+    #[arg(long, short)]
+    pub output: Option<PathBuf>,
+    /// Replace an existing record.
+    #[arg(long)]
+    pub force: bool,
+}
+
+#[derive(Args, Debug)]
+pub struct GenerateArgs {
+    /// Model.
+    pub model: String,
+    /// Text to continue.
+    #[arg(long, short)]
+    pub prompt: String,
+    /// Treat the prompt as a user's message and render the chat template.
+    #[arg(long)]
+    pub chat: bool,
+    /// Tokens at most.
+    #[arg(long, short = 'n', default_value_t = 64)]
+    pub max_tokens: usize,
+    /// 0 is greedy.
+    #[arg(long, default_value_t = 0.0)]
+    pub temperature: f32,
+    /// Keep the k most likely tokens (0: all).
+    #[arg(long, default_value_t = 0)]
+    pub top_k: usize,
+    /// Keep the smallest set with this much probability.
+    #[arg(long, default_value_t = 1.0)]
+    pub top_p: f32,
+    /// Seed of the sampler.
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+}
+
+#[derive(Args, Debug)]
+pub struct ReportArgs {
+    /// Folder with plan.json, quantize.json, eval.json, bench.json.
+    pub dir: PathBuf,
+}

@@ -1,0 +1,54 @@
+//! Errors to one line, a hint, and an exit code.
+
+use std::process::ExitCode;
+
+use lowbit_calibration::CalibrationError;
+use lowbit_checkpoint::CheckpointError;
+use lowbit_model::ModelError;
+use lowbit_quantize::QuantizeError;
+
+/// Bad input or usage.
+pub const BAD_INPUT: u8 = 3;
+/// Ctrl-C.
+const INTERRUPTED: u8 = 130;
+
+/// Prints `error: ...` and `hint: ...`; returns the exit code.
+pub fn report(error: &anyhow::Error) -> ExitCode {
+    let mut lines: Vec<String> = Vec::new();
+    for cause in error.chain() {
+        let text = cause.to_string();
+        // Transparent wrappers repeat their source.
+        if lines.iter().all(|l| !l.contains(&text)) {
+            lines.push(text);
+        }
+    }
+    let text = lines.join(": ");
+    eprintln!("error: {text}");
+    if !text.contains("hint:")
+        && let Some(hint) = error.chain().find_map(hint_of)
+    {
+        eprintln!("hint: {hint}");
+    }
+    let interrupted = error.chain().any(|c| matches!(c.downcast_ref::<QuantizeError>(), Some(QuantizeError::Interrupted)));
+    ExitCode::from(if interrupted { INTERRUPTED } else { BAD_INPUT })
+}
+
+fn hint_of(cause: &(dyn std::error::Error + 'static)) -> Option<String> {
+    if let Some(e) = cause.downcast_ref::<CheckpointError>() {
+        return e.hint();
+    }
+    if let Some(ModelError::Checkpoint(e)) = cause.downcast_ref::<ModelError>() {
+        return e.hint();
+    }
+    match cause.downcast_ref::<QuantizeError>() {
+        Some(QuantizeError::Plan { hint, .. }) => return hint.clone(),
+        Some(QuantizeError::Checkpoint(e)) => return e.hint(),
+        Some(QuantizeError::Model(ModelError::Checkpoint(e))) => return e.hint(),
+        Some(QuantizeError::Calibration(CalibrationError::Checkpoint(e))) => return e.hint(),
+        _ => {}
+    }
+    if let Some(CalibrationError::Checkpoint(e)) = cause.downcast_ref::<CalibrationError>() {
+        return e.hint();
+    }
+    None
+}

@@ -1,0 +1,33 @@
+//! The command line: arguments → validated plan → library call → output.
+//!
+//! Exit codes: 0 ok · 1 the verdict is a regression · 2 inconclusive · 3 bad input or usage · 4 internal failure · 130 interrupted.
+#![allow(clippy::print_stdout, clippy::print_stderr)]
+
+mod args;
+mod commands;
+mod context;
+mod exit;
+mod models;
+mod progress;
+mod provenance;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+fn main() -> ExitCode {
+    let cli = match args::Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(e) => {
+            let code = if e.use_stderr() { exit::BAD_INPUT } else { 0 };
+            // A closed pipe on stdout or stderr is nobody's failure.
+            let _ = e.print();
+            return ExitCode::from(code);
+        }
+    };
+    let quiet_code = context::Context::new(&cli.global).and_then(|ctx| commands::dispatch(&ctx, cli.command));
+    match quiet_code {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => exit::report(&e),
+    }
+}

@@ -1,0 +1,142 @@
+//! MODEL on the command line → a checkpoint folder.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, Result};
+use lowbit_checkpoint::gguf::GgufModel;
+use lowbit_checkpoint::hub::{self, HubOptions};
+use lowbit_checkpoint::writer::{CheckpointWriter, DEFAULT_SHARD_BYTES, Declared};
+use lowbit_checkpoint::{Checkpoint, CheckpointError, Dtype};
+use lowbit_model::Model;
+
+use crate::context::Context;
+
+/// The files of the demo model, embedded.
+const DEMO: &[(&str, &[u8])] = &[
+    ("config.json", include_bytes!("../assets/demo/config.json")),
+    ("generation_config.json", include_bytes!("../assets/demo/generation_config.json")),
+    ("tokenizer.json", include_bytes!("../assets/demo/tokenizer.json")),
+    ("tokenizer_config.json", include_bytes!("../assets/demo/tokenizer_config.json")),
+    ("chat_template.jinja", include_bytes!("../assets/demo/chat_template.jinja")),
+    ("model.safetensors", include_bytes!("../assets/demo/model.safetensors")),
+];
+
+/// Text of our own for the demo's evaluation.
+pub const DEMO_TEXT: &str = include_str!("../assets/demo-text/evaluation.txt");
+
+/// A model that was found.
+pub struct Located {
+    /// As given.
+    pub name: String,
+    /// Folder.
+    pub dir: PathBuf,
+}
+
+impl Located {
+    /// Opens it.
+    pub fn open(&self) -> Result<Checkpoint> {
+        Ok(Checkpoint::open(&self.dir)?)
+    }
+
+    /// Opens and loads it.
+    pub fn load(&self, ctx: &Context) -> Result<(Checkpoint, Model)> {
+        let ckpt = self.open()?;
+        let model = Model::load(&ckpt, ctx.backend.clone())?;
+        Ok((ckpt, model))
+    }
+}
+
+/// Finds MODEL: a folder, a .gguf file (imported into the cache), `demo`, or a hub id.
+pub fn locate(ctx: &Context, model: &str) -> Result<Located> {
+    let path = Path::new(model);
+    let dir = if path.is_dir() {
+        path.to_path_buf()
+    } else if model.ends_with(".gguf") {
+        import_cached(ctx, path)?
+    } else if model == "demo" {
+        demo()?
+    } else if looks_like_hub_id(model) {
+        hub::resolve(model, &hub_options(), &ctx.progress)?
+    } else {
+        return Err(CheckpointError::invalid_hint(path, "no such folder", "MODEL is a folder, a .gguf file, `demo`, or a hub id `org/name[@revision]`").into());
+    };
+    Ok(Located { name: model.to_string(), dir })
+}
+
+/// Hub options from the environment.
+pub fn hub_options() -> HubOptions {
+    HubOptions::from_env_map(|k| std::env::var(k).ok())
+}
+
+fn looks_like_hub_id(model: &str) -> bool {
+    let name = model.split('@').next().unwrap_or_default();
+    let parts: Vec<&str> = name.split('/').collect();
+    parts.len() == 2 && parts.iter().all(|p| !p.is_empty() && !p.starts_with('.')) && !Path::new(model).exists()
+}
+
+fn cache_dir() -> PathBuf {
+    let var = |k: &str| std::env::var_os(k).filter(|v| !v.is_empty()).map(PathBuf::from);
+    var("LOWBIT_CACHE")
+        .or_else(|| var("XDG_CACHE_HOME").map(|d| d.join("lowbit")))
+        .or_else(|| var("HOME").map(|d| d.join(".cache/lowbit")))
+        .unwrap_or_else(|| std::env::temp_dir().join("lowbit"))
+}
+
+/// Unpacks the embedded demo model once.
+fn demo() -> Result<PathBuf> {
+    let sums: Vec<u8> = DEMO.iter().flat_map(|(n, b)| format!("{n}{}", lowbit_checkpoint::hash::sha256_hex(b)).into_bytes()).collect();
+    let id = lowbit_checkpoint::hash::sha256_hex(&sums);
+    let dir = cache_dir().join(format!("demo-{}", id.get(..12).unwrap_or_default()));
+    if dir.exists() {
+        return Ok(dir);
+    }
+    let partial = dir.with_extension(format!("{}.tmp", std::process::id()));
+    let write = || -> std::io::Result<()> {
+        std::fs::create_dir_all(&partial)?;
+        for (name, bytes) in DEMO {
+            std::fs::write(partial.join(name), bytes)?;
+        }
+        std::fs::rename(&partial, &dir)
+    };
+    let result = write();
+    if result.is_err() {
+        let _ = std::fs::remove_dir_all(&partial);
+        // Another process may have won the race.
+        if dir.exists() {
+            return Ok(dir);
+        }
+    }
+    result.with_context(|| format!("cannot unpack the demo model into {}\nhint: set LOWBIT_CACHE to a writable folder", dir.display()))?;
+    Ok(dir)
+}
+
+fn import_cached(ctx: &Context, file: &Path) -> Result<PathBuf> {
+    let sha = lowbit_checkpoint::hash::sha256_file(file)?;
+    let dir = cache_dir().join(format!("gguf-{}", sha.get(..16).unwrap_or_default()));
+    if !dir.exists() {
+        ctx.say(format!("importing {} into {}", file.display(), dir.display()));
+        import_gguf(ctx, file, &dir, false)?;
+    }
+    Ok(dir)
+}
+
+/// Writes a Hugging Face folder from a GGUF file.
+pub fn import_gguf(ctx: &Context, file: &Path, output: &Path, force: bool) -> Result<()> {
+    use lowbit_quantize::Progress;
+    let mut gguf = GgufModel::open(file)?;
+    let names = gguf.tensor_names();
+    let declared = names.iter().map(|(n, s)| Declared { name: n.clone(), dtype: Dtype::BF16, shape: s.clone() }).collect();
+    let mut writer = CheckpointWriter::create(output, declared, DEFAULT_SHARD_BYTES, force)?;
+    ctx.progress.stage("convert", names.len() as u64);
+    for (name, _) in &names {
+        ctx.check_stop()?;
+        writer.write(name, &gguf.read_bf16(name)?)?;
+        ctx.progress.advance(1);
+    }
+    writer.write_file("config.json", format!("{:#}\n", gguf.config_json()?).as_bytes())?;
+    for (name, bytes) in gguf.tokenizer_files()? {
+        writer.write_file(&name, &bytes)?;
+    }
+    writer.finish()?;
+    Ok(())
+}

@@ -1,0 +1,40 @@
+//! Provenance of the records this process writes.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use anyhow::Result;
+use lowbit_checkpoint::hash::model_sha256;
+use lowbit_checkpoint::provenance::Provenance;
+use serde_json::Value;
+
+use crate::context::Context;
+use crate::models::Located;
+
+/// Gathers it; hashing reads every weight file once.
+pub fn gather(ctx: &Context, model: &Located, reference: Option<&Located>, seed: u64, options: BTreeMap<String, Value>) -> Result<Provenance> {
+    Ok(Provenance {
+        tool: format!("lowbit {}", env!("CARGO_PKG_VERSION")),
+        commit: option_env!("LOWBIT_COMMIT").map(str::to_string),
+        command: std::env::args().collect::<Vec<_>>().join(" "),
+        unix_time: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs()),
+        model: model.name.clone(),
+        model_sha256: model_sha256(&model.dir)?,
+        reference: reference.map(|r| r.name.clone()),
+        reference_sha256: reference.map(|r| model_sha256(&r.dir)).transpose()?,
+        device: ctx.backend.name().into(),
+        cpu: cpu_model(),
+        gpu: None,
+        threads: ctx.threads,
+        dtype: "weights as stored, activations f32".into(),
+        seed,
+        options,
+    })
+}
+
+fn cpu_model() -> String {
+    let info = std::fs::read_to_string(Path::new("/proc/cpuinfo")).unwrap_or_default();
+    let name = info.lines().find(|l| l.starts_with("model name")).and_then(|l| l.split(':').nth(1));
+    name.map_or_else(|| std::env::consts::ARCH.to_string(), |n| n.trim().to_string())
+}
