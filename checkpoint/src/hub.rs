@@ -189,3 +189,26 @@ fn is_safe(name: &str) -> bool {
     let part_ok = |part: &str| !part.is_empty() && part != "." && part != "..";
     !name.contains(odd) && name.split('/').all(part_ok)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn options_follow_the_usual_variables() {
+        let home = tempfile::tempdir().unwrap();
+        std::fs::write(home.path().join("token"), "from_file\n").unwrap();
+        let text = home.path().to_str().unwrap().to_string();
+        let options = HubOptions::from_env_map(|key| match key {
+            "HF_HOME" => Some(text.clone()),
+            "HF_ENDPOINT" => Some("http://mirror/".into()),
+            "HF_HUB_OFFLINE" => Some("1".into()),
+            _ => None,
+        });
+        assert_eq!((options.endpoint.as_str(), options.token.as_deref()), ("http://mirror", Some("from_file")));
+        assert!(options.offline && options.cache_dir == home.path().join("hub"));
+        let plain = HubOptions::from_env_map(|key| (key == "HOME").then(|| "/home/x".into()));
+        assert_eq!(plain.cache_dir, Path::new("/home/x/.cache/huggingface/hub"));
+        assert_eq!((plain.endpoint.as_str(), plain.token, plain.offline), ("https://huggingface.co", None, false));
+    }
+}

@@ -36,10 +36,7 @@ impl Bytes {
     /// Takes a vector.
     pub fn from_vec(v: Vec<u8>) -> Self {
         let range = 0..v.len();
-        Self {
-            owner: Arc::new(v),
-            range,
-        }
+        Self { owner: Arc::new(v), range }
     }
 
     /// The bytes.
@@ -73,12 +70,7 @@ impl FloatType {
 #[derive(Clone)]
 pub enum HostWeight {
     /// `[out, in]` floats, little-endian.
-    Dense {
-        dtype: FloatType,
-        out_features: usize,
-        in_features: usize,
-        data: Bytes,
-    },
+    Dense { dtype: FloatType, out_features: usize, in_features: usize, data: Bytes },
     /// Packed integers in compressed-tensors row order.
     Packed(PackedWeight),
 }
@@ -106,11 +98,7 @@ impl HostWeight {
     /// `(out, in)`.
     pub fn dims(&self) -> (usize, usize) {
         match self {
-            HostWeight::Dense {
-                out_features,
-                in_features,
-                ..
-            } => (*out_features, *in_features),
+            HostWeight::Dense { out_features, in_features, .. } => (*out_features, *in_features),
             HostWeight::Packed(p) => (p.out_features, p.in_features),
         }
     }
@@ -120,10 +108,7 @@ impl HostWeight {
         match self {
             HostWeight::Dense { data, .. } => data.as_slice().len(),
             HostWeight::Packed(p) => {
-                let zeros = p
-                    .zeros
-                    .as_ref()
-                    .map_or(0, |z| (z.len() * p.scheme.bits as usize).div_ceil(8));
+                let zeros = p.zeros.as_ref().map_or(0, |z| (z.len() * p.scheme.bits as usize).div_ceil(8));
                 p.words.as_slice().len() + p.scales.len() * 2 + zeros
             }
         }
@@ -210,14 +195,7 @@ pub trait Backend: Send + Sync {
     /// `out[t] = scale · table[ids[t]]`; `table` `[vocab, hidden]`, result `[T, hidden]`. An id outside the table is an error.
     fn embed(&self, table: &WeightHandle, ids: &[u32], scale: f32) -> Result<Buffer>;
     /// Per row of `width`: `x / sqrt(mean(x²) + eps) · (offset + weight)`; mean in f64 on the scalar twin, f32 elsewhere.
-    fn rms_norm(
-        &self,
-        x: &Buffer,
-        weight: &Buffer,
-        width: usize,
-        eps: f32,
-        offset: f32,
-    ) -> Result<Buffer>;
+    fn rms_norm(&self, x: &Buffer, weight: &Buffer, width: usize, eps: f32, offset: f32) -> Result<Buffer>;
     /// `y = x · Wᵀ (+ bias)`: x `[T, in]`, y `[T, out]`.
     fn linear(&self, x: &Buffer, w: &WeightHandle, bias: Option<&Buffer>) -> Result<Buffer>;
     /// Rotates q `[T, heads·head_dim]` in place, half-split pairing (`x[i], x[i+d/2]`); `inv_freq` `[rot/2]`, angle = position · inv_freq, cos and sin multiplied by `mscale`.
@@ -231,29 +209,11 @@ pub trait Backend: Send + Sync {
         segments: &[Segment],
     ) -> Result<()>;
     /// Makes an empty cache for `slots` sequences of up to `capacity` tokens.
-    fn kv_cache(
-        &self,
-        slots: usize,
-        capacity: usize,
-        kv_heads: usize,
-        head_dim: usize,
-    ) -> Result<KvBuffer>;
+    fn kv_cache(&self, slots: usize, capacity: usize, kv_heads: usize, head_dim: usize) -> Result<KvBuffer>;
     /// Appends k and v `[T, kv_heads·head_dim]` at each segment's `past`.
-    fn kv_append(
-        &self,
-        cache: &mut KvBuffer,
-        k: &Buffer,
-        v: &Buffer,
-        segments: &[Segment],
-    ) -> Result<()>;
+    fn kv_append(&self, cache: &mut KvBuffer, k: &Buffer, v: &Buffer, segments: &[Segment]) -> Result<()>;
     /// Causal attention of q `[T, heads·head_dim]` over the cache (which already holds the new keys); result like q.
-    fn attention(
-        &self,
-        q: &Buffer,
-        cache: &KvBuffer,
-        shape: &AttentionShape,
-        segments: &[Segment],
-    ) -> Result<Buffer>;
+    fn attention(&self, q: &Buffer, cache: &KvBuffer, shape: &AttentionShape, segments: &[Segment]) -> Result<Buffer>;
     /// `act(gate) · up`, element by element.
     fn activation_mul(&self, gate: &Buffer, up: &Buffer, act: Activation) -> Result<Buffer>;
     /// `x += y`.
@@ -272,13 +232,7 @@ pub trait Backend: Send + Sync {
     fn hessian_update(&self, h: &mut Buffer, x: &Buffer, n: usize) -> Result<()>;
     /// Largest |x|; NaN counts as infinity so that it cannot hide.
     fn abs_max(&self, x: &Buffer) -> Result<f32> {
-        Ok(self.download(x)?.iter().fold(0f32, |m, v| {
-            if v.is_nan() {
-                f32::INFINITY
-            } else {
-                m.max(v.abs())
-            }
-        }))
+        Ok(self.download(x)?.iter().fold(0f32, |m, v| if v.is_nan() { f32::INFINITY } else { m.max(v.abs()) }))
     }
 }
 

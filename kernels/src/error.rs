@@ -5,28 +5,16 @@
 pub enum KernelError {
     /// A length does not follow from the shapes it was given with.
     #[error("{what}: expected {expected} elements, found {found}")]
-    Length {
-        what: &'static str,
-        expected: usize,
-        found: usize,
-    },
+    Length { what: &'static str, expected: usize, found: usize },
     /// A dimension must be a multiple of another.
     #[error("{what} {value} is not divisible by {by}")]
-    NotDivisible {
-        what: &'static str,
-        value: usize,
-        by: usize,
-    },
+    NotDivisible { what: &'static str, value: usize, by: usize },
     /// A scheme name or field is not one we know.
     #[error("unknown scheme `{0}`: expected one of w2a16, w3a16, w4a16, w8a16")]
     UnknownScheme(String),
     /// Scales and zero points must be finite and non-zero before packing.
     #[error("scale {value} at row {row}, group {group} is not a finite non-zero number")]
-    BadScale {
-        row: usize,
-        group: usize,
-        value: f32,
-    },
+    BadScale { row: usize, group: usize, value: f32 },
     /// A code is outside the range of its bits.
     #[error("code {code} at {index} does not fit in {bits} bits")]
     BadCode { index: usize, code: u8, bits: u8 },
@@ -35,17 +23,10 @@ pub enum KernelError {
     Overflow(&'static str),
     /// The backend does not support the operation for these shapes.
     #[error("{backend} does not support {op}: {why}")]
-    Unsupported {
-        backend: &'static str,
-        op: &'static str,
-        why: String,
-    },
+    Unsupported { backend: &'static str, op: &'static str, why: String },
     /// A handle made by another backend was passed in.
     #[error("a {what} of another backend was given to {backend}")]
-    ForeignHandle {
-        backend: &'static str,
-        what: &'static str,
-    },
+    ForeignHandle { backend: &'static str, what: &'static str },
 }
 
 /// Result of this crate.
@@ -53,13 +34,5 @@ pub type Result<T> = std::result::Result<T, KernelError>;
 
 /// Fails unless `found == expected`.
 pub fn check_len(what: &'static str, expected: usize, found: usize) -> Result<()> {
-    if expected == found {
-        Ok(())
-    } else {
-        Err(KernelError::Length {
-            what,
-            expected,
-            found,
-        })
-    }
+    if expected == found { Ok(()) } else { Err(KernelError::Length { what, expected, found }) }
 }

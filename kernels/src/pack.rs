@@ -47,12 +47,7 @@ pub fn pack_rows(codes: &[u8], rows: usize, cols: usize, bits: u8) -> Result<Vec
 /// Inverse of [`pack_rows`].
 pub fn unpack_rows(words: &[u32], rows: usize, cols: usize, bits: u8) -> Result<Vec<u8>> {
     let width = words_for(cols, bits);
-    check_len(
-        "packed words",
-        rows.checked_mul(width)
-            .ok_or(KernelError::Overflow("packed words"))?,
-        words.len(),
-    )?;
+    check_len("packed words", rows.checked_mul(width).ok_or(KernelError::Overflow("packed words"))?, words.len())?;
     let mut out = Vec::with_capacity(rows * cols);
     for r in 0..rows {
         out.extend((0..cols).map(|c| get(&words[r * width..], 1, c, bits)));
@@ -76,9 +71,7 @@ pub fn pack_columns(codes: &[u8], rows: usize, cols: usize, bits: u8) -> Result<
 pub fn unpack_columns(words: &[u32], rows: usize, cols: usize, bits: u8) -> Result<Vec<u8>> {
     check_len(
         "packed words",
-        words_for(rows, bits)
-            .checked_mul(cols)
-            .ok_or(KernelError::Overflow("packed words"))?,
+        words_for(rows, bits).checked_mul(cols).ok_or(KernelError::Overflow("packed words"))?,
         words.len(),
     )?;
     let mut out = vec![0u8; rows * cols];
@@ -91,19 +84,10 @@ pub fn unpack_columns(words: &[u32], rows: usize, cols: usize, bits: u8) -> Resu
 }
 
 fn check_codes(codes: &[u8], rows: usize, cols: usize, bits: u8) -> Result<()> {
-    check_len(
-        "codes",
-        rows.checked_mul(cols)
-            .ok_or(KernelError::Overflow("codes"))?,
-        codes.len(),
-    )?;
+    check_len("codes", rows.checked_mul(cols).ok_or(KernelError::Overflow("codes"))?, codes.len())?;
     let max = ((1u16 << bits) - 1) as u8;
     match codes.iter().position(|c| *c > max) {
-        Some(index) => Err(KernelError::BadCode {
-            index,
-            code: codes[index],
-            bits,
-        }),
+        Some(index) => Err(KernelError::BadCode { index, code: codes[index], bits }),
         None => Ok(()),
     }
 }
@@ -134,14 +118,7 @@ mod tests {
     #[test]
     fn a_code_too_large_is_refused_with_its_place() {
         let e = pack_rows(&[0, 16], 1, 2, 4).unwrap_err();
-        assert!(matches!(
-            e,
-            KernelError::BadCode {
-                index: 1,
-                code: 16,
-                bits: 4
-            }
-        ));
+        assert!(matches!(e, KernelError::BadCode { index: 1, code: 16, bits: 4 }));
     }
 
     proptest! {

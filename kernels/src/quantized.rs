@@ -26,10 +26,7 @@ impl QuantizedMatrix {
     /// Checks every length, code range and scale. Run before packing and after unpacking.
     pub fn validate(&self) -> Result<()> {
         let groups = self.scheme.groups(self.in_features)?;
-        let cells = self
-            .out_features
-            .checked_mul(self.in_features)
-            .ok_or(KernelError::Overflow("codes"))?;
+        let cells = self.out_features.checked_mul(self.in_features).ok_or(KernelError::Overflow("codes"))?;
         check_len("codes", cells, self.codes.len())?;
         check_len("scales", self.out_features * groups, self.scales.len())?;
         if let Some(z) = &self.zeros {
@@ -38,28 +35,16 @@ impl QuantizedMatrix {
         if let Some(g) = &self.group_index {
             check_len("g_idx", self.in_features, g.len())?;
             if let Some(bad) = g.iter().find(|g| **g as usize >= groups) {
-                return Err(KernelError::Length {
-                    what: "g_idx group",
-                    expected: groups,
-                    found: *bad as usize,
-                });
+                return Err(KernelError::Length { what: "g_idx group", expected: groups, found: *bad as usize });
             }
         }
         let max = self.scheme.max_code();
         if let Some(index) = self.codes.iter().position(|c| *c > max) {
-            return Err(KernelError::BadCode {
-                index,
-                code: self.codes[index],
-                bits: self.scheme.bits,
-            });
+            return Err(KernelError::BadCode { index, code: self.codes[index], bits: self.scheme.bits });
         }
         // A zero scale is legal only where it dequantizes a dead group; NaN and infinity never are.
         if let Some(i) = self.scales.iter().position(|s| !s.is_finite()) {
-            return Err(KernelError::BadScale {
-                row: i / groups,
-                group: i % groups,
-                value: self.scales[i],
-            });
+            return Err(KernelError::BadScale { row: i / groups, group: i % groups, value: self.scales[i] });
         }
         Ok(())
     }
@@ -73,10 +58,7 @@ impl QuantizedMatrix {
         let mut w = vec![0f32; self.codes.len()];
         for row in 0..self.out_features {
             for col in 0..self.in_features {
-                let group = self
-                    .group_index
-                    .as_ref()
-                    .map_or(col / cols, |g| g[col] as usize);
+                let group = self.group_index.as_ref().map_or(col / cols, |g| g[col] as usize);
                 let at = row * groups + group;
                 let zero = self.zeros.as_ref().map_or(mid, |z| z[at]);
                 let i = row * self.in_features + col;

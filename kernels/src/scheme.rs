@@ -37,11 +37,7 @@ impl Scheme {
             "w8a16" => 8,
             _ => return Err(KernelError::UnknownScheme(name.to_string())),
         };
-        Ok(Self {
-            bits,
-            symmetric,
-            group,
-        })
+        Ok(Self { bits, symmetric, group })
     }
 
     /// `w4a16`, without group and symmetry.
@@ -55,11 +51,7 @@ impl Scheme {
             GroupSize::Cols(n) => format!("g{n}"),
             GroupSize::PerChannel => "channel".to_string(),
         };
-        format!(
-            "{}-{group}{}",
-            self.name(),
-            if self.symmetric { "" } else { "-asym" }
-        )
+        format!("{}-{group}{}", self.name(), if self.symmetric { "" } else { "-asym" })
     }
 
     /// Largest stored code, `2^bits − 1`.
@@ -84,22 +76,14 @@ impl Scheme {
     pub fn groups(&self, in_features: usize) -> Result<usize> {
         let cols = self.group_cols(in_features);
         if cols == 0 || in_features % cols != 0 {
-            return Err(KernelError::NotDivisible {
-                what: "input width",
-                value: in_features,
-                by: cols,
-            });
+            return Err(KernelError::NotDivisible { what: "input width", value: in_features, by: cols });
         }
         Ok(in_features / cols)
     }
 
     /// Bits per weight including scales (16 bits) and zero points, for rows of `in_features`.
     pub fn bits_per_weight(&self, in_features: usize) -> f64 {
-        let zero_bits = if self.symmetric {
-            0.0
-        } else {
-            f64::from(self.bits)
-        };
+        let zero_bits = if self.symmetric { 0.0 } else { f64::from(self.bits) };
         f64::from(self.bits) + (16.0 + zero_bits) / self.group_cols(in_features) as f64
     }
 }

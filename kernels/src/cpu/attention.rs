@@ -61,18 +61,10 @@ pub fn attention(
     for segment in segments {
         for head in 0..shape.heads {
             let starts = (0..segment.tokens).step_by(BLOCK);
-            tasks.extend(starts.map(|first| Task {
-                segment,
-                head,
-                first,
-                count: BLOCK.min(segment.tokens - first),
-            }));
+            tasks.extend(starts.map(|first| Task { segment, head, first, count: BLOCK.min(segment.tokens - first) }));
         }
     }
-    let blocks: Vec<Vec<f32>> = tasks
-        .par_iter()
-        .map(|t| task(simd, q, cache, shape, t))
-        .collect::<Result<_>>()?;
+    let blocks: Vec<Vec<f32>> = tasks.par_iter().map(|t| task(simd, q, cache, shape, t)).collect::<Result<_>>()?;
     let (d, width) = (shape.head_dim, shape.heads * shape.head_dim);
     let mut out = vec![0f32; q.len()];
     for (t, block) in tasks.iter().zip(&blocks) {
@@ -85,23 +77,15 @@ pub fn attention(
 }
 
 /// Result `[count, head_dim]`.
-fn task(
-    simd: Simd,
-    q: &[f32],
-    cache: &Cache,
-    shape: &AttentionShape,
-    t: &Task,
-) -> Result<Vec<f32>> {
+fn task(simd: Simd, q: &[f32], cache: &Cache, shape: &AttentionShape, t: &Task) -> Result<Vec<f32>> {
     let (d, width) = (shape.head_dim, shape.heads * shape.head_dim);
     let group = t.head / (shape.heads / shape.kv_heads);
     let base = (t.segment.slot * cache.kv_heads + group) * cache.capacity;
     let position = t.segment.past + t.first;
     let begin = shape.window.map_or(0, |w| (position + 1).saturating_sub(w));
     let end = position + t.count;
-    let (keys, values) = (
-        &cache.keys[(base + begin) * d..(base + end) * d],
-        &cache.values[(base + begin) * d..(base + end) * d],
-    );
+    let (keys, values) =
+        (&cache.keys[(base + begin) * d..(base + end) * d], &cache.values[(base + begin) * d..(base + end) * d]);
     let n = end - begin;
     let mut scores = vec![0f32; t.count * n];
     let mut out = vec![0f32; t.count * d];
@@ -109,41 +93,15 @@ fn task(
     let few = t.count <= FEW;
     if few {
         for (i, scores) in scores.chunks_exact_mut(n).enumerate() {
-            simd.run(Dots {
-                q: &q[i * width..i * width + d],
-                keys,
-                scale: shape.scale,
-                scores,
-            });
+            simd.run(Dots { q: &q[i * width..i * width + d], keys, scale: shape.scale, scores });
         }
     } else {
-        let (a, b) = (
-            View {
-                data: q,
-                row: width,
-                col: 1,
-            },
-            View {
-                data: keys,
-                row: 1,
-                col: d,
-            },
-        );
-        matmul(
-            &mut scores,
-            (n, 1),
-            false,
-            (t.count, n, d),
-            a,
-            b,
-            shape.scale,
-        )?;
+        let (a, b) = (View { data: q, row: width, col: 1 }, View { data: keys, row: 1, col: d });
+        matmul(&mut scores, (n, 1), false, (t.count, n, d), a, b, shape.scale)?;
     }
     for (i, row) in scores.chunks_exact_mut(n).enumerate() {
-        let visible = shape
-            .window
-            .map_or(0, |w| (position + i + 1).saturating_sub(w))
-            - begin..position + i + 1 - begin;
+        let visible =
+            shape.window.map_or(0, |w| (position + i + 1).saturating_sub(w)) - begin..position + i + 1 - begin;
         row[..visible.start].fill(0.0);
         row[visible.end..].fill(0.0);
         let row = &mut row[visible];
@@ -154,25 +112,10 @@ fn task(
     }
     if few {
         for (weights, out) in scores.chunks_exact(n).zip(out.chunks_exact_mut(d)) {
-            simd.run(Mix {
-                weights,
-                values,
-                out,
-            });
+            simd.run(Mix { weights, values, out });
         }
     } else {
-        let (a, b) = (
-            View {
-                data: &scores,
-                row: n,
-                col: 1,
-            },
-            View {
-                data: values,
-                row: d,
-                col: 1,
-            },
-        );
+        let (a, b) = (View { data: &scores, row: n, col: 1 }, View { data: values, row: d, col: 1 });
         matmul(&mut out, (d, 1), false, (t.count, d, n), a, b, 1.0)?;
     }
     Ok(out)

@@ -83,20 +83,9 @@ impl Element for Bf16 {
 impl DenseWeight {
     /// Checks the length; copies nothing.
     pub fn new(dtype: FloatType, rows: usize, cols: usize, data: Bytes) -> Result<Self> {
-        let cells = rows
-            .checked_mul(cols)
-            .and_then(|n| n.checked_mul(dtype.size()));
-        check_len(
-            "weight bytes",
-            cells.ok_or(KernelError::Overflow("weight bytes"))?,
-            data.as_slice().len(),
-        )?;
-        Ok(Self {
-            dtype,
-            rows,
-            cols,
-            data,
-        })
+        let cells = rows.checked_mul(cols).and_then(|n| n.checked_mul(dtype.size()));
+        check_len("weight bytes", cells.ok_or(KernelError::Overflow("weight bytes"))?, data.as_slice().len())?;
+        Ok(Self { dtype, rows, cols, data })
     }
 
     fn row_bytes(&self, rows: Range<usize>) -> &[u8] {
@@ -118,37 +107,14 @@ impl DenseWeight {
     pub fn linear(&self, simd: Simd, x: &[f32], t: usize, y: &mut [f32]) -> Result<()> {
         check_len("x", t * self.cols, x.len())?;
         if t > GEMV_TOKENS {
-            return by_panels(y, x, (t, self.rows, self.cols), |rows, out| {
-                self.widen(simd, rows, out)
-            });
+            return by_panels(y, x, (t, self.rows, self.cols), |rows, out| self.widen(simd, rows, out));
         }
         gemv(y, t, self.rows, |rows, out| {
             let (bytes, k) = (self.row_bytes(rows), self.cols);
             match self.dtype {
-                FloatType::F32 => simd.run(Gemv {
-                    bytes,
-                    x,
-                    k,
-                    t,
-                    out,
-                    element: F32,
-                }),
-                FloatType::F16 => simd.run(Gemv {
-                    bytes,
-                    x,
-                    k,
-                    t,
-                    out,
-                    element: F16,
-                }),
-                FloatType::Bf16 => simd.run(Gemv {
-                    bytes,
-                    x,
-                    k,
-                    t,
-                    out,
-                    element: Bf16,
-                }),
+                FloatType::F32 => simd.run(Gemv { bytes, x, k, t, out, element: F32 }),
+                FloatType::F16 => simd.run(Gemv { bytes, x, k, t, out, element: F16 }),
+                FloatType::Bf16 => simd.run(Gemv { bytes, x, k, t, out, element: Bf16 }),
             }
         });
         Ok(())
@@ -160,17 +126,13 @@ pub fn gemv<F>(y: &mut [f32], t: usize, n: usize, chunk: F)
 where
     F: Fn(Range<usize>, &mut [f32]) + Sync,
 {
-    let each =
-        |(i, out): (usize, &mut [f32])| chunk(i * GEMV_ROWS..i * GEMV_ROWS + out.len() / t, out);
+    let each = |(i, out): (usize, &mut [f32])| chunk(i * GEMV_ROWS..i * GEMV_ROWS + out.len() / t, out);
     if t == 1 {
         y.par_chunks_mut(GEMV_ROWS).enumerate().for_each(each);
         return;
     }
     let mut by_row = vec![0f32; n * t];
-    by_row
-        .par_chunks_mut(GEMV_ROWS * t)
-        .enumerate()
-        .for_each(each);
+    by_row.par_chunks_mut(GEMV_ROWS * t).enumerate().for_each(each);
     for (row, values) in by_row.chunks_exact(t).enumerate() {
         for (token, v) in values.iter().enumerate() {
             y[token * n + row] = *v;
@@ -189,12 +151,7 @@ impl<E: Element> Kernel for Widen<'_, E> {
         let whole = n / L::N * L::N;
         for i in (0..whole).step_by(L::N) {
             // SAFETY: `i + N ≤ n` elements exist in both slices; the caller vouches for the instruction set.
-            unsafe {
-                L::store(
-                    out.as_mut_ptr().add(i),
-                    E::lanes::<L>(bytes.as_ptr().add(i * E::SIZE)),
-                )
-            };
+            unsafe { L::store(out.as_mut_ptr().add(i), E::lanes::<L>(bytes.as_ptr().add(i * E::SIZE))) };
         }
         for i in whole..n {
             out[i] = E::widen(&bytes[i * E::SIZE..]);

@@ -76,9 +76,7 @@ impl Kernel for ActivationMul<'_> {
 /// `act(gate) · up`.
 pub fn activation_mul(simd: Simd, gate: &[f32], up: &[f32], act: Activation) -> Vec<f32> {
     let mut y = gate.to_vec();
-    y.par_chunks_mut(CHUNK)
-        .zip(up.par_chunks(CHUNK))
-        .for_each(|(y, up)| simd.run(ActivationMul(y, up, act)));
+    y.par_chunks_mut(CHUNK).zip(up.par_chunks(CHUNK)).for_each(|(y, up)| simd.run(ActivationMul(y, up, act)));
     y
 }
 
@@ -110,28 +108,13 @@ impl Kernel for NormRow<'_> {
 }
 
 /// Root-mean-square norm of each row of `width > 0`.
-pub fn rms_norm(
-    simd: Simd,
-    x: &[f32],
-    weight: &[f32],
-    width: usize,
-    eps: f32,
-    offset: f32,
-) -> Vec<f32> {
+pub fn rms_norm(simd: Simd, x: &[f32], weight: &[f32], width: usize, eps: f32, offset: f32) -> Vec<f32> {
     let mut y = vec![0f32; x.len()];
     let rows = (CHUNK / width).max(1);
     y.par_chunks_mut(width)
         .zip(x.par_chunks(width))
         .with_min_len(rows)
-        .for_each(|(out, x)| {
-            simd.run(NormRow {
-                x,
-                weight,
-                out,
-                eps,
-                offset,
-            })
-        });
+        .for_each(|(out, x)| simd.run(NormRow { x, weight, out, eps, offset }));
     y
 }
 
@@ -159,33 +142,26 @@ pub fn rope(
     mscale: f32,
     positions: &[Option<usize>],
 ) {
-    x.par_chunks_mut(width)
-        .zip(positions)
-        .with_min_len((CHUNK / 8 / width).max(1))
-        .for_each(|(row, position)| {
-            let Some(position) = position else { return };
-            // Computed once a row and shared by its heads.
-            let turn = |f: &f32| {
-                let angle = *position as f32 * f;
-                (angle.cos() * mscale, angle.sin() * mscale)
-            };
-            let turns: Vec<(f32, f32)> = inv_freq.iter().map(turn).collect();
-            row.chunks_exact_mut(head_dim)
-                .for_each(|head| simd.run(RotateHead(head, &turns)));
-        });
+    x.par_chunks_mut(width).zip(positions).with_min_len((CHUNK / 8 / width).max(1)).for_each(|(row, position)| {
+        let Some(position) = position else { return };
+        // Computed once a row and shared by its heads.
+        let turn = |f: &f32| {
+            let angle = *position as f32 * f;
+            (angle.cos() * mscale, angle.sin() * mscale)
+        };
+        let turns: Vec<(f32, f32)> = inv_freq.iter().map(turn).collect();
+        row.chunks_exact_mut(head_dim).for_each(|head| simd.run(RotateHead(head, &turns)));
+    });
 }
 
 /// `x += y`.
 pub fn add_assign(x: &mut [f32], y: &[f32]) {
-    x.par_chunks_mut(CHUNK)
-        .zip(y.par_chunks(CHUNK))
-        .for_each(|(x, y)| x.iter_mut().zip(y).for_each(|(x, y)| *x += y));
+    x.par_chunks_mut(CHUNK).zip(y.par_chunks(CHUNK)).for_each(|(x, y)| x.iter_mut().zip(y).for_each(|(x, y)| *x += y));
 }
 
 /// `x ← cap · tanh(x / cap)`.
 pub fn soft_cap(x: &mut [f32], cap: f32) {
-    x.par_chunks_mut(CHUNK)
-        .for_each(|x| x.iter_mut().for_each(|v| *v = scalar::soft_cap(*v, cap)));
+    x.par_chunks_mut(CHUNK).for_each(|x| x.iter_mut().for_each(|v| *v = scalar::soft_cap(*v, cap)));
 }
 
 /// Largest value, NaN ignored; −∞ when there is none.
@@ -202,9 +178,7 @@ impl Kernel for Max<'_> {
                 best[i] = if c[i] > best[i] { c[i] } else { best[i] };
             }
         }
-        best.iter()
-            .chain(tail)
-            .fold(f32::NEG_INFINITY, |m, v| if *v > m { *v } else { m })
+        best.iter().chain(tail).fold(f32::NEG_INFINITY, |m, v| if *v > m { *v } else { m })
     }
 }
 
@@ -242,22 +216,12 @@ pub fn score(simd: Simd, logits: &[f32], vocab: usize, targets: &[u32]) -> Vec<T
         let (top1, max) = top(simd, row);
         let sum = simd.run(SumExp(row, max));
         let log_prob = (f64::from(row[*target as usize]) - f64::from(max) - sum.ln()) as f32;
-        TokenScore {
-            log_prob,
-            top1: top1 as u32,
-        }
+        TokenScore { log_prob, top1: top1 as u32 }
     };
-    logits
-        .par_chunks_exact(vocab)
-        .zip(targets)
-        .map(one)
-        .collect()
+    logits.par_chunks_exact(vocab).zip(targets).map(one).collect()
 }
 
 /// First index of the largest value of each row; 0 for a row of NaN.
 pub fn argmax(simd: Simd, logits: &[f32], vocab: usize) -> Vec<u32> {
-    logits
-        .par_chunks_exact(vocab)
-        .map(|row| top(simd, row).0 as u32)
-        .collect()
+    logits.par_chunks_exact(vocab).map(|row| top(simd, row).0 as u32).collect()
 }

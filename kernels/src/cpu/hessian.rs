@@ -15,46 +15,21 @@ fn side(n: usize) -> usize {
 pub fn update(h: &mut [f32], x: &[f32], n: usize) -> Result<()> {
     let (t, side) = (x.len() / n, side(n));
     // One task a block row: it owns whole rows of h, and its tail of columns is one wide product.
-    h.par_chunks_mut(side * n)
-        .enumerate()
-        .try_for_each(|(b, rows)| {
-            let first = b * side;
-            let m = rows.len() / n;
-            let a = View {
-                data: &x[first.min(x.len())..],
-                row: 1,
-                col: n,
-            };
-            let mut square = vec![0f32; m * m];
-            matmul(
-                &mut square,
-                (m, 1),
-                false,
-                (m, m, t),
-                a,
-                View {
-                    row: n,
-                    col: 1,
-                    ..a
-                },
-                1.0,
-            )?;
-            for i in 0..m {
-                let at = i * n + first;
-                rows[at + i..at + m]
-                    .iter_mut()
-                    .zip(&square[i * m + i..(i + 1) * m])
-                    .for_each(|(h, s)| *h += s);
-            }
-            let (rest, col) = (n - first - m, first + m);
-            if rest == 0 {
-                return Ok(());
-            }
-            let b = View {
-                data: &x[col.min(x.len())..],
-                row: n,
-                col: 1,
-            };
-            matmul(&mut rows[col..], (n, 1), true, (m, rest, t), a, b, 1.0)
-        })
+    h.par_chunks_mut(side * n).enumerate().try_for_each(|(b, rows)| {
+        let first = b * side;
+        let m = rows.len() / n;
+        let a = View { data: &x[first.min(x.len())..], row: 1, col: n };
+        let mut square = vec![0f32; m * m];
+        matmul(&mut square, (m, 1), false, (m, m, t), a, View { row: n, col: 1, ..a }, 1.0)?;
+        for i in 0..m {
+            let at = i * n + first;
+            rows[at + i..at + m].iter_mut().zip(&square[i * m + i..(i + 1) * m]).for_each(|(h, s)| *h += s);
+        }
+        let (rest, col) = (n - first - m, first + m);
+        if rest == 0 {
+            return Ok(());
+        }
+        let b = View { data: &x[col.min(x.len())..], row: n, col: 1 };
+        matmul(&mut rows[col..], (n, 1), true, (m, rest, t), a, b, 1.0)
+    })
 }

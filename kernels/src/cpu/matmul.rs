@@ -15,23 +15,11 @@ pub struct View<'a> {
 
 /// Elements a `rows × cols` view with these strides spans.
 fn span(rows: usize, cols: usize, row: usize, col: usize) -> usize {
-    if rows == 0 || cols == 0 {
-        0
-    } else {
-        (rows - 1) * row + (cols - 1) * col + 1
-    }
+    if rows == 0 || cols == 0 { 0 } else { (rows - 1) * row + (cols - 1) * col + 1 }
 }
 
 fn check_span(what: &'static str, need: usize, have: usize) -> Result<()> {
-    if need <= have {
-        Ok(())
-    } else {
-        Err(KernelError::Length {
-            what,
-            expected: need,
-            found: have,
-        })
-    }
+    if need <= have { Ok(()) } else { Err(KernelError::Length { what, expected: need, found: have }) }
 }
 
 /// `dst = (keep ? dst : 0) + factor · a b`, `[m, n] = [m, k] [k, n]`, on the calling thread.
@@ -71,8 +59,7 @@ unsafe fn matmul_raw(
     // SAFETY: both factors were checked to span no more than their slices; the caller vouches for `dst`.
     unsafe {
         gemm::gemm(
-            m, n, k, dst, dst_cs, dst_rs, keep, pa, a_cs, a_rs, pb, b_cs, b_rs, 1.0, factor, false,
-            false, false, none,
+            m, n, k, dst, dst_cs, dst_rs, keep, pa, a_cs, a_rs, pb, b_cs, b_rs, 1.0, factor, false, false, false, none,
         );
     }
     Ok(())
@@ -92,12 +79,7 @@ fn panel_rows(k: usize) -> usize {
 }
 
 /// `y = x Wᵀ` for x `[t, k]`, y `[t, n]`; `widen(rows, panel)` writes rows of W as f32 `[rows, k]`.
-pub fn by_panels<F>(
-    y: &mut [f32],
-    x: &[f32],
-    (t, n, k): (usize, usize, usize),
-    widen: F,
-) -> Result<()>
+pub fn by_panels<F>(y: &mut [f32], x: &[f32], (t, n, k): (usize, usize, usize), widen: F) -> Result<()>
 where
     F: Fn(std::ops::Range<usize>, &mut [f32]) + Sync,
 {
@@ -112,16 +94,8 @@ where
             let m = rows.min(n - first);
             let panel = &mut panel[..m * k];
             widen(first..first + m, panel);
-            let a = View {
-                data: panel,
-                row: k,
-                col: 1,
-            };
-            let b = View {
-                data: x,
-                row: 1,
-                col: k,
-            };
+            let a = View { data: panel, row: k, col: 1 };
+            let b = View { data: x, row: 1, col: k };
             // SAFETY: elements `j · n + first + i`, `j < t`, `i < m`, lie in `y` (t · n checked above), and the ranges
             // `first .. first + m` of different tasks are disjoint; `y` is borrowed mutably for the whole call.
             unsafe { matmul_raw(stripes.0.add(first), (1, n), false, (m, t, k), a, b, 1.0) }

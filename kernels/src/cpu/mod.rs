@@ -28,8 +28,7 @@ use self::attention::Cache;
 use self::dense::DenseWeight;
 use self::packed::PackedMatrix;
 use crate::backend::{
-    Activation, AttentionShape, Backend, Buffer, HostWeight, KvBuffer, Segment, TokenScore,
-    WeightHandle,
+    Activation, AttentionShape, Backend, Buffer, HostWeight, KvBuffer, Segment, TokenScore, WeightHandle,
 };
 use crate::error::{KernelError, Result, check_len};
 
@@ -62,9 +61,7 @@ impl CpuBackend {
 
     /// With no more than `most` (and no more than the machine has).
     pub fn with_level(most: Level) -> Self {
-        Self {
-            simd: Simd::up_to(most),
-        }
+        Self { simd: Simd::up_to(most) }
     }
 
     /// The instruction set in use.
@@ -80,17 +77,11 @@ impl Default for CpuBackend {
 }
 
 fn weight(w: &WeightHandle) -> Result<&Weight> {
-    w.memory.downcast_ref().ok_or(KernelError::ForeignHandle {
-        backend: NAME,
-        what: "weight",
-    })
+    w.memory.downcast_ref().ok_or(KernelError::ForeignHandle { backend: NAME, what: "weight" })
 }
 
 fn cache(c: &KvBuffer) -> Result<&Cache> {
-    c.memory.downcast_ref().ok_or(KernelError::ForeignHandle {
-        backend: NAME,
-        what: "cache",
-    })
+    c.memory.downcast_ref().ok_or(KernelError::ForeignHandle { backend: NAME, what: "cache" })
 }
 
 impl Backend for CpuBackend {
@@ -117,25 +108,12 @@ impl Backend for CpuBackend {
     fn upload_weight(&self, w: &HostWeight) -> Result<WeightHandle> {
         let (out_features, in_features) = w.dims();
         let memory = match w {
-            HostWeight::Dense {
-                dtype,
-                out_features,
-                in_features,
-                data,
-            } => Weight::Dense(DenseWeight::new(
-                *dtype,
-                *out_features,
-                *in_features,
-                data.clone(),
-            )?),
+            HostWeight::Dense { dtype, out_features, in_features, data } => {
+                Weight::Dense(DenseWeight::new(*dtype, *out_features, *in_features, data.clone())?)
+            }
             HostWeight::Packed(p) => Weight::Packed(PackedMatrix::new(p)?),
         };
-        Ok(WeightHandle {
-            out_features,
-            in_features,
-            stored_bytes: w.stored_bytes(),
-            memory: Box::new(memory),
-        })
+        Ok(WeightHandle { out_features, in_features, stored_bytes: w.stored_bytes(), memory: Box::new(memory) })
     }
 
     fn embed(&self, table: &WeightHandle, ids: &[u32], scale: f32) -> Result<Buffer> {
@@ -151,20 +129,11 @@ impl Backend for CpuBackend {
         Ok(buffer(y))
     }
 
-    fn rms_norm(
-        &self,
-        x: &Buffer,
-        weight: &Buffer,
-        width: usize,
-        eps: f32,
-        offset: f32,
-    ) -> Result<Buffer> {
+    fn rms_norm(&self, x: &Buffer, weight: &Buffer, width: usize, eps: f32, offset: f32) -> Result<Buffer> {
         let (x, weight) = (host(NAME, x)?, host(NAME, weight)?);
         checks::rows("norm input", x.len(), width)?;
         check_len("norm weight", width, weight.len())?;
-        Ok(buffer(elementwise::rms_norm(
-            self.simd, x, weight, width, eps, offset,
-        )))
+        Ok(buffer(elementwise::rms_norm(self.simd, x, weight, width, eps, offset)))
     }
 
     fn linear(&self, x: &Buffer, w: &WeightHandle, bias: Option<&Buffer>) -> Result<Buffer> {
@@ -181,8 +150,7 @@ impl Backend for CpuBackend {
         if let Some(bias) = bias {
             let bias = host(NAME, bias)?;
             check_len("bias", n, bias.len())?;
-            y.chunks_exact_mut(n)
-                .for_each(|row| elementwise::add_assign(row, bias));
+            y.chunks_exact_mut(n).for_each(|row| elementwise::add_assign(row, bias));
         }
         Ok(buffer(y))
     }
@@ -200,97 +168,41 @@ impl Backend for CpuBackend {
         let total = checks::rotary(NAME, x.len(), heads, head_dim, inv_freq.len())?;
         checks::segments(NAME, "rope", segments, total)?;
         let positions = checks::positions(segments, total);
-        elementwise::rope(
-            self.simd,
-            x,
-            heads * head_dim,
-            head_dim,
-            inv_freq,
-            mscale,
-            &positions,
-        );
+        elementwise::rope(self.simd, x, heads * head_dim, head_dim, inv_freq, mscale, &positions);
         Ok(())
     }
 
-    fn kv_cache(
-        &self,
-        slots: usize,
-        capacity: usize,
-        kv_heads: usize,
-        head_dim: usize,
-    ) -> Result<KvBuffer> {
+    fn kv_cache(&self, slots: usize, capacity: usize, kv_heads: usize, head_dim: usize) -> Result<KvBuffer> {
         let width = checks::product("cache", kv_heads, head_dim)?;
         let len = checks::product("cache", checks::product("cache", slots, capacity)?, width)?;
-        let memory = Cache {
-            keys: vec![0.0; len],
-            values: vec![0.0; len],
-            kv_heads,
-            head_dim,
-            capacity,
-        };
-        Ok(KvBuffer {
-            slots,
-            capacity,
-            width,
-            memory: Box::new(memory),
-        })
+        let memory = Cache { keys: vec![0.0; len], values: vec![0.0; len], kv_heads, head_dim, capacity };
+        Ok(KvBuffer { slots, capacity, width, memory: Box::new(memory) })
     }
 
-    fn kv_append(
-        &self,
-        cache: &mut KvBuffer,
-        k: &Buffer,
-        v: &Buffer,
-        segments: &[Segment],
-    ) -> Result<()> {
+    fn kv_append(&self, cache: &mut KvBuffer, k: &Buffer, v: &Buffer, segments: &[Segment]) -> Result<()> {
         let (k, v) = (host(NAME, k)?, host(NAME, v)?);
         check_len("values", k.len(), v.len())?;
-        checks::segments(
-            NAME,
-            "kv_append",
-            segments,
-            checks::rows("keys", k.len(), cache.width)?,
-        )?;
+        checks::segments(NAME, "kv_append", segments, checks::rows("keys", k.len(), cache.width)?)?;
         checks::cached(NAME, "kv_append", segments, cache)?;
         let memory = cache.memory.downcast_mut::<Cache>();
-        memory
-            .ok_or(KernelError::ForeignHandle {
-                backend: NAME,
-                what: "cache",
-            })?
-            .append(k, v, segments);
+        memory.ok_or(KernelError::ForeignHandle { backend: NAME, what: "cache" })?.append(k, v, segments);
         Ok(())
     }
 
-    fn attention(
-        &self,
-        q: &Buffer,
-        kv: &KvBuffer,
-        shape: &AttentionShape,
-        segments: &[Segment],
-    ) -> Result<Buffer> {
+    fn attention(&self, q: &Buffer, kv: &KvBuffer, shape: &AttentionShape, segments: &[Segment]) -> Result<Buffer> {
         let (q, memory) = (host(NAME, q)?, cache(kv)?);
         checks::shape(NAME, shape, kv.width)?;
         check_len("cache heads", memory.kv_heads, shape.kv_heads)?;
         let width = checks::product("query width", shape.heads, shape.head_dim)?;
-        checks::segments(
-            NAME,
-            "attention",
-            segments,
-            checks::rows("queries", q.len(), width)?,
-        )?;
+        checks::segments(NAME, "attention", segments, checks::rows("queries", q.len(), width)?)?;
         checks::cached(NAME, "attention", segments, kv)?;
-        Ok(buffer(attention::attention(
-            self.simd, q, memory, shape, segments,
-        )?))
+        Ok(buffer(attention::attention(self.simd, q, memory, shape, segments)?))
     }
 
     fn activation_mul(&self, gate: &Buffer, up: &Buffer, act: Activation) -> Result<Buffer> {
         let (gate, up) = (host(NAME, gate)?, host(NAME, up)?);
         check_len("up", gate.len(), up.len())?;
-        Ok(buffer(elementwise::activation_mul(
-            self.simd, gate, up, act,
-        )))
+        Ok(buffer(elementwise::activation_mul(self.simd, gate, up, act)))
     }
 
     fn add_assign(&self, x: &mut Buffer, y: &Buffer) -> Result<()> {

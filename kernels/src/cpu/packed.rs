@@ -48,16 +48,7 @@ impl PackedMatrix {
         let (codes, row_stride) = match (bits, &w.group_index) {
             (4, None) => (Codes::Nibbles(w.words.clone()), stride),
             (8, None) => (Codes::Bytes(w.words.clone()), stride),
-            _ => (
-                Codes::Bytes(Bytes::from_vec(unpack(
-                    w.words.as_slice(),
-                    rows,
-                    cols,
-                    bits,
-                    stride,
-                ))),
-                cols,
-            ),
+            _ => (Codes::Bytes(Bytes::from_vec(unpack(w.words.as_slice(), rows, cols, bits, stride))), cols),
         };
         Ok(Self {
             rows,
@@ -113,24 +104,16 @@ impl PackedMatrix {
         // The group kernels step whole registers of 16 lanes over nibble pairs, hence 32.
         let grouped = self.group_index.is_none() && self.group_cols.is_multiple_of(32);
         if t > GEMV_TOKENS || !grouped {
-            return by_panels(y, x, (t, self.rows, self.cols), |rows, out| {
-                self.widen(simd, rows, out)
-            });
+            return by_panels(y, x, (t, self.rows, self.cols), |rows, out| self.widen(simd, rows, out));
         }
-        let sums: Vec<f32> = x
-            .chunks_exact(self.group_cols)
-            .map(|g| simd.run(Sum(g)))
-            .collect();
+        let sums: Vec<f32> = x.chunks_exact(self.group_cols).map(|g| simd.run(Sum(g))).collect();
         match &self.codes {
             Codes::Nibbles(bytes) => {
                 // Byte j holds columns 2j and 2j+1: with x parted the same way, a register of low nibbles meets a
                 // plain load of the even columns.
                 let half = self.cols / 2;
                 let mut parted = vec![0f32; x.len()];
-                for (row, x) in parted
-                    .chunks_exact_mut(self.cols)
-                    .zip(x.chunks_exact(self.cols))
-                {
+                for (row, x) in parted.chunks_exact_mut(self.cols).zip(x.chunks_exact(self.cols)) {
                     let (even, odd) = row.split_at_mut(half);
                     for ((pair, e), o) in x.chunks_exact(2).zip(even).zip(odd) {
                         (*e, *o) = (pair[0], pair[1]);
@@ -168,21 +151,11 @@ fn check_weight(w: &PackedWeight) -> Result<()> {
     let (rows, cols, bits) = (w.out_features, w.in_features, w.scheme.bits);
     if !(1..=8).contains(&bits) {
         let why = format!("{bits}-bit codes");
-        return Err(KernelError::Unsupported {
-            backend: "cpu",
-            op: "upload_weight",
-            why,
-        });
+        return Err(KernelError::Unsupported { backend: "cpu", op: "upload_weight", why });
     }
     let groups = w.scheme.groups(cols)?;
-    let bytes = words_for(cols, bits)
-        .checked_mul(4)
-        .and_then(|n| n.checked_mul(rows));
-    check_len(
-        "packed bytes",
-        bytes.ok_or(KernelError::Overflow("packed bytes"))?,
-        w.words.as_slice().len(),
-    )?;
+    let bytes = words_for(cols, bits).checked_mul(4).and_then(|n| n.checked_mul(rows));
+    check_len("packed bytes", bytes.ok_or(KernelError::Overflow("packed bytes"))?, w.words.as_slice().len())?;
     check_len("scales", rows * groups, w.scales.len())?;
     if let Some(z) = &w.zeros {
         check_len("zero points", rows * groups, z.len())?;
@@ -190,11 +163,7 @@ fn check_weight(w: &PackedWeight) -> Result<()> {
     if let Some(index) = &w.group_index {
         check_len("g_idx", cols, index.len())?;
         if let Some(bad) = index.iter().find(|g| **g as usize >= groups) {
-            return Err(KernelError::Length {
-                what: "g_idx group",
-                expected: groups,
-                found: *bad as usize,
-            });
+            return Err(KernelError::Length { what: "g_idx group", expected: groups, found: *bad as usize });
         }
     }
     Ok(())
@@ -204,16 +173,14 @@ fn check_weight(w: &PackedWeight) -> Result<()> {
 fn unpack(bytes: &[u8], rows: usize, cols: usize, bits: u8, stride: usize) -> Vec<u8> {
     let mut out = vec![0u8; rows * cols];
     let mask = (1u32 << bits) - 1;
-    out.par_chunks_mut(cols.max(1))
-        .zip(bytes.par_chunks(stride.max(1)))
-        .for_each(|(out, src)| {
-            for (i, o) in out.iter_mut().enumerate() {
-                let bit = i * bits as usize;
-                let low = u32::from(src[bit / 8]);
-                let high = u32::from(src.get(bit / 8 + 1).copied().unwrap_or(0));
-                *o = (((low | high << 8) >> (bit % 8)) & mask) as u8;
-            }
-        });
+    out.par_chunks_mut(cols.max(1)).zip(bytes.par_chunks(stride.max(1))).for_each(|(out, src)| {
+        for (i, o) in out.iter_mut().enumerate() {
+            let bit = i * bits as usize;
+            let low = u32::from(src[bit / 8]);
+            let high = u32::from(src.get(bit / 8 + 1).copied().unwrap_or(0));
+            *o = (((low | high << 8) >> (bit % 8)) & mask) as u8;
+        }
+    });
     out
 }
 
@@ -229,13 +196,7 @@ impl Kernel for WidenRow<'_> {
     type Output = ();
     #[inline(always)]
     unsafe fn run<L: Lanes>(self) {
-        let Self {
-            m,
-            bytes,
-            nibbles,
-            base,
-            out,
-        } = self;
+        let Self { m, bytes, nibbles, base, out } = self;
         for (g, out) in out.chunks_exact_mut(m.group_cols).enumerate() {
             let (scale, zero) = (m.scales[base + g], f32::from(m.zero(base + g)));
             let first = g * m.group_cols;
@@ -243,10 +204,7 @@ impl Kernel for WidenRow<'_> {
                 let pairs = &bytes[first / 2..];
                 let (head, odd) = out.as_chunks_mut::<2>();
                 for (pair, b) in head.iter_mut().zip(pairs) {
-                    *pair = [
-                        (f32::from(b & 15) - zero) * scale,
-                        (f32::from(b >> 4) - zero) * scale,
-                    ];
+                    *pair = [(f32::from(b & 15) - zero) * scale, (f32::from(b >> 4) - zero) * scale];
                 }
                 if let [last] = odd {
                     *last = (f32::from(pairs[head.len()] & 15) - zero) * scale;
@@ -299,19 +257,27 @@ impl<const NIBBLES: bool> Kernel for GroupGemv<'_, NIBBLES> {
     #[inline(always)]
     unsafe fn run<L: Lanes>(mut self) {
         let rows = self.out.len() / self.t;
+        // As in the dense loop: more rows at a time when tokens are few, the same order of additions for each pair.
+        let block = match self.t {
+            1 => 4,
+            2 => 2,
+            _ => 1,
+        };
         let mut r = 0;
         while r < rows {
+            let full = r + block <= rows;
             // SAFETY: the caller vouches for the instruction set; the blocks check their own ranges.
             unsafe {
-                match self.t {
-                    1 if r + 2 <= rows => self.block::<L, 2, 1>(r),
-                    1 => self.block::<L, 1, 1>(r),
-                    2 => self.block::<L, 1, 2>(r),
-                    3 => self.block::<L, 1, 3>(r),
+                match (self.t, full) {
+                    (1, true) => self.block::<L, 4, 1>(r),
+                    (1, false) => self.block::<L, 1, 1>(r),
+                    (2, true) => self.block::<L, 2, 2>(r),
+                    (2, false) => self.block::<L, 1, 2>(r),
+                    (3, _) => self.block::<L, 1, 3>(r),
                     _ => self.block::<L, 1, 4>(r),
                 }
             }
-            r += if self.t == 1 && r + 2 <= rows { 2 } else { 1 };
+            r += if full { block } else { 1 };
         }
     }
 }
@@ -322,58 +288,100 @@ impl<const NIBBLES: bool> GroupGemv<'_, NIBBLES> {
     #[inline(always)]
     unsafe fn block<L: Lanes, const R: usize, const T: usize>(&mut self, r0: usize) {
         let m = self.m;
-        let (k, groups, stride) = (m.cols, m.groups, m.row_stride);
+        let (k, groups, stride, row) = (m.cols, m.groups, m.row_stride, self.first + r0);
         let x = &self.x[..T * k];
-        let codes = &self.bytes[(self.first + r0) * stride..(self.first + r0 + R) * stride];
-        let per_step = if NIBBLES { 2 * L::N } else { L::N };
-        // SAFETY: a row has `stride` bytes of codes for its k columns, a step reads N bytes and `per_step` columns,
-        // and `per_step` divides `group_cols`, so every offset stays inside the two slices above.
+        let codes = &self.bytes[row * stride..(row + R) * stride];
+        let scales = &m.scales[row * groups..(row + R) * groups];
+        // Bytes of 32 columns; a fixed inner count of steps is unrolled, a count from the group size is not.
+        let span = if NIBBLES { 16 } else { 32 };
+        let mut total = [[0f32; T]; R];
+        // SAFETY: a row has `stride` bytes of codes for its k columns (k or k/2 of them read, one byte a lane), x has
+        // T rows of k, and N divides `span`, so every offset stays inside the slices above.
         unsafe {
-            let mut total = [[L::splat(0.0); T]; R];
-            let mut shift = [[0f32; T]; R];
+            let mut sum = [[L::splat(0.0); T]; R];
+            let mut byte = 0;
             for g in 0..groups {
-                let mut acc = [[[L::splat(0.0); 2]; T]; R];
-                let start = g * m.group_cols;
-                for step in 0..m.group_cols / per_step {
-                    let byte = if NIBBLES { start / 2 } else { start } + step * L::N;
-                    for r in 0..R {
-                        let p = codes.as_ptr().add(r * stride + byte);
-                        if NIBBLES {
-                            let (low, high) = L::load_nibbles(p);
-                            for t in 0..T {
-                                let even = x.as_ptr().add(t * k + byte);
-                                acc[r][t][0] = L::fmadd(low, L::load(even), acc[r][t][0]);
-                                acc[r][t][1] =
-                                    L::fmadd(high, L::load(even.add(k / 2)), acc[r][t][1]);
-                            }
-                        } else {
-                            let wide = L::load_u8(p);
-                            for t in 0..T {
-                                let xv = L::load(x.as_ptr().add(t * k + byte));
-                                acc[r][t][0] = L::fmadd(wide, xv, acc[r][t][0]);
-                            }
+                let mut acc = [[L::splat(0.0); T]; R];
+                for _ in 0..m.group_cols / 32 {
+                    for step in 0..span / L::N {
+                        let at = byte + step * L::N;
+                        for r in 0..R {
+                            let p = codes.as_ptr().add(r * stride + at);
+                            self.step::<L, T>(p, x.as_ptr().add(at), &mut acc[r]);
                         }
                     }
+                    byte += span;
                 }
                 for r in 0..R {
-                    let cell = (self.first + r0 + r) * groups + g;
-                    let (scale, zero) = (m.scales[cell], f32::from(m.zero(cell)));
+                    let scale = L::splat(*scales.as_ptr().add(r * groups + g));
                     for t in 0..T {
-                        let both = if NIBBLES {
-                            L::add(acc[r][t][0], acc[r][t][1])
-                        } else {
-                            acc[r][t][0]
-                        };
-                        total[r][t] = L::fmadd(L::splat(scale), both, total[r][t]);
-                        shift[r][t] += scale * zero * self.sums[t * groups + g];
+                        sum[r][t] = L::fmadd(scale, acc[r][t], sum[r][t]);
                     }
                 }
             }
             for r in 0..R {
                 for t in 0..T {
-                    self.out[(r0 + r) * T + t] = L::sum(total[r][t]) - shift[r][t];
+                    total[r][t] = L::sum(sum[r][t]);
                 }
             }
+        }
+        for r in 0..R {
+            let cells = (row + r) * groups..(row + r + 1) * groups;
+            for t in 0..T {
+                let shift = shift(m, cells.clone(), &self.sums[t * groups..(t + 1) * groups]);
+                self.out[(r0 + r) * T + t] = total[r][t] - shift;
+            }
+        }
+    }
+
+    /// N bytes of codes at `p` times the columns of each token, the first token's at `x`.
+    ///
+    /// # Safety
+    /// As [`Self::block`], which chooses the pointers.
+    #[inline(always)]
+    unsafe fn step<L: Lanes, const T: usize>(&self, p: *const u8, x: *const f32, acc: &mut [L::V; T]) {
+        let k = self.m.cols;
+        // SAFETY: `block` keeps N bytes at `p` and N columns of each of T tokens (in both halves of a parted x) in
+        // bounds.
+        unsafe {
+            if NIBBLES {
+                let (low, high) = L::load_nibbles(p);
+                for t in 0..T {
+                    acc[t] = L::fmadd(low, L::load(x.add(t * k)), acc[t]);
+                    acc[t] = L::fmadd(high, L::load(x.add(t * k + k / 2)), acc[t]);
+                }
+            } else {
+                let wide = L::load_u8(p);
+                for t in 0..T {
+                    acc[t] = L::fmadd(wide, L::load(x.add(t * k)), acc[t]);
+                }
+            }
+        }
+    }
+}
+
+/// `Σ scale · zero · Σx` over the groups of one row, in eight chains.
+#[inline(always)]
+fn shift(m: &PackedMatrix, cells: Range<usize>, sums: &[f32]) -> f32 {
+    let scales = &m.scales[cells.clone()];
+    let mut acc = [0f32; 8];
+    match &m.zeros {
+        None => {
+            for (s, x) in scales.chunks(8).zip(sums.chunks(8)) {
+                for (a, (s, x)) in acc.iter_mut().zip(s.iter().zip(x)) {
+                    *a += s * x;
+                }
+            }
+            acc.iter().sum::<f32>() * f32::from(m.mid)
+        }
+        Some(zeros) => {
+            let zeros = &zeros[cells];
+            for ((s, z), x) in scales.chunks(8).zip(zeros.chunks(8)).zip(sums.chunks(8)) {
+                for (a, ((s, z), x)) in acc.iter_mut().zip(s.iter().zip(z).zip(x)) {
+                    *a += s * f32::from(*z) * x;
+                }
+            }
+            acc.iter().sum()
         }
     }
 }

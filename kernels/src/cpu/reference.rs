@@ -7,8 +7,7 @@ use half::{bf16, f16};
 use super::checks::{self, buffer, host, host_mut};
 use super::scalar;
 use crate::backend::{
-    Activation, AttentionShape, Backend, Buffer, FloatType, HostWeight, KvBuffer, Segment,
-    TokenScore, WeightHandle,
+    Activation, AttentionShape, Backend, Buffer, FloatType, HostWeight, KvBuffer, Segment, TokenScore, WeightHandle,
 };
 use crate::error::{KernelError, Result, check_len};
 
@@ -36,32 +35,14 @@ struct Cache {
 
 fn weight(w: &WeightHandle) -> Result<&[f32]> {
     let w = w.memory.downcast_ref::<Weight>();
-    w.map(|w| w.0.as_slice()).ok_or(KernelError::ForeignHandle {
-        backend: NAME,
-        what: "weight",
-    })
+    w.map(|w| w.0.as_slice()).ok_or(KernelError::ForeignHandle { backend: NAME, what: "weight" })
 }
 
 fn widen(dtype: FloatType, bytes: &[u8]) -> Vec<f32> {
     match dtype {
-        FloatType::F32 => bytes
-            .as_chunks::<4>()
-            .0
-            .iter()
-            .map(|b| f32::from_le_bytes(*b))
-            .collect(),
-        FloatType::F16 => bytes
-            .as_chunks::<2>()
-            .0
-            .iter()
-            .map(|b| f16::from_le_bytes(*b).to_f32())
-            .collect(),
-        FloatType::Bf16 => bytes
-            .as_chunks::<2>()
-            .0
-            .iter()
-            .map(|b| bf16::from_le_bytes(*b).to_f32())
-            .collect(),
+        FloatType::F32 => bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect(),
+        FloatType::F16 => bytes.as_chunks::<2>().0.iter().map(|b| f16::from_le_bytes(*b).to_f32()).collect(),
+        FloatType::Bf16 => bytes.as_chunks::<2>().0.iter().map(|b| bf16::from_le_bytes(*b).to_f32()).collect(),
     }
 }
 
@@ -92,17 +73,8 @@ impl Backend for ScalarBackend {
             HostWeight::Dense { dtype, data, .. } => widen(*dtype, data.as_slice()),
             HostWeight::Packed(p) => scalar::dequantize(p)?,
         };
-        check_len(
-            "weight",
-            checks::product("weight", out_features, in_features)?,
-            values.len(),
-        )?;
-        Ok(WeightHandle {
-            out_features,
-            in_features,
-            stored_bytes: w.stored_bytes(),
-            memory: Box::new(Weight(values)),
-        })
+        check_len("weight", checks::product("weight", out_features, in_features)?, values.len())?;
+        Ok(WeightHandle { out_features, in_features, stored_bytes: w.stored_bytes(), memory: Box::new(Weight(values)) })
     }
 
     fn embed(&self, table: &WeightHandle, ids: &[u32], scale: f32) -> Result<Buffer> {
@@ -116,14 +88,7 @@ impl Backend for ScalarBackend {
         Ok(buffer(y))
     }
 
-    fn rms_norm(
-        &self,
-        x: &Buffer,
-        weight: &Buffer,
-        width: usize,
-        eps: f32,
-        offset: f32,
-    ) -> Result<Buffer> {
+    fn rms_norm(&self, x: &Buffer, weight: &Buffer, width: usize, eps: f32, offset: f32) -> Result<Buffer> {
         let (x, weight) = (host(NAME, x)?, host(NAME, weight)?);
         checks::rows("norm input", x.len(), width)?;
         check_len("norm weight", width, weight.len())?;
@@ -137,13 +102,7 @@ impl Backend for ScalarBackend {
         if let Some(b) = bias {
             check_len("bias", w.out_features, b.len())?;
         }
-        Ok(buffer(scalar::linear(
-            x,
-            weight(w)?,
-            w.in_features,
-            w.out_features,
-            bias,
-        )))
+        Ok(buffer(scalar::linear(x, weight(w)?, w.in_features, w.out_features, bias)))
     }
 
     fn rope(
@@ -162,106 +121,47 @@ impl Backend for ScalarBackend {
         for s in segments {
             for i in 0..s.tokens {
                 let at = (s.row + i) * width;
-                scalar::rope_row(
-                    &mut x[at..at + width],
-                    head_dim,
-                    inv_freq,
-                    mscale,
-                    s.past + i,
-                );
+                scalar::rope_row(&mut x[at..at + width], head_dim, inv_freq, mscale, s.past + i);
             }
         }
         Ok(())
     }
 
-    fn kv_cache(
-        &self,
-        slots: usize,
-        capacity: usize,
-        kv_heads: usize,
-        head_dim: usize,
-    ) -> Result<KvBuffer> {
+    fn kv_cache(&self, slots: usize, capacity: usize, kv_heads: usize, head_dim: usize) -> Result<KvBuffer> {
         let width = checks::product("cache", kv_heads, head_dim)?;
         let len = checks::product("cache", checks::product("cache", slots, capacity)?, width)?;
-        let memory = Cache {
-            keys: vec![0.0; len],
-            values: vec![0.0; len],
-        };
-        Ok(KvBuffer {
-            slots,
-            capacity,
-            width,
-            memory: Box::new(memory),
-        })
+        let memory = Cache { keys: vec![0.0; len], values: vec![0.0; len] };
+        Ok(KvBuffer { slots, capacity, width, memory: Box::new(memory) })
     }
 
-    fn kv_append(
-        &self,
-        cache: &mut KvBuffer,
-        k: &Buffer,
-        v: &Buffer,
-        segments: &[Segment],
-    ) -> Result<()> {
+    fn kv_append(&self, cache: &mut KvBuffer, k: &Buffer, v: &Buffer, segments: &[Segment]) -> Result<()> {
         let (k, v) = (host(NAME, k)?, host(NAME, v)?);
         check_len("values", k.len(), v.len())?;
         let (width, capacity) = (cache.width, cache.capacity);
-        checks::segments(
-            NAME,
-            "kv_append",
-            segments,
-            checks::rows("keys", k.len(), width)?,
-        )?;
+        checks::segments(NAME, "kv_append", segments, checks::rows("keys", k.len(), width)?)?;
         checks::cached(NAME, "kv_append", segments, cache)?;
         let memory = cache.memory.downcast_mut::<Cache>();
-        let memory = memory.ok_or(KernelError::ForeignHandle {
-            backend: NAME,
-            what: "cache",
-        })?;
+        let memory = memory.ok_or(KernelError::ForeignHandle { backend: NAME, what: "cache" })?;
         for s in segments {
-            let (from, to, len) = (
-                s.row * width,
-                (s.slot * capacity + s.past) * width,
-                s.tokens * width,
-            );
+            let (from, to, len) = (s.row * width, (s.slot * capacity + s.past) * width, s.tokens * width);
             memory.keys[to..to + len].copy_from_slice(&k[from..from + len]);
             memory.values[to..to + len].copy_from_slice(&v[from..from + len]);
         }
         Ok(())
     }
 
-    fn attention(
-        &self,
-        q: &Buffer,
-        kv: &KvBuffer,
-        shape: &AttentionShape,
-        segments: &[Segment],
-    ) -> Result<Buffer> {
+    fn attention(&self, q: &Buffer, kv: &KvBuffer, shape: &AttentionShape, segments: &[Segment]) -> Result<Buffer> {
         let q = host(NAME, q)?;
         let memory = kv.memory.downcast_ref::<Cache>();
-        let memory = memory.ok_or(KernelError::ForeignHandle {
-            backend: NAME,
-            what: "cache",
-        })?;
+        let memory = memory.ok_or(KernelError::ForeignHandle { backend: NAME, what: "cache" })?;
         checks::shape(NAME, shape, kv.width)?;
         let width = checks::product("query width", shape.heads, shape.head_dim)?;
-        checks::segments(
-            NAME,
-            "attention",
-            segments,
-            checks::rows("queries", q.len(), width)?,
-        )?;
+        checks::segments(NAME, "attention", segments, checks::rows("queries", q.len(), width)?)?;
         checks::cached(NAME, "attention", segments, kv)?;
         let mut out = vec![0f32; q.len()];
         for s in segments {
             let slot = s.slot * kv.capacity * kv.width..(s.slot + 1) * kv.capacity * kv.width;
-            scalar::attention(
-                q,
-                &memory.keys[slot.clone()],
-                &memory.values[slot],
-                shape,
-                s,
-                &mut out,
-            );
+            scalar::attention(q, &memory.keys[slot.clone()], &memory.values[slot], shape, s, &mut out);
         }
         Ok(buffer(out))
     }
@@ -269,12 +169,7 @@ impl Backend for ScalarBackend {
     fn activation_mul(&self, gate: &Buffer, up: &Buffer, act: Activation) -> Result<Buffer> {
         let (gate, up) = (host(NAME, gate)?, host(NAME, up)?);
         check_len("up", gate.len(), up.len())?;
-        Ok(buffer(
-            gate.iter()
-                .zip(up)
-                .map(|(g, u)| scalar::activation(*g, act) * u)
-                .collect(),
-        ))
+        Ok(buffer(gate.iter().zip(up).map(|(g, u)| scalar::activation(*g, act) * u).collect()))
     }
 
     fn add_assign(&self, x: &mut Buffer, y: &Buffer) -> Result<()> {
@@ -293,29 +188,20 @@ impl Backend for ScalarBackend {
     }
 
     fn soft_cap(&self, x: &mut Buffer, cap: f32) -> Result<()> {
-        host_mut(NAME, x)?
-            .iter_mut()
-            .for_each(|v| *v = scalar::soft_cap(*v, cap));
+        host_mut(NAME, x)?.iter_mut().for_each(|v| *v = scalar::soft_cap(*v, cap));
         Ok(())
     }
 
     fn score(&self, logits: &Buffer, vocab: usize, targets: &[u32]) -> Result<Vec<TokenScore>> {
         let logits = host(NAME, logits)?;
         checks::targets(NAME, logits.len(), vocab, targets)?;
-        Ok(logits
-            .chunks_exact(vocab)
-            .zip(targets)
-            .map(|(row, t)| scalar::score(row, *t as usize))
-            .collect())
+        Ok(logits.chunks_exact(vocab).zip(targets).map(|(row, t)| scalar::score(row, *t as usize)).collect())
     }
 
     fn argmax(&self, logits: &Buffer, vocab: usize) -> Result<Vec<u32>> {
         let logits = host(NAME, logits)?;
         checks::rows("logits", logits.len(), vocab)?;
-        Ok(logits
-            .chunks_exact(vocab)
-            .map(|row| scalar::argmax(row) as u32)
-            .collect())
+        Ok(logits.chunks_exact(vocab).map(|row| scalar::argmax(row) as u32).collect())
     }
 
     fn hessian_update(&self, h: &mut Buffer, x: &Buffer, n: usize) -> Result<()> {

@@ -6,14 +6,7 @@ use crate::pack::unpack_rows;
 
 /// A packed weight as f32 `[out, in]`.
 pub fn dequantize(w: &PackedWeight) -> Result<Vec<f32>> {
-    let words: Vec<u32> = w
-        .words
-        .as_slice()
-        .as_chunks::<4>()
-        .0
-        .iter()
-        .map(|b| u32::from_le_bytes(*b))
-        .collect();
+    let words: Vec<u32> = w.words.as_slice().as_chunks::<4>().0.iter().map(|b| u32::from_le_bytes(*b)).collect();
     let matrix = crate::QuantizedMatrix {
         scheme: w.scheme,
         out_features: w.out_features,
@@ -45,17 +38,9 @@ pub fn linear(x: &[f32], w: &[f32], k: usize, n: usize, bias: Option<&[f32]>) ->
 pub fn rms_norm(x: &[f32], weight: &[f32], width: usize, eps: f32, offset: f32) -> Vec<f32> {
     let mut y = Vec::with_capacity(x.len());
     for row in x.chunks_exact(width.max(1)) {
-        let mean = row
-            .iter()
-            .map(|v| f64::from(*v) * f64::from(*v))
-            .sum::<f64>()
-            / width as f64;
+        let mean = row.iter().map(|v| f64::from(*v) * f64::from(*v)).sum::<f64>() / width as f64;
         let scale = (1.0 / (mean + f64::from(eps)).sqrt()) as f32;
-        y.extend(
-            row.iter()
-                .zip(weight)
-                .map(|(v, w)| v * scale * (offset + w)),
-        );
+        y.extend(row.iter().zip(weight).map(|(v, w)| v * scale * (offset + w)));
     }
     y
 }
@@ -136,14 +121,7 @@ fn attention_weights<'a>(
 }
 
 /// Causal attention of one segment; k and v `[capacity, kv_heads · head_dim]` of its slot; q and out whole `[T, heads · head_dim]`.
-pub fn attention(
-    q: &[f32],
-    k: &[f32],
-    v: &[f32],
-    shape: &AttentionShape,
-    seg: &Segment,
-    out: &mut [f32],
-) {
+pub fn attention(q: &[f32], k: &[f32], v: &[f32], shape: &AttentionShape, seg: &Segment, out: &mut [f32]) {
     let d = shape.head_dim;
     let (width, kv_width) = (shape.heads * d, shape.kv_heads * d);
     for i in 0..seg.tokens {
@@ -152,18 +130,10 @@ pub fn attention(
         for h in 0..shape.heads {
             let g = h / (shape.heads / shape.kv_heads);
             let at = (seg.row + i) * width + h * d;
-            let weights = attention_weights(
-                &q[at..at + d],
-                |j| &k[j * kv_width + g * d..][..d],
-                first,
-                position,
-                shape,
-            );
+            let weights =
+                attention_weights(&q[at..at + d], |j| &k[j * kv_width + g * d..][..d], first, position, shape);
             for e in 0..d {
-                out[at + e] = (first..=position)
-                    .zip(&weights)
-                    .map(|(j, w)| w * v[j * kv_width + g * d + e])
-                    .sum();
+                out[at + e] = (first..=position).zip(&weights).map(|(j, w)| w * v[j * kv_width + g * d + e]).sum();
             }
         }
     }
@@ -186,10 +156,7 @@ pub fn score(row: &[f32], target: usize) -> TokenScore {
     let top1 = argmax(row);
     let max = f64::from(row[top1]);
     let sum: f64 = row.iter().map(|v| (f64::from(*v) - max).exp()).sum();
-    TokenScore {
-        log_prob: (f64::from(row[target]) - max - sum.ln()) as f32,
-        top1: top1 as u32,
-    }
+    TokenScore { log_prob: (f64::from(row[target]) - max - sum.ln()) as f32, top1: top1 as u32 }
 }
 
 /// `h[i][j] += Σ x[t][i] · x[t][j]` for `j ≥ i`.

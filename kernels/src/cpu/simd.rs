@@ -55,15 +55,8 @@ impl Simd {
 
 fn detected() -> Level {
     #[cfg(target_arch = "x86_64")]
-    if is_x86_feature_detected!("avx2")
-        && is_x86_feature_detected!("fma")
-        && is_x86_feature_detected!("f16c")
-    {
-        return if is_x86_feature_detected!("avx512f") {
-            Level::Avx512
-        } else {
-            Level::Avx2
-        };
+    if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c") {
+        return if is_x86_feature_detected!("avx512f") { Level::Avx512 } else { Level::Avx2 };
     }
     Level::Portable
 }
@@ -185,10 +178,7 @@ unsafe impl Lanes for Portable {
     unsafe fn load_nibbles(p: *const u8) -> (Self::V, Self::V) {
         // SAFETY: the caller vouches for eight bytes at `p`.
         let raw = unsafe { p.cast::<[u8; 8]>().read_unaligned() };
-        (
-            raw.map(|b| f32::from(b & 15)),
-            raw.map(|b| f32::from(b >> 4)),
-        )
+        (raw.map(|b| f32::from(b & 15)), raw.map(|b| f32::from(b >> 4)))
     }
 }
 
@@ -274,10 +264,7 @@ mod x86 {
             // SAFETY: the caller vouches for eight bytes at `p`.
             let wide = _mm256_cvtepu8_epi32(unsafe { _mm_loadl_epi64(p.cast()) });
             let low = _mm256_and_si256(wide, _mm256_set1_epi32(15));
-            (
-                _mm256_cvtepi32_ps(low),
-                _mm256_cvtepi32_ps(_mm256_srli_epi32::<4>(wide)),
-            )
+            (_mm256_cvtepi32_ps(low), _mm256_cvtepi32_ps(_mm256_srli_epi32::<4>(wide)))
         }
     }
 
@@ -341,10 +328,7 @@ mod x86 {
             // SAFETY: the caller vouches for sixteen bytes at `p`.
             let wide = _mm512_cvtepu8_epi32(unsafe { _mm_loadu_si128(p.cast()) });
             let low = _mm512_and_si512(wide, _mm512_set1_epi32(15));
-            (
-                _mm512_cvtepi32_ps(low),
-                _mm512_cvtepi32_ps(_mm512_srli_epi32::<4>(wide)),
-            )
+            (_mm512_cvtepi32_ps(low), _mm512_cvtepi32_ps(_mm512_srli_epi32::<4>(wide)))
         }
     }
 }

@@ -1,0 +1,146 @@
+//! `lowbit convert`: GGUF or packed → bf16; packed → packed where the codes allow it losslessly.
+
+use std::path::Path;
+
+use anyhow::{Result, bail};
+use lowbit_checkpoint::quant_config::{PackFormat, WrittenGroup, write_compressed_tensors, write_gptq};
+use lowbit_checkpoint::writer::{CheckpointWriter, DEFAULT_SHARD_BYTES, Declared};
+use lowbit_checkpoint::{Checkpoint, CheckpointError, Dtype, linear};
+use lowbit_kernels::Scheme;
+use lowbit_kernels::backend::HostWeight;
+use lowbit_model::block::linear_shapes;
+use lowbit_model::decoder;
+use lowbit_quantize::Progress;
+
+use crate::args::{ConvertArgs, FormatArg};
+use crate::context::Context;
+use crate::models;
+
+/// Converts.
+pub fn convert(ctx: &Context, args: &ConvertArgs) -> Result<()> {
+    if args.output.exists() && !args.force {
+        return Err(CheckpointError::Exists { path: args.output.clone() }.into());
+    }
+    if args.model.ends_with(".gguf") {
+        if args.format != FormatArg::Bf16 {
+            bail!("a GGUF file converts to bf16; quantize the result\nhint: drop --format");
+        }
+        models::import_gguf(ctx, Path::new(&args.model), &args.output, args.force)?;
+    } else {
+        let located = models::locate(ctx, &args.model)?;
+        super::quantize::refuse_same(&located.dir, &args.output)?;
+        let ckpt = located.open()?;
+        repack(ctx, &ckpt, args)?;
+    }
+    ctx.print(&serde_json::json!({"output": args.output}), || format!("wrote {}", args.output.display()))
+}
+
+struct Item {
+    module: String,
+    out: usize,
+    n: usize,
+    scheme: Scheme,
+    declared: Vec<Declared>,
+}
+
+fn repack(ctx: &Context, ckpt: &Checkpoint, args: &ConvertArgs) -> Result<()> {
+    let Some(q) = &ckpt.quantization else {
+        bail!("{} is not quantized: there is nothing to convert", ckpt.dir.display());
+    };
+    let target = match args.format {
+        FormatArg::Bf16 => None,
+        FormatArg::CompressedTensors => Some(PackFormat::CompressedTensors),
+        FormatArg::Gptq => Some(PackFormat::GptqV1),
+    };
+    if target.is_some() && target.map(PackFormat::name) == Some(q.format.name()) {
+        bail!("{} is in that format already", ckpt.dir.display());
+    }
+    let items = collect(ckpt, target)?;
+    let packed_prefixes: Vec<String> = items.iter().map(|i| format!("{}.", i.module)).collect();
+    let of_packed = |name: &str| packed_prefixes.iter().any(|p| name.strip_prefix(p.as_str()).is_some_and(|rest| rest != "bias" && !rest.contains('.')));
+    let mut declared: Vec<Declared> = items.iter().flat_map(|i| i.declared.clone()).collect();
+    let copies: Vec<String> = ckpt.store.iter().map(|(n, _)| n.to_string()).filter(|n| !of_packed(n)).collect();
+    for name in &copies {
+        let t = ckpt.store.get(name)?;
+        declared.push(Declared { name: name.clone(), dtype: t.dtype, shape: t.shape.clone() });
+    }
+    let mut writer = CheckpointWriter::create(&args.output, declared, DEFAULT_SHARD_BYTES, args.force)?;
+    ctx.progress.stage("convert", (items.len() + copies.len()) as u64);
+    for name in &copies {
+        writer.write(name, ckpt.store.get(name)?.data.as_slice())?;
+        ctx.progress.advance(1);
+    }
+    for item in &items {
+        ctx.check_stop()?;
+        let HostWeight::Packed(p) = ckpt.linear(&item.module, item.out, item.n)? else { continue };
+        let matrix = linear::unpack(&p)?;
+        match target {
+            None => {
+                let bytes: Vec<u8> = matrix.dequantize()?.iter().flat_map(|w| half::bf16::from_f32(*w).to_le_bytes()).collect();
+                writer.write(&format!("{}.weight", item.module), &bytes)?;
+            }
+            Some(format) => {
+                if format != PackFormat::CompressedTensors && matrix.scales.iter().any(|s| half::f16::from_f32(*s).to_f32() != *s) {
+                    bail!("`{}` has scales that f16 does not hold exactly: the GPTQ format would change the weights\nhint: quantize the original with --format gptq", item.module);
+                }
+                if format == PackFormat::CompressedTensors && matrix.scales.iter().any(|s| half::bf16::from_f32(*s).to_f32() != *s) {
+                    bail!("`{}` has f16 scales that bf16 does not hold exactly: compressed-tensors would change the weights\nhint: quantize the original again", item.module);
+                }
+                for (d, bytes) in item.declared.iter().zip(linear::encode(&matrix, format)?) {
+                    writer.write(&d.name, &bytes)?;
+                }
+            }
+        }
+        ctx.progress.advance(1);
+    }
+    writer.carry_over(&ckpt.dir, &["config.json", "quantize_config.json", "quantize.json", "recipe.yaml"])?;
+    let mut config = ckpt.raw_config.clone();
+    if let Some(map) = config.as_object_mut() {
+        map.remove("quantization_config");
+        map.remove("compression_config");
+        let written = match target {
+            None => None,
+            Some(PackFormat::CompressedTensors) => {
+                let groups: Vec<WrittenGroup<'_>> =
+                    q.groups.iter().map(|g| WrittenGroup { scheme: g.scheme, targets: vec!["Linear".into()], observer: "memoryless_minmax", static_act_order: false }).collect();
+                Some(write_compressed_tensors(&groups, &["lm_head".to_string()]))
+            }
+            Some(_) => items.first().map(|i| write_gptq(i.scheme, 0.01, items.iter().any(|i| i.module.ends_with("lm_head")))),
+        };
+        if let Some(w) = written {
+            if target != Some(PackFormat::CompressedTensors) {
+                writer.write_file("quantize_config.json", format!("{w:#}\n").as_bytes())?;
+            }
+            map.insert("quantization_config".into(), w);
+        }
+    }
+    writer.write_file("config.json", format!("{config:#}\n").as_bytes())?;
+    writer.finish()?;
+    Ok(())
+}
+
+fn collect(ckpt: &Checkpoint, target: Option<PackFormat>) -> Result<Vec<Item>> {
+    let c = &ckpt.config;
+    let prefix = decoder::prefix(ckpt)?;
+    let mut modules: Vec<(String, usize, usize)> = Vec::new();
+    for i in 0..c.num_layers {
+        modules.extend(linear_shapes(c).iter().map(|s| (format!("{prefix}.layers.{i}.{}", s.suffix), s.out_features, s.in_features)));
+    }
+    modules.push((format!("{prefix}.embed_tokens"), c.vocab_size, c.hidden_size));
+    if ckpt.has_weight("lm_head") {
+        modules.push(("lm_head".into(), c.vocab_size, c.hidden_size));
+    }
+    let mut items = Vec::new();
+    for (module, out, n) in modules {
+        let HostWeight::Packed(p) = ckpt.linear(&module, out, n)? else { continue };
+        if target.is_some() && p.group_index.is_some() {
+            bail!("`{module}` has an unsorted g_idx: its columns cannot be carried into the other format losslessly\nhint: --format bf16");
+        }
+        let declared = match target {
+            None => vec![Declared { name: format!("{module}.weight"), dtype: Dtype::BF16, shape: vec![out, n] }],
+            Some(f) => linear::declare(&module, p.scheme, f, out, n)?,
+        };
+        items.push(Item { module, out, n, scheme: p.scheme, declared });
+    }
+    Ok(items)
+}

@@ -1,0 +1,154 @@
+//! `lowbit eval`, and the evaluation `run` does.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::time::Instant;
+
+use anyhow::{Result, bail};
+use lowbit_checkpoint::CheckpointError;
+use lowbit_checkpoint::tokenizer::Tokenizer;
+use lowbit_checkpoint::writer::write_atomic;
+use lowbit_eval::{EvalRecord, KlOptions, Protocol, Scorer, Setup, Source, evaluate_kl, evaluate_perplexity};
+use lowbit_model::Model;
+use lowbit_quantize::Progress;
+
+use crate::args::EvalArgs;
+use crate::commands::table::table;
+use crate::context::Context;
+use crate::models::{self, Located};
+use crate::provenance;
+
+/// What to evaluate.
+pub struct Request {
+    /// Text and protocols.
+    pub perplexity: Option<(Source, Vec<String>)>,
+    /// Text and options.
+    pub kl: Option<(Source, KlOptions)>,
+    /// Windows at most.
+    pub limit: Option<usize>,
+}
+
+/// `lowbit eval`.
+pub fn eval(ctx: &Context, args: &EvalArgs) -> Result<()> {
+    if args.ppl.is_none() && args.kl.is_none() {
+        bail!("nothing to evaluate\nhint: give --ppl TEXT, or --kl TEXT with --reference MODEL");
+    }
+    if args.kl.is_some() && args.reference.is_none() {
+        bail!("--kl compares with a reference\nhint: give --reference MODEL");
+    }
+    refuse_existing(args.output.as_ref(), args.force)?;
+    let read = |p: &Option<PathBuf>| p.as_ref().map(|p| Source::read(p)).transpose();
+    let request = Request {
+        perplexity: read(&args.ppl)?.map(|s| (s, args.protocol.clone())),
+        kl: read(&args.kl)?.map(|s| (s, KlOptions { window: args.kl_window, limit: args.limit })),
+        limit: args.limit,
+    };
+    let candidate = models::locate(ctx, &args.model)?;
+    let reference = args.reference.as_deref().map(|r| models::locate(ctx, r)).transpose()?;
+    let record = evaluate(ctx, &candidate, reference.as_ref(), &request)?;
+    if let Some(path) = &args.output {
+        write_atomic(path, &serde_json::to_vec_pretty(&record)?)?;
+    }
+    ctx.print(&record, || summary(&record))
+}
+
+/// An existing record is not overwritten without --force.
+pub fn refuse_existing(path: Option<&PathBuf>, force: bool) -> Result<()> {
+    match path {
+        Some(p) if p.exists() && !force => Err(CheckpointError::Exists { path: p.clone() }.into()),
+        _ => Ok(()),
+    }
+}
+
+/// Loads both models and scores.
+pub fn evaluate(ctx: &Context, candidate: &Located, reference: Option<&Located>, request: &Request) -> Result<EvalRecord> {
+    let start = Instant::now();
+    let (_, model) = candidate.load(ctx)?;
+    let loaded = reference.map(|r| r.load(ctx)).transpose()?;
+    let other: Option<&Model> = loaded.as_ref().map(|l| &l.1);
+    let tokenizer = Tokenizer::load(&candidate.dir)?;
+    if let Some(r) = reference {
+        let theirs = Tokenizer::load(&r.dir)?;
+        if model.config().vocab_size != loaded.as_ref().map_or(0, |l| l.0.config.vocab_size) || theirs.vocab_size() != tokenizer.vocab_size() {
+            bail!("{} and {} have different vocabularies: their distributions cannot be compared", candidate.name, r.name);
+        }
+    }
+    let report = |done: usize, total: usize, stage: &str| {
+        if done == 0 {
+            ctx.progress.stage(stage, total as u64);
+        } else {
+            ctx.progress.advance(1);
+        }
+    };
+    let mut perplexities = Vec::new();
+    if let Some((source, protocols)) = &request.perplexity {
+        for name in protocols {
+            ctx.check_stop()?;
+            let protocol: Protocol = name.parse()?;
+            let positions = model.max_positions().min(other.map_or(usize::MAX, Scorer::max_positions));
+            let setup = Setup { max_positions: positions, eos: tokenizer.eos_ids().first().copied(), limit: request.limit };
+            let plan = protocol.plan(source, &tokenizer, &setup)?;
+            perplexities.push(evaluate_perplexity(&model, other.map(|m| m as &dyn Scorer), &plan, source, &|d, t| report(d, t, "perplexity"))?);
+        }
+    }
+    let kl = match (&request.kl, other) {
+        (Some((source, options)), Some(r)) => {
+            ctx.check_stop()?;
+            let ids = tokenizer.encode(&source.text()?, true)?;
+            Some(evaluate_kl(&model, r, &ids, source, options, &|d, t| report(d, t, "KL"))?)
+        }
+        _ => None,
+    };
+    ctx.progress.clear();
+    ctx.check_stop()?;
+    let mut options = BTreeMap::new();
+    options.insert("limit".into(), request.limit.into());
+    if let Some((s, p)) = &request.perplexity {
+        options.insert("ppl".into(), s.name.clone().into());
+        options.insert("protocol".into(), p.clone().into());
+    }
+    if let Some((s, o)) = &request.kl {
+        options.insert("kl".into(), s.name.clone().into());
+        options.insert("kl_window".into(), o.window.into());
+        options.insert("kl_limit".into(), o.limit.into());
+    }
+    Ok(EvalRecord {
+        schema: 1,
+        provenance: provenance::gather(ctx, candidate, reference, 0, options)?,
+        perplexity: perplexities.first().map(|p| p.perplexity.value),
+        perplexities,
+        kl,
+        seconds: start.elapsed().as_secs_f64(),
+    })
+}
+
+/// The result as text.
+pub fn summary(r: &EvalRecord) -> String {
+    let mut out = Vec::new();
+    let rows: Vec<Vec<String>> = r
+        .perplexities
+        .iter()
+        .map(|p| {
+            vec![
+                p.protocol.clone(),
+                p.windows.to_string(),
+                p.scored_tokens.to_string(),
+                p.reference.map_or("–".into(), |v| format!("{:.4}", v.value)),
+                format!("{:.4}", p.perplexity.value),
+                p.ratio.map_or("–".into(), |v| format!("{:.4} [{:.4}, {:.4}]", v.value, v.low, v.high)),
+            ]
+        })
+        .collect();
+    if !rows.is_empty() {
+        out.push(table(&["perplexity", "windows", "tokens", "reference", "candidate", "ratio [95 %]"], &rows));
+    }
+    if let Some(k) = &r.kl {
+        out.push(format!(
+            "KL(reference ‖ candidate) over {} tokens: mean {:.5} [{:.5}, {:.5}] nats, median {:.5}, p99 {:.4}, max {:.3}\ntop-1 agreement {:.2} % [{:.2}, {:.2}]; perplexity {:.4} → {:.4}",
+            k.tokens, k.mean, k.mean_interval.low, k.mean_interval.high, k.median, k.p99, k.max,
+            100.0 * k.top1_agreement.value, 100.0 * k.top1_agreement.low, 100.0 * k.top1_agreement.high, k.reference_perplexity, k.perplexity
+        ));
+    }
+    out.push(format!("{:.1} s", r.seconds));
+    out.join("\n\n")
+}

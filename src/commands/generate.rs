@@ -1,0 +1,62 @@
+//! `lowbit generate`.
+
+use std::io::Write;
+
+use anyhow::{Result, bail};
+use lowbit_checkpoint::chat_template::{ChatTemplate, Message};
+use lowbit_checkpoint::tokenizer::Tokenizer;
+use lowbit_model::GenerateOptions;
+
+use crate::args::GenerateArgs;
+use crate::context::Context;
+use crate::models;
+
+/// Continues a prompt; text goes to stdout as it comes.
+pub fn generate(ctx: &Context, args: &GenerateArgs) -> Result<()> {
+    let located = models::locate(ctx, &args.model)?;
+    let (_, model) = located.load(ctx)?;
+    let tokenizer = Tokenizer::load(&located.dir)?;
+    let prompt = if args.chat {
+        match ChatTemplate::load(&located.dir)? {
+            Some(t) => t.render(&[Message::new("user", args.prompt.as_str())], true)?,
+            None => bail!("{} has no chat template\nhint: drop --chat", located.name),
+        }
+    } else {
+        args.prompt.clone()
+    };
+    // A rendered template carries its own special tokens.
+    let ids = tokenizer.encode(&prompt, !args.chat)?;
+    let options = GenerateOptions {
+        max_new_tokens: args.max_tokens,
+        temperature: args.temperature,
+        top_k: args.top_k,
+        top_p: args.top_p,
+        seed: args.seed,
+        stop: tokenizer.eos_ids().to_vec(),
+    };
+    let mut seen = Vec::new();
+    let mut shown = 0;
+    let mut failure = None;
+    let out = lowbit_model::generate(&model, &ids, &options, &mut |id| {
+        seen.push(id);
+        if !ctx.json {
+            match tokenizer.decode(&seen, true) {
+                // A character may span tokens: hold the text back until it is whole.
+                Ok(text) if !text.ends_with('\u{fffd}') => {
+                    let _ = write!(std::io::stdout(), "{}", text.get(shown..).unwrap_or_default());
+                    let _ = std::io::stdout().flush();
+                    shown = text.len();
+                }
+                Ok(_) => {}
+                Err(e) => failure = Some(e),
+            }
+        }
+        !ctx.stop.load(std::sync::atomic::Ordering::Relaxed)
+    })?;
+    if let Some(e) = failure {
+        return Err(e.into());
+    }
+    let times: Vec<f64> = out.times.iter().map(|t| t.as_secs_f64() * 1e3).collect();
+    let json = serde_json::json!({"prompt_tokens": ids.len(), "text": tokenizer.decode(&out.tokens, true)?, "tokens": out.tokens, "times_ms": times});
+    ctx.print(&json, String::new)
+}

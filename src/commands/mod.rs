@@ -1,0 +1,33 @@
+//! One file per command.
+
+mod bench;
+mod convert;
+mod eval;
+mod generate;
+mod inspect;
+mod quantize;
+mod report;
+mod run;
+mod table;
+mod verify;
+
+use anyhow::Result;
+
+use crate::args::Command;
+use crate::context::Context;
+
+/// Runs the command.
+pub fn dispatch(ctx: &Context, command: Command) -> Result<()> {
+    match command {
+        Command::Run(a) => run::run(ctx, &a),
+        Command::Inspect(a) => inspect::inspect(ctx, &a),
+        Command::Plan(a) => quantize::plan(ctx, &a),
+        Command::Quantize(a) => quantize::quantize(ctx, &a),
+        Command::Verify(a) => verify::verify(ctx, &a),
+        Command::Convert(a) => convert::convert(ctx, &a),
+        Command::Eval(a) => eval::eval(ctx, &a),
+        Command::Bench(a) => bench::bench(ctx, &a),
+        Command::Generate(a) => generate::generate(ctx, &a),
+        Command::Report(a) => report::report(ctx, &a),
+    }
+}

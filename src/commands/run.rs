@@ -1,0 +1,123 @@
+//! `lowbit run`: plan, quantize, verify, eval, bench, report. A stage whose record is there and belongs to the same
+//! input and options is not done again.
+
+use std::path::Path;
+
+use anyhow::{Result, bail};
+use lowbit_bench::{BenchOptions, BenchRecord};
+use lowbit_checkpoint::hash::model_sha256;
+use lowbit_checkpoint::writer::write_atomic;
+use lowbit_eval::{EvalRecord, KlOptions, Source};
+use lowbit_quantize::record::{PlanRecord, QuantizeRecord};
+use lowbit_quantize::verify;
+use serde::de::DeserializeOwned;
+
+use crate::args::RunArgs;
+use crate::commands::{bench, eval, quantize};
+use crate::context::Context;
+use crate::models::{self, Located};
+
+/// The main job.
+pub fn run(ctx: &Context, args: &RunArgs) -> Result<()> {
+    let demo = args.model == "demo";
+    let mut q = args.quant.clone();
+    if demo {
+        // The demo needs no data of the user's: the model writes its own calibration text.
+        q.calib.get_or_insert_with(|| "self".into());
+        q.group_size.get_or_insert_with(|| "64".into());
+        if args.quant.samples == 128 && args.quant.seq_len == 512 {
+            (q.samples, q.seq_len) = (64, 256);
+        }
+    }
+    let options = quantize::options(&q)?;
+    let located = models::locate(ctx, &args.model)?;
+    let ckpt = located.open()?;
+    let dir = &args.output;
+    let model_dir = dir.join("model");
+    quantize::refuse_same(&located.dir, &model_dir)?;
+    let made = quantize::make_plan(ctx, &located, &ckpt, &options, &q, Some(&model_dir))?;
+    let old_plan: Option<PlanRecord> = read(&dir.join("plan.json"));
+    let same = old_plan.as_ref().is_some_and(|p| p.provenance.model_sha256 == made.record.provenance.model_sha256 && p.provenance.options == made.record.provenance.options);
+    let occupied = dir.exists() && std::fs::read_dir(dir).is_ok_and(|mut d| d.next().is_some());
+    if occupied && !same && !args.force {
+        bail!(
+            "{} already holds something else: another model, other options, or foreign files\nhint: choose another output, or pass --force to start anew",
+            dir.display()
+        );
+    }
+    let resume = same && !args.force;
+    ctx.say(quantize::describe(&made.record));
+    std::fs::create_dir_all(dir)?;
+    if !resume {
+        for old in ["quantize.json", "eval.json", "bench.json", "report.html", "report.md", "report.json"] {
+            match std::fs::remove_file(dir.join(old)) {
+                Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(e.into()),
+                _ => {}
+            }
+        }
+    }
+    write_atomic(&dir.join("plan.json"), &serde_json::to_vec_pretty(&made.record)?)?;
+
+    let done: Option<QuantizeRecord> = if resume && model_dir.exists() { read(&dir.join("quantize.json")) } else { None };
+    let record = match done {
+        Some(r) => {
+            ctx.say("quantize: done before");
+            r
+        }
+        None => {
+            let r = quantize::execute(ctx, &ckpt, &made, &q, &model_dir, true)?;
+            write_atomic(&dir.join("quantize.json"), &serde_json::to_vec_pretty(&r)?)?;
+            r
+        }
+    };
+    ctx.say(quantize::summary(&record));
+    let quantized = Located { name: model_dir.display().to_string(), dir: model_dir.clone() };
+    let verified = verify::verify(&quantized.open()?, Some(&record), Some(&ckpt))?;
+    ctx.say(format!("verify: {} packed linears, {} tensors bit for bit the original's", verified.packed_linears, verified.compared_with_original));
+    drop(ckpt);
+    let sha = model_sha256(&model_dir)?;
+
+    evaluate(ctx, args, &located, &quantized, &sha, demo, resume)?;
+    if !args.no_bench {
+        let old: Option<BenchRecord> = if resume { read(&dir.join("bench.json")) } else { None };
+        if old.is_some_and(|b| b.provenance.model_sha256 == sha) {
+            ctx.say("bench: done before");
+        } else {
+            let bench_options = BenchOptions { repetitions: args.repetitions, threads: ctx.threads, ..BenchOptions::default() };
+            let b = bench::measure(ctx, &quantized, Some(&located), &bench_options)?;
+            write_atomic(&dir.join("bench.json"), &serde_json::to_vec_pretty(&b)?)?;
+            ctx.say(bench::summary(&b));
+        }
+    }
+    let written = lowbit_report::write(dir)?;
+    ctx.print(&serde_json::json!({"output": dir, "written": written}), || format!("report: {}", dir.join("report.html").display()))
+}
+
+fn evaluate(ctx: &Context, args: &RunArgs, original: &Located, quantized: &Located, sha: &str, demo: bool, resume: bool) -> Result<()> {
+    let path = args.output.join("eval.json");
+    let old: Option<EvalRecord> = if resume { read(&path) } else { None };
+    if old.is_some_and(|e| e.provenance.model_sha256 == sha) {
+        ctx.say("eval: done before");
+        return Ok(());
+    }
+    let source = match &args.eval_text {
+        Some(p) => Source::read(p)?,
+        None if demo => Source::from_text("demo-text/evaluation.txt", models::DEMO_TEXT.to_string()),
+        None => {
+            ctx.say("eval: no --eval-text, so no perplexity and no KL");
+            return Ok(());
+        }
+    };
+    let protocol = args.protocol.clone().unwrap_or_else(|| if demo { "gptq-512".into() } else { "gptq-2048".into() });
+    let kl = KlOptions { window: if demo { 512 } else { 1024 }, limit: Some(args.kl_windows) };
+    let request = eval::Request { perplexity: Some((source.clone(), vec![protocol])), kl: Some((source, kl)), limit: Some(args.limit) };
+    let record = eval::evaluate(ctx, quantized, Some(original), &request)?;
+    write_atomic(&path, &serde_json::to_vec_pretty(&record)?)?;
+    ctx.say(eval::summary(&record));
+    Ok(())
+}
+
+/// A record of an earlier run; one that cannot be read is made again.
+fn read<T: DeserializeOwned>(path: &Path) -> Option<T> {
+    serde_json::from_slice(&std::fs::read(path).ok()?).ok()
+}
