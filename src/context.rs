@@ -25,7 +25,10 @@ impl Context {
     pub fn new(global: &Global) -> Result<Self> {
         let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
         let threads = global.threads.unwrap_or(cores).max(1);
-        rayon::ThreadPoolBuilder::new().num_threads(threads).build_global().context("cannot start the worker threads")?;
+        rayon::ThreadPoolBuilder::new()
+            .num_threads(threads)
+            .build_global()
+            .context("cannot start the worker threads")?;
         let backend: Arc<dyn Backend> = match global.device {
             Device::Auto | Device::Cpu => Arc::new(CpuBackend::new()),
             Device::Scalar => Arc::new(ScalarBackend::new()),

@@ -29,7 +29,8 @@ pub fn report(error: &anyhow::Error) -> ExitCode {
     {
         eprintln!("hint: {hint}");
     }
-    let interrupted = error.chain().any(|c| matches!(c.downcast_ref::<QuantizeError>(), Some(QuantizeError::Interrupted)));
+    let interrupted =
+        error.chain().any(|c| matches!(c.downcast_ref::<QuantizeError>(), Some(QuantizeError::Interrupted)));
     ExitCode::from(if interrupted { INTERRUPTED } else { BAD_INPUT })
 }
 

@@ -58,7 +58,12 @@ pub fn locate(ctx: &Context, model: &str) -> Result<Located> {
     } else if looks_like_hub_id(model) {
         hub::resolve(model, &hub_options(), &ctx.progress)?
     } else {
-        return Err(CheckpointError::invalid_hint(path, "no such folder", "MODEL is a folder, a .gguf file, `demo`, or a hub id `org/name[@revision]`").into());
+        return Err(CheckpointError::invalid_hint(
+            path,
+            "no such folder",
+            "MODEL is a folder, a .gguf file, `demo`, or a hub id `org/name[@revision]`",
+        )
+        .into());
     };
     Ok(Located { name: model.to_string(), dir })
 }
@@ -84,7 +89,8 @@ fn cache_dir() -> PathBuf {
 
 /// Unpacks the embedded demo model once.
 fn demo() -> Result<PathBuf> {
-    let sums: Vec<u8> = DEMO.iter().flat_map(|(n, b)| format!("{n}{}", lowbit_checkpoint::hash::sha256_hex(b)).into_bytes()).collect();
+    let sums: Vec<u8> =
+        DEMO.iter().flat_map(|(n, b)| format!("{n}{}", lowbit_checkpoint::hash::sha256_hex(b)).into_bytes()).collect();
     let id = lowbit_checkpoint::hash::sha256_hex(&sums);
     let dir = cache_dir().join(format!("demo-{}", id.get(..12).unwrap_or_default()));
     if dir.exists() {
@@ -106,7 +112,9 @@ fn demo() -> Result<PathBuf> {
             return Ok(dir);
         }
     }
-    result.with_context(|| format!("cannot unpack the demo model into {}\nhint: set LOWBIT_CACHE to a writable folder", dir.display()))?;
+    result.with_context(|| {
+        format!("cannot unpack the demo model into {}\nhint: set LOWBIT_CACHE to a writable folder", dir.display())
+    })?;
     Ok(dir)
 }
 
@@ -125,7 +133,8 @@ pub fn import_gguf(ctx: &Context, file: &Path, output: &Path, force: bool) -> Re
     use lowbit_quantize::Progress;
     let mut gguf = GgufModel::open(file)?;
     let names = gguf.tensor_names();
-    let declared = names.iter().map(|(n, s)| Declared { name: n.clone(), dtype: Dtype::BF16, shape: s.clone() }).collect();
+    let declared =
+        names.iter().map(|(n, s)| Declared { name: n.clone(), dtype: Dtype::BF16, shape: s.clone() }).collect();
     let mut writer = CheckpointWriter::create(output, declared, DEFAULT_SHARD_BYTES, force)?;
     ctx.progress.stage("convert", names.len() as u64);
     for (name, _) in &names {

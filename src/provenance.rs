@@ -13,7 +13,13 @@ use crate::context::Context;
 use crate::models::Located;
 
 /// Gathers it; hashing reads every weight file once.
-pub fn gather(ctx: &Context, model: &Located, reference: Option<&Located>, seed: u64, options: BTreeMap<String, Value>) -> Result<Provenance> {
+pub fn gather(
+    ctx: &Context,
+    model: &Located,
+    reference: Option<&Located>,
+    seed: u64,
+    options: BTreeMap<String, Value>,
+) -> Result<Provenance> {
     Ok(Provenance {
         tool: format!("lowbit {}", env!("CARGO_PKG_VERSION")),
         commit: option_env!("LOWBIT_COMMIT").map(str::to_string),

@@ -95,10 +95,8 @@ mod tests {
     #[test]
     fn gaps_are_pooled_over_requests() {
         let ms = Duration::from_millis;
-        let requests = [
-            Request { first: ms(10), gaps: vec![ms(1), ms(2)] },
-            Request { first: ms(30), gaps: vec![ms(3), ms(4)] },
-        ];
+        let requests =
+            [Request { first: ms(10), gaps: vec![ms(1), ms(2)] }, Request { first: ms(30), gaps: vec![ms(3), ms(4)] }];
         let row = row("candidate", &requests, &BenchOptions::default()).unwrap();
         assert!((row.ttft_ms[0] - 20.0).abs() < 1e-9);
         assert!((row.itl_token_ms[0] - 2.5).abs() < 1e-9);

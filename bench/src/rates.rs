@@ -108,7 +108,13 @@ fn time_test(
         for turn in 0..contenders.len() {
             let index = turn_of(repetition, turn, contenders.len());
             let c = &contenders[index];
-            progress(&format!("{name} batch {}: {}/{} of {}", test.batch(), repetition + 1, options.repetitions, c.name));
+            progress(&format!(
+                "{name} batch {}: {}/{} of {}",
+                test.batch(),
+                repetition + 1,
+                options.repetitions,
+                c.name
+            ));
             let ids = random_ids(c, test.tokens()?, options.seed.wrapping_add(1 + repetition as u64))?;
             let time = test.time(c.model, &ids)?;
             if time.is_zero() {

@@ -79,11 +79,11 @@ impl Source {
             None => (id, false),
         };
         let parts = id.split('/').collect::<Vec<_>>();
-        let named = |p: &&str| {
+        let named = |p: &str| {
             let plain = p.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c));
             plain && p.chars().any(|c| c.is_ascii_alphanumeric())
         };
-        if parts.len() < 2 || !parts.iter().all(|p| named(&p)) {
+        if parts.len() < 2 || !parts.iter().all(|p| named(p)) {
             return Err(unknown("there is no such file and it is not a data set id"));
         }
         if !marked && (parts.len() > 2 || Format::of(path).is_some()) {
@@ -165,8 +165,9 @@ fn load_file(path: &Path, template: Option<&ChatTemplate>, texts: &mut Vec<Strin
         }
         Some(Format::Array) => {
             let bytes = std::fs::read(path).map_err(|e| io(path, e))?;
-            let items = serde_json::from_str::<Vec<Value>>(utf8(path, &bytes)?)
-                .map_err(|e| record(path, format!("line {}", e.line()), format!("not an array of JSON objects: {e}")))?;
+            let items = serde_json::from_str::<Vec<Value>>(utf8(path, &bytes)?).map_err(|e| {
+                record(path, format!("line {}", e.line()), format!("not an array of JSON objects: {e}"))
+            })?;
             for (i, value) in items.into_iter().enumerate() {
                 texts.push(text_of(path, format!("item {}", i + 1), value, template)?);
             }
@@ -250,8 +251,8 @@ fn messages_of(value: &Value) -> std::result::Result<Vec<Message>, String> {
     for (i, turn) in turns.iter().enumerate() {
         let field = |key: &str| turn.get(key).ok_or_else(|| format!("turn {} has no `{key}`", i + 1));
         let role = field(role_key)?.as_str().ok_or_else(|| format!("turn {}: `{role_key}` is not a string", i + 1))?;
-        let content = content_text(field(content_key)?)
-            .ok_or_else(|| format!("turn {}: `{content_key}` is not text", i + 1))?;
+        let content =
+            content_text(field(content_key)?).ok_or_else(|| format!("turn {}: `{content_key}` is not text", i + 1))?;
         let role = if role_key == "role" { role } else { share_gpt_role(role)? };
         if role_key == "from" && role == "assistant" && messages.is_empty() {
             continue;

@@ -114,6 +114,9 @@ impl CalibrationError {
             Self::TooFewWindows { available, .. } => {
                 Some(format!("use at most {available} windows, shorter windows, or a longer corpus"))
             }
+            Self::Parquet { .. } => {
+                Some("snappy and uncompressed columns are read; convert other files to .jsonl".to_string())
+            }
             Self::Checkpoint(source) | Self::Template { source, .. } => source.hint(),
             _ => None,
         }

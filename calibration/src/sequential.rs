@@ -54,7 +54,8 @@ impl<'a> SequentialPass<'a> {
         tick: &mut dyn FnMut() -> std::result::Result<(), E>,
     ) -> std::result::Result<(), E> {
         let b = self.backend;
-        let width = |block: &Block, group| block.shapes().iter().find(|s| s.group == group).map_or(0, |s| s.in_features);
+        let width =
+            |block: &Block, group| block.shapes().iter().find(|s| s.group == group).map_or(0, |s| s.in_features);
 
         let mut h = HessianAccumulator::new(b, width(block, LinearGroup::Attention))?;
         for c in &self.chunks {
@@ -66,7 +67,8 @@ impl<'a> SequentialPass<'a> {
         let mut h = HessianAccumulator::new(b, width(block, LinearGroup::Output))?;
         let mut attended = Vec::with_capacity(self.chunks.len());
         for c in &self.chunks {
-            let mut cache = b.kv_cache(c.segments.len(), self.window_tokens, block.kv_heads(), block.head_dim()).map_err(kernel)?;
+            let mut cache =
+                b.kv_cache(c.segments.len(), self.window_tokens, block.kv_heads(), block.head_dim()).map_err(kernel)?;
             let input = block.attention_input(b, &c.x).map_err(wrap)?;
             let y = block.attend(b, &input, &c.segments, &mut cache).map_err(wrap)?;
             h.update(&y)?;

@@ -39,7 +39,8 @@ impl Checkpoint {
         let raw_config = read_json(&path)?;
         let config = config::parse(&path, &raw_config)?;
         let external = dir.join("quantize_config.json");
-        let quantization = match raw_config.get("quantization_config").or_else(|| raw_config.get("compression_config")) {
+        let quantization = match raw_config.get("quantization_config").or_else(|| raw_config.get("compression_config"))
+        {
             Some(q) if !q.is_null() => Some(QuantConfig::parse(&path, q)?),
             _ if external.exists() => Some(QuantConfig::parse(&external, &read_json(&external)?)?),
             _ => None,

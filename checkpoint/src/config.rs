@@ -28,7 +28,16 @@ pub enum RopeScaling {
     /// Llama 3.1's frequency bands.
     Llama3 { factor: f64, low: f64, high: f64, original: f64 },
     /// YaRN (arXiv 2309.00071), with the attention factor applied to cos and sin.
-    Yarn { factor: f64, original: f64, beta_fast: f64, beta_slow: f64, attention_factor: Option<f64>, mscale: Option<f64>, mscale_all_dim: Option<f64>, truncate: bool },
+    Yarn {
+        factor: f64,
+        original: f64,
+        beta_fast: f64,
+        beta_slow: f64,
+        attention_factor: Option<f64>,
+        mscale: Option<f64>,
+        mscale_all_dim: Option<f64>,
+        truncate: bool,
+    },
 }
 
 /// Everything the decoder graph needs.
@@ -88,9 +97,27 @@ pub struct ModelConfig {
 
 /// Keys that change the maths in some family and that this graph does not use: any value but null, false, 0 or 1.0 is refused.
 const REFUSED: &[&str] = &[
-    "num_local_experts", "num_experts", "n_routed_experts", "attention_multiplier", "residual_multiplier", "embedding_multiplier",
-    "logits_scaling", "logit_scale", "clip_qkv", "use_parallel_residual", "parallel_attn", "alibi", "attention_chunk_size", "use_mla",
-    "kv_lora_rank", "q_lora_rank", "mamba_d_state", "no_rope_layers", "attention_sinks", "attn_output_gate", "use_bidirectional_attention",
+    "num_local_experts",
+    "num_experts",
+    "n_routed_experts",
+    "attention_multiplier",
+    "residual_multiplier",
+    "embedding_multiplier",
+    "logits_scaling",
+    "logit_scale",
+    "clip_qkv",
+    "use_parallel_residual",
+    "parallel_attn",
+    "alibi",
+    "attention_chunk_size",
+    "use_mla",
+    "kv_lora_rank",
+    "q_lora_rank",
+    "mamba_d_state",
+    "no_rope_layers",
+    "attention_sinks",
+    "attn_output_gate",
+    "use_bidirectional_attention",
 ];
 
 /// Parses `config.json`.
@@ -101,7 +128,8 @@ pub fn parse(path: &Path, root: &Value) -> Result<ModelConfig> {
         _ => root,
     };
     let bad = |problem: String| CheckpointError::invalid(path, problem);
-    let family = c.get("model_type").or_else(|| root.get("model_type")).and_then(Value::as_str).unwrap_or_default().to_string();
+    let family =
+        c.get("model_type").or_else(|| root.get("model_type")).and_then(Value::as_str).unwrap_or_default().to_string();
     if !matches!(family.as_str(), "llama" | "mistral" | "qwen2" | "qwen3" | "gemma3_text" | "phi3") {
         let arch = root.get("architectures").map(Value::to_string).unwrap_or_default();
         return Err(CheckpointError::Unsupported {
@@ -156,7 +184,11 @@ pub fn parse(path: &Path, root: &Value) -> Result<ModelConfig> {
         return Err(bad(format!("`head_dim` {head_dim} is not an even positive number")));
     }
     let num_layers = need("num_hidden_layers")?;
-    let act_name = c.get("hidden_activation").or_else(|| c.get("hidden_act")).and_then(Value::as_str).unwrap_or(if gemma { "gelu_pytorch_tanh" } else { "silu" });
+    let act_name = c
+        .get("hidden_activation")
+        .or_else(|| c.get("hidden_act"))
+        .and_then(Value::as_str)
+        .unwrap_or(if gemma { "gelu_pytorch_tanh" } else { "silu" });
     let activation = match act_name {
         "silu" | "swish" => Activation::Silu,
         "gelu_pytorch_tanh" | "gelu_new" => Activation::GeluTanh,
@@ -172,7 +204,15 @@ pub fn parse(path: &Path, root: &Value) -> Result<ModelConfig> {
         ("qwen2" | "qwen3", None | Some(false)) => None,
         _ => int("sliding_window")?.filter(|w| *w > 0),
     };
-    let layer_slides = layer_slides(path, c, &family, num_layers, sliding_window, int("max_window_layers")?, int("sliding_window_pattern")?)?;
+    let layer_slides = layer_slides(
+        path,
+        c,
+        &family,
+        num_layers,
+        sliding_window,
+        int("max_window_layers")?,
+        int("sliding_window_pattern")?,
+    )?;
     let scalar = float("query_pre_attn_scalar").unwrap_or(if gemma { 256.0 } else { head_dim as f64 });
     Ok(ModelConfig {
         qk_norm: matches!(family.as_str(), "qwen3" | "gemma3_text"),
@@ -191,7 +231,11 @@ pub fn parse(path: &Path, root: &Value) -> Result<ModelConfig> {
         vocab_size: need("vocab_size")?,
         max_position_embeddings: int("max_position_embeddings")?.unwrap_or(2048),
         rms_norm_eps: float("rms_norm_eps").unwrap_or(1e-6) as f32,
-        tie_word_embeddings: c.get("tie_word_embeddings").or_else(|| root.get("tie_word_embeddings")).and_then(Value::as_bool).unwrap_or(gemma),
+        tie_word_embeddings: c
+            .get("tie_word_embeddings")
+            .or_else(|| root.get("tie_word_embeddings"))
+            .and_then(Value::as_bool)
+            .unwrap_or(gemma),
         activation,
         rope,
         rope_local,
@@ -204,13 +248,24 @@ pub fn parse(path: &Path, root: &Value) -> Result<ModelConfig> {
     })
 }
 
-fn layer_slides(path: &Path, c: &Value, family: &str, layers: usize, window: Option<usize>, max_window_layers: Option<usize>, pattern: Option<usize>) -> Result<Vec<bool>> {
+fn layer_slides(
+    path: &Path,
+    c: &Value,
+    family: &str,
+    layers: usize,
+    window: Option<usize>,
+    max_window_layers: Option<usize>,
+    pattern: Option<usize>,
+) -> Result<Vec<bool>> {
     if window.is_none() {
         return Ok(vec![false; layers]);
     }
     if let Some(types) = c.get("layer_types").and_then(Value::as_array) {
         if types.len() != layers {
-            return Err(CheckpointError::invalid(path, format!("`layer_types` has {} entries for {layers} layers", types.len())));
+            return Err(CheckpointError::invalid(
+                path,
+                format!("`layer_types` has {} entries for {layers} layers", types.len()),
+            ));
         }
         return types
             .iter()
@@ -233,7 +288,10 @@ fn parse_local_rope(path: &Path, c: &Value) -> Result<RopeConfig> {
         let theta = p.get("rope_theta").and_then(Value::as_f64).unwrap_or(10_000.0);
         return Ok(RopeConfig { theta, scaling: parse_scaling(path, p, c)? });
     }
-    Ok(RopeConfig { theta: c.get("rope_local_base_freq").and_then(Value::as_f64).unwrap_or(10_000.0), scaling: RopeScaling::Default })
+    Ok(RopeConfig {
+        theta: c.get("rope_local_base_freq").and_then(Value::as_f64).unwrap_or(10_000.0),
+        scaling: RopeScaling::Default,
+    })
 }
 
 fn parse_rope(path: &Path, c: &Value, theta_key: &str, gemma: bool) -> Result<RopeConfig> {
@@ -256,9 +314,14 @@ fn parse_scaling(path: &Path, r: &Value, c: &Value) -> Result<RopeScaling> {
     let kind = r.get("rope_type").or_else(|| r.get("type")).and_then(Value::as_str).unwrap_or("default");
     let f = |key: &str| r.get(key).and_then(Value::as_f64);
     let must = |key: &str| {
-        f(key).filter(|v| v.is_finite() && *v > 0.0).ok_or_else(|| CheckpointError::invalid(path, format!("rope `{kind}` needs a positive `{key}`")))
+        f(key)
+            .filter(|v| v.is_finite() && *v > 0.0)
+            .ok_or_else(|| CheckpointError::invalid(path, format!("rope `{kind}` needs a positive `{key}`")))
     };
-    let original = || f("original_max_position_embeddings").or_else(|| c.get("original_max_position_embeddings").and_then(Value::as_f64));
+    let original = || {
+        f("original_max_position_embeddings")
+            .or_else(|| c.get("original_max_position_embeddings").and_then(Value::as_f64))
+    };
     match kind {
         "default" => Ok(RopeScaling::Default),
         "linear" => Ok(RopeScaling::Linear { factor: must("factor")? }),
@@ -270,9 +333,9 @@ fn parse_scaling(path: &Path, r: &Value, c: &Value) -> Result<RopeScaling> {
         }),
         "yarn" => Ok(RopeScaling::Yarn {
             factor: must("factor")?,
-            original: original()
-                .or_else(|| c.get("max_position_embeddings").and_then(Value::as_f64))
-                .ok_or_else(|| CheckpointError::invalid(path, "rope `yarn` needs `original_max_position_embeddings`"))?,
+            original: original().or_else(|| c.get("max_position_embeddings").and_then(Value::as_f64)).ok_or_else(
+                || CheckpointError::invalid(path, "rope `yarn` needs `original_max_position_embeddings`"),
+            )?,
             beta_fast: f("beta_fast").unwrap_or(32.0),
             beta_slow: f("beta_slow").unwrap_or(1.0),
             attention_factor: f("attention_factor"),

@@ -11,7 +11,13 @@ use crate::store::{StoredTensor, TensorStore};
 use crate::writer::Declared;
 
 /// Reads the weight of `module` (`model.layers.0.self_attn.q_proj`), dense or packed, with the shape the config asks for.
-pub fn read(store: &TensorStore, quant: Option<&QuantConfig>, module: &str, out_features: usize, in_features: usize) -> Result<HostWeight> {
+pub fn read(
+    store: &TensorStore,
+    quant: Option<&QuantConfig>,
+    module: &str,
+    out_features: usize,
+    in_features: usize,
+) -> Result<HostWeight> {
     let dense = format!("{module}.weight");
     if let Some(t) = store.find(&dense) {
         return read_dense(store, &dense, t, out_features, in_features);
@@ -20,7 +26,8 @@ pub fn read(store: &TensorStore, quant: Option<&QuantConfig>, module: &str, out_
     if store.find(&format!("{module}.{first}")).is_none() {
         return Err(CheckpointError::MissingTensor { dir: store.dir().to_path_buf(), tensor: dense });
     }
-    let unknown = |found: &str| store.mismatch(&dense, "a quantization_config that covers this module".into(), found.into());
+    let unknown =
+        |found: &str| store.mismatch(&dense, "a quantization_config that covers this module".into(), found.into());
     let quant = quant.ok_or_else(|| unknown("packed tensors and no quantization_config"))?;
     let scheme = quant.scheme_of(module).ok_or_else(|| unknown("no rule for it"))?;
     let packed = match quant.format {
@@ -30,15 +37,25 @@ pub fn read(store: &TensorStore, quant: Option<&QuantConfig>, module: &str, out_
     Ok(HostWeight::Packed(packed))
 }
 
-fn read_dense(store: &TensorStore, name: &str, t: &StoredTensor, out_features: usize, in_features: usize) -> Result<HostWeight> {
+fn read_dense(
+    store: &TensorStore,
+    name: &str,
+    t: &StoredTensor,
+    out_features: usize,
+    in_features: usize,
+) -> Result<HostWeight> {
     if t.shape != [out_features, in_features] {
         return Err(store.mismatch(name, format!("shape [{out_features}, {in_features}]"), format!("{:?}", t.shape)));
     }
-    let dtype = t.float_type().ok_or_else(|| store.mismatch(name, "f32, f16 or bf16".into(), format!("{:?}", t.dtype)))?;
+    let dtype =
+        t.float_type().ok_or_else(|| store.mismatch(name, "f32, f16 or bf16".into(), format!("{:?}", t.dtype)))?;
     Ok(HostWeight::Dense { dtype, out_features, in_features, data: t.data.clone() })
 }
 
-fn kernel_error<'a>(store: &'a TensorStore, tensor: &'a str) -> impl Fn(lowbit_kernels::KernelError) -> CheckpointError + 'a {
+fn kernel_error<'a>(
+    store: &'a TensorStore,
+    tensor: &'a str,
+) -> impl Fn(lowbit_kernels::KernelError) -> CheckpointError + 'a {
     move |source| CheckpointError::Kernel { dir: store.dir().to_path_buf(), tensor: tensor.to_string(), source }
 }
 
@@ -55,7 +72,13 @@ fn typed<'a>(store: &'a TensorStore, name: &str, dtype: Dtype, shape: &[usize]) 
     Ok(t)
 }
 
-fn read_compressed_tensors(store: &TensorStore, module: &str, scheme: Scheme, out: usize, n: usize) -> Result<PackedWeight> {
+fn read_compressed_tensors(
+    store: &TensorStore,
+    module: &str,
+    scheme: Scheme,
+    out: usize,
+    n: usize,
+) -> Result<PackedWeight> {
     let name = format!("{module}.weight_packed");
     let groups = scheme.groups(n).map_err(kernel_error(store, &name))?;
     let width = pack::words_for(n, scheme.bits);
@@ -86,7 +109,14 @@ fn read_compressed_tensors(store: &TensorStore, module: &str, scheme: Scheme, ou
     Ok(PackedWeight { scheme, out_features: out, in_features: n, words, scales, zeros, group_index })
 }
 
-fn read_group_index(store: &TensorStore, module: &str, suffix: &str, scheme: Scheme, n: usize, groups: usize) -> Result<Option<Vec<u32>>> {
+fn read_group_index(
+    store: &TensorStore,
+    module: &str,
+    suffix: &str,
+    scheme: Scheme,
+    n: usize,
+    groups: usize,
+) -> Result<Option<Vec<u32>>> {
     let name = format!("{module}.{suffix}");
     if store.find(&name).is_none() {
         return Ok(None);
@@ -101,7 +131,14 @@ fn read_group_index(store: &TensorStore, module: &str, suffix: &str, scheme: Sch
     Ok((!in_order).then(|| index.into_iter().map(|g| g as u32).collect()))
 }
 
-fn read_gptq(store: &TensorStore, module: &str, scheme: Scheme, format: PackFormat, out: usize, n: usize) -> Result<PackedWeight> {
+fn read_gptq(
+    store: &TensorStore,
+    module: &str,
+    scheme: Scheme,
+    format: PackFormat,
+    out: usize,
+    n: usize,
+) -> Result<PackedWeight> {
     let (wname, zname, sname) = (format!("{module}.qweight"), format!("{module}.qzeros"), format!("{module}.scales"));
     let groups = scheme.groups(n).map_err(kernel_error(store, &wname))?;
     let bits = scheme.bits;
@@ -120,7 +157,11 @@ fn read_gptq(store: &TensorStore, module: &str, scheme: Scheme, format: PackForm
         // A label that disagrees with the one constant symmetric zero points can have means v1 and v2 were mixed up.
         if let Some(z) = zeros.iter().find(|z| **z != scheme.mid_code()) {
             let expected = format!("the symmetric zero point {} of format `{}`", scheme.mid_code(), format.name());
-            return Err(store.mismatch(&zname, expected, format!("{z}: the checkpoint may carry the other GPTQ version's label")));
+            return Err(store.mismatch(
+                &zname,
+                expected,
+                format!("{z}: the checkpoint may carry the other GPTQ version's label"),
+            ));
         }
         None
     } else {
@@ -128,7 +169,15 @@ fn read_gptq(store: &TensorStore, module: &str, scheme: Scheme, format: PackForm
     };
     let group_index = read_group_index(store, module, "g_idx", scheme, n, groups)?;
     let bytes = packed.iter().flat_map(|w| w.to_le_bytes()).collect();
-    Ok(PackedWeight { scheme, out_features: out, in_features: n, words: Bytes::from_vec(bytes), scales, zeros, group_index })
+    Ok(PackedWeight {
+        scheme,
+        out_features: out,
+        in_features: n,
+        words: Bytes::from_vec(bytes),
+        scales,
+        zeros,
+        group_index,
+    })
 }
 
 fn finite(store: &TensorStore, name: &str, scales: &[f32]) -> Result<()> {
@@ -178,7 +227,13 @@ pub fn pack_matrix(q: &QuantizedMatrix) -> lowbit_kernels::Result<PackedWeight> 
 }
 
 /// Names, dtypes and shapes that `module` will have on disk in `format`, in writing order.
-pub fn declare(module: &str, scheme: Scheme, format: PackFormat, out: usize, n: usize) -> lowbit_kernels::Result<Vec<Declared>> {
+pub fn declare(
+    module: &str,
+    scheme: Scheme,
+    format: PackFormat,
+    out: usize,
+    n: usize,
+) -> lowbit_kernels::Result<Vec<Declared>> {
     let groups = scheme.groups(n)?;
     let t = |suffix: &str, dtype, shape: Vec<usize>| Declared { name: format!("{module}.{suffix}"), dtype, shape };
     Ok(match format {
@@ -224,7 +279,10 @@ pub fn encode(q: &QuantizedMatrix, format: PackFormat) -> lowbit_kernels::Result
             let mid = vec![q.scheme.mid_code(); out * groups];
             let zeros = q.zeros.as_ref().unwrap_or(&mid);
             let shift = u8::from(format == PackFormat::GptqV1);
-            let stored: Vec<u8> = transpose(zeros, out, groups).into_iter().map(|z| z.wrapping_sub(shift) & q.scheme.max_code()).collect();
+            let stored: Vec<u8> = transpose(zeros, out, groups)
+                .into_iter()
+                .map(|z| z.wrapping_sub(shift) & q.scheme.max_code())
+                .collect();
             let cols = q.scheme.group_cols(n);
             Ok(vec![
                 le(pack::pack_columns(&transpose(&q.codes, out, n), n, out, bits)?),

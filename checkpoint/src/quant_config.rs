@@ -55,7 +55,8 @@ impl Target {
     fn parse(path: &Path, text: &str) -> Result<Self> {
         Ok(match text.strip_prefix("re:") {
             Some(p) => Target::Pattern(
-                regex::Regex::new(&format!("^(?:{p})")).map_err(|e| CheckpointError::invalid(path, format!("target `{text}`: {e}")))?,
+                regex::Regex::new(&format!("^(?:{p})"))
+                    .map_err(|e| CheckpointError::invalid(path, format!("target `{text}`: {e}")))?,
             ),
             None if matches!(text, "Linear" | "Embedding") => Target::Linear,
             None => Target::Name(text.to_string()),
@@ -90,7 +91,10 @@ impl QuantConfig {
     /// Scheme of a module: a specific rule wins over `Linear`.
     pub fn scheme_of(&self, module: &str) -> Option<Scheme> {
         let hit = |specific: bool| {
-            self.groups.iter().find(|g| g.targets.iter().any(|t| t.is_specific() == specific && t.matches(module))).map(|g| g.scheme)
+            self.groups
+                .iter()
+                .find(|g| g.targets.iter().any(|t| t.is_specific() == specific && t.matches(module)))
+                .map(|g| g.scheme)
         };
         hit(true).or_else(|| hit(false))
     }
@@ -127,10 +131,15 @@ fn parse_compressed_tensors(path: &Path, q: &Value) -> Result<QuantConfig> {
         if let Some(f) = g.get("format").and_then(Value::as_str).filter(|f| *f != "pack-quantized") {
             return Err(refused(path, &format!("{name}: compressed-tensors format `{f}`")));
         }
-        if g.get("input_activations").is_some_and(|v| !v.is_null()) || g.get("output_activations").is_some_and(|v| !v.is_null()) {
+        if g.get("input_activations").is_some_and(|v| !v.is_null())
+            || g.get("output_activations").is_some_and(|v| !v.is_null())
+        {
             return Err(refused(path, &format!("{name}: quantized activations")));
         }
-        let w = g.get("weights").filter(|w| w.is_object()).ok_or_else(|| CheckpointError::invalid(path, format!("{name}: no `weights`")))?;
+        let w = g
+            .get("weights")
+            .filter(|w| w.is_object())
+            .ok_or_else(|| CheckpointError::invalid(path, format!("{name}: no `weights`")))?;
         let kind = w.get("type").and_then(Value::as_str).unwrap_or_default();
         let bits = w.get("num_bits").and_then(Value::as_u64).unwrap_or(0);
         if kind != "int" || !matches!(bits, 1..=8) {
@@ -138,10 +147,9 @@ fn parse_compressed_tensors(path: &Path, q: &Value) -> Result<QuantConfig> {
         }
         let group = match w.get("strategy").and_then(Value::as_str) {
             Some("group") => GroupSize::Cols(
-                w.get("group_size")
-                    .and_then(Value::as_u64)
-                    .filter(|g| *g > 0 && *g < 1 << 32)
-                    .ok_or_else(|| CheckpointError::invalid(path, format!("{name}: strategy `group` needs a positive `group_size`")))? as usize,
+                w.get("group_size").and_then(Value::as_u64).filter(|g| *g > 0 && *g < 1 << 32).ok_or_else(|| {
+                    CheckpointError::invalid(path, format!("{name}: strategy `group` needs a positive `group_size`"))
+                })? as usize,
             ),
             Some("channel") => GroupSize::PerChannel,
             other => return Err(refused(path, &format!("{name}: strategy `{}`", other.unwrap_or("(none)")))),
@@ -153,7 +161,14 @@ fn parse_compressed_tensors(path: &Path, q: &Value) -> Result<QuantConfig> {
             scheme: Scheme { bits: bits as u8, symmetric, group },
         });
     }
-    let ignore = q.get("ignore").and_then(Value::as_array).into_iter().flatten().filter_map(Value::as_str).map(String::from).collect();
+    let ignore = q
+        .get("ignore")
+        .and_then(Value::as_array)
+        .into_iter()
+        .flatten()
+        .filter_map(Value::as_str)
+        .map(String::from)
+        .collect();
     Ok(QuantConfig { format: PackFormat::CompressedTensors, groups: out, ignore })
 }
 
@@ -173,7 +188,12 @@ fn parse_gptq(path: &Path, q: &Value) -> Result<QuantConfig> {
     let group = match q.get("group_size").and_then(Value::as_i64) {
         Some(-1) => GroupSize::PerChannel,
         Some(n) if n > 0 && n < 1 << 32 => GroupSize::Cols(n as usize),
-        other => return Err(CheckpointError::invalid(path, format!("`group_size`: expected -1 or a positive number, found {other:?}"))),
+        other => {
+            return Err(CheckpointError::invalid(
+                path,
+                format!("`group_size`: expected -1 or a positive number, found {other:?}"),
+            ));
+        }
     };
     let symmetric = q.get("sym").and_then(Value::as_bool).unwrap_or(true);
     let scheme = Scheme { bits: bits as u8, symmetric, group };

@@ -89,7 +89,12 @@ impl TensorStore {
             let file = file
                 .as_str()
                 .filter(|f| !f.is_empty() && !f.contains(['/', '\\']) && !f.starts_with('.'))
-                .ok_or_else(|| CheckpointError::invalid(index, format!("`{name}` maps to {file}, which is not a file name beside the index")))?;
+                .ok_or_else(|| {
+                    CheckpointError::invalid(
+                        index,
+                        format!("`{name}` maps to {file}, which is not a file name beside the index"),
+                    )
+                })?;
             by_file.entry(file.to_string()).or_default().push(name.clone());
         }
         let mut tensors = BTreeMap::new();
@@ -133,7 +138,9 @@ impl TensorStore {
 
     /// A tensor that must be there.
     pub fn get(&self, name: &str) -> Result<&StoredTensor> {
-        self.tensors.get(name).ok_or_else(|| CheckpointError::MissingTensor { dir: self.dir.clone(), tensor: name.to_string() })
+        self.tensors
+            .get(name)
+            .ok_or_else(|| CheckpointError::MissingTensor { dir: self.dir.clone(), tensor: name.to_string() })
     }
 
     /// All of them, sorted by name.
@@ -175,12 +182,25 @@ fn open_file(path: &Path) -> Result<BTreeMap<String, StoredTensor>> {
         let bad = |what: String| CheckpointError::invalid(path, format!("tensor `{name}`: {what}"));
         let (start, end) = info.data_offsets;
         let range = base.checked_add(start).zip(base.checked_add(end)).ok_or_else(|| bad("offsets overflow".into()))?;
-        let elements = info.shape.iter().try_fold(1usize, |a, d| a.checked_mul(*d)).ok_or_else(|| bad(format!("shape {:?} overflows", info.shape)))?;
-        let bits = elements.checked_mul(info.dtype.bitsize()).ok_or_else(|| bad(format!("shape {:?} overflows", info.shape)))?;
+        let elements = info
+            .shape
+            .iter()
+            .try_fold(1usize, |a, d| a.checked_mul(*d))
+            .ok_or_else(|| bad(format!("shape {:?} overflows", info.shape)))?;
+        let bits = elements
+            .checked_mul(info.dtype.bitsize())
+            .ok_or_else(|| bad(format!("shape {:?} overflows", info.shape)))?;
         if bits.div_ceil(8) != end - start {
-            return Err(bad(format!("shape {:?} of {:?} needs {} bytes, found {}", info.shape, info.dtype, bits.div_ceil(8), end - start)));
+            return Err(bad(format!(
+                "shape {:?} of {:?} needs {} bytes, found {}",
+                info.shape,
+                info.dtype,
+                bits.div_ceil(8),
+                end - start
+            )));
         }
-        let data = Bytes::new(owner.clone(), range.0..range.1).ok_or_else(|| bad("its bytes lie outside the file".into()))?;
+        let data =
+            Bytes::new(owner.clone(), range.0..range.1).ok_or_else(|| bad("its bytes lie outside the file".into()))?;
         out.insert(name.clone(), StoredTensor { dtype: info.dtype, shape: info.shape.clone(), data });
     }
     Ok(out)

@@ -66,8 +66,14 @@ impl CheckpointWriter {
             std::fs::remove_dir_all(&partial).map_err(|e| CheckpointError::io(&partial, e))?;
         }
         std::fs::create_dir(&partial).map_err(|e| CheckpointError::io(&partial, e))?;
-        let mut writer =
-            Self { target: target.to_path_buf(), partial, files: Vec::new(), slots: BTreeMap::new(), force, finished: false };
+        let mut writer = Self {
+            target: target.to_path_buf(),
+            partial,
+            files: Vec::new(),
+            slots: BTreeMap::new(),
+            force,
+            finished: false,
+        };
         tensors.sort_by(|a, b| a.name.cmp(&b.name));
         let mut shards: Vec<Vec<Declared>> = vec![Vec::new()];
         let mut in_shard = 0u64;
@@ -84,7 +90,11 @@ impl CheckpointWriter {
         }
         let count = shards.len();
         for (i, shard) in shards.iter().enumerate() {
-            let name = if count == 1 { "model.safetensors".to_string() } else { format!("model-{:05}-of-{count:05}.safetensors", i + 1) };
+            let name = if count == 1 {
+                "model.safetensors".to_string()
+            } else {
+                format!("model-{:05}-of-{count:05}.safetensors", i + 1)
+            };
             writer.start_shard(&name, shard)?;
         }
         if count > 1 {
@@ -101,7 +111,10 @@ impl CheckpointWriter {
         for t in tensors {
             let end = at + t.bytes();
             let dtype = serde_json::to_value(t.dtype).map_err(|e| CheckpointError::invalid(&path, e.to_string()))?;
-            header.insert(t.name.clone(), serde_json::json!({"dtype": dtype, "shape": t.shape, "data_offsets": [at, end]}));
+            header.insert(
+                t.name.clone(),
+                serde_json::json!({"dtype": dtype, "shape": t.shape, "data_offsets": [at, end]}),
+            );
             at = end;
         }
         let mut text = serde_json::Value::Object(header).to_string().into_bytes();
@@ -134,7 +147,8 @@ impl CheckpointWriter {
             .slots
             .iter()
             .map(|(n, s)| {
-                let file = self.files[s.file].0.file_name().map(|f| f.to_string_lossy().into_owned()).unwrap_or_default();
+                let file =
+                    self.files[s.file].0.file_name().map(|f| f.to_string_lossy().into_owned()).unwrap_or_default();
                 (n.clone(), file.into())
             })
             .collect();
@@ -150,9 +164,14 @@ impl CheckpointWriter {
             .ok_or_else(|| CheckpointError::invalid(&self.target, format!("tensor `{name}` was never declared")))?;
         let (path, file) = &mut self.files[slot.file];
         if data.len() as u64 != slot.bytes {
-            return Err(CheckpointError::invalid(path, format!("tensor `{name}`: declared {} bytes, got {}", slot.bytes, data.len())));
+            return Err(CheckpointError::invalid(
+                path,
+                format!("tensor `{name}`: declared {} bytes, got {}", slot.bytes, data.len()),
+            ));
         }
-        file.seek(SeekFrom::Start(slot.offset)).and_then(|_| file.write_all(data)).map_err(|e| CheckpointError::io(path, e))?;
+        file.seek(SeekFrom::Start(slot.offset))
+            .and_then(|_| file.write_all(data))
+            .map_err(|e| CheckpointError::io(path, e))?;
         slot.written = true;
         Ok(())
     }
@@ -184,7 +203,10 @@ impl CheckpointWriter {
     /// Checks that every tensor came, flushes to disk, and puts the folder in place.
     pub fn finish(mut self) -> Result<()> {
         if let Some((name, _)) = self.slots.iter().find(|(_, s)| !s.written) {
-            return Err(CheckpointError::invalid(&self.target, format!("tensor `{name}` was declared but never written")));
+            return Err(CheckpointError::invalid(
+                &self.target,
+                format!("tensor `{name}` was declared but never written"),
+            ));
         }
         for (path, file) in &self.files {
             file.sync_all().map_err(|e| CheckpointError::io(path, e))?;

@@ -20,27 +20,16 @@ pub enum EvalError {
     Kernel(#[from] KernelError),
     /// A text file could not be read.
     #[error("cannot read {path}: {source}")]
-    Read {
-        path: PathBuf,
-        source: std::io::Error,
-    },
+    Read { path: PathBuf, source: std::io::Error },
     /// A text file is not UTF-8.
     #[error("{path} is not UTF-8 text (first bad byte at {offset})")]
     NotUtf8 { path: PathBuf, offset: usize },
     /// A line of a JSONL file is not JSON.
     #[error("{path}:{line}: {source}")]
-    Json {
-        path: PathBuf,
-        line: usize,
-        source: serde_json::Error,
-    },
+    Json { path: PathBuf, line: usize, source: serde_json::Error },
     /// A line of a JSONL file lacks the field the first line has.
     #[error("{path}:{line}: no string field `{field}`; every line needs it")]
-    MissingField {
-        path: PathBuf,
-        line: usize,
-        field: &'static str,
-    },
+    MissingField { path: PathBuf, line: usize, field: &'static str },
     /// The file name says no format we read.
     #[error("{0}: expected a .raw, .txt or .jsonl file")]
     UnknownExtension(PathBuf),
@@ -57,29 +46,16 @@ pub enum EvalError {
     )]
     OnlyPages(String),
     /// Not the name of a protocol.
-    #[error(
-        "unknown protocol `{given}`: {why}; expected gptq-N, llama.cpp-N, lm-eval-word[:N] or stride:N"
-    )]
+    #[error("unknown protocol `{given}`: {why}; expected gptq-N, llama.cpp-N, lm-eval-word[:N] or stride:N")]
     UnknownProtocol { given: String, why: &'static str },
     /// Too few tokens for one result.
     #[error("{what} needs at least {needed} tokens and the text has {found}; {hint}")]
-    TooShort {
-        what: String,
-        needed: usize,
-        found: usize,
-        hint: &'static str,
-    },
+    TooShort { what: String, needed: usize, found: usize, hint: &'static str },
     /// A setting makes no sense.
     #[error("{what} is {found}; {expected}")]
-    BadSetting {
-        what: &'static str,
-        found: usize,
-        expected: String,
-    },
+    BadSetting { what: &'static str, found: usize, expected: String },
     /// A window does not fit in the model.
-    #[error(
-        "a window feeds {tokens} tokens and the model has {positions} positions; ask for a shorter window"
-    )]
+    #[error("a window feeds {tokens} tokens and the model has {positions} positions; ask for a shorter window")]
     WindowTooLong { tokens: usize, positions: usize },
     /// The models of a comparison do not share a vocabulary.
     #[error(
@@ -98,13 +74,7 @@ pub enum EvalError {
     Scores { expected: usize, found: usize },
     /// A score is NaN or infinite.
     #[error("the {model}'s {what} is {value} at position {position} of window {window}")]
-    NotFinite {
-        model: &'static str,
-        what: &'static str,
-        value: f64,
-        window: usize,
-        position: usize,
-    },
+    NotFinite { model: &'static str, what: &'static str, value: f64, window: usize, position: usize },
 }
 
 /// Result of this crate.

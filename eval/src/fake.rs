@@ -20,12 +20,7 @@ pub(crate) struct Fake {
 
 impl Fake {
     pub(crate) fn new(vocab: usize, formula: impl Fn(&[u32]) -> Vec<f32> + 'static) -> Self {
-        Self {
-            vocab,
-            positions: 4096,
-            formula: Box::new(formula),
-            inputs: RefCell::default(),
-        }
+        Self { vocab, positions: 4096, formula: Box::new(formula), inputs: RefCell::default() }
     }
 
     pub(crate) fn uniform(vocab: usize) -> Self {
@@ -55,9 +50,7 @@ impl LogitRows for Rows<'_> {
     }
 
     fn logits(&self, rows: Range<usize>) -> Result<Vec<f32>> {
-        Ok(rows
-            .flat_map(|r| (self.model.formula)(&self.ids[..=r]))
-            .collect())
+        Ok(rows.flat_map(|r| (self.model.formula)(&self.ids[..=r])).collect())
     }
 }
 
@@ -72,10 +65,7 @@ impl Scorer for Fake {
 
     fn run<'a>(&'a self, ids: &[u32]) -> Result<Box<dyn LogitRows + 'a>> {
         self.inputs.borrow_mut().push(ids.len());
-        Ok(Box::new(Rows {
-            model: self,
-            ids: ids.to_vec(),
-        }))
+        Ok(Box::new(Rows { model: self, ids: ids.to_vec() }))
     }
 }
 

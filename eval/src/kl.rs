@@ -11,8 +11,7 @@ use crate::error::{EvalError, Result};
 use crate::record::KlRecord;
 use crate::scorer::{LogitRows, Scorer, check_window, chunks, rows_per_chunk};
 use crate::stats::{
-    clustered_mean, clustered_share, correlation, first_max, mean, percentile, percentiles,
-    root_mean_square,
+    clustered_mean, clustered_share, correlation, first_max, mean, percentile, percentiles, root_mean_square,
 };
 use crate::text::Source;
 
@@ -27,10 +26,7 @@ pub struct KlOptions {
 
 impl Default for KlOptions {
     fn default() -> Self {
-        Self {
-            window: 1024,
-            limit: None,
-        }
+        Self { window: 1024, limit: None }
     }
 }
 
@@ -124,12 +120,7 @@ pub fn evaluate_kl(
     Ok(summarize(&drifts, source, window, total))
 }
 
-fn window_drift(
-    candidate: &dyn Scorer,
-    reference: &dyn Scorer,
-    ids: &[u32],
-    drifts: &mut Vec<Drift>,
-) -> Result<()> {
+fn window_drift(candidate: &dyn Scorer, reference: &dyn Scorer, ids: &[u32], drifts: &mut Vec<Drift>) -> Result<()> {
     let vocab = candidate.vocab_size();
     let positions = candidate.max_positions().min(reference.max_positions());
     check_window(vocab, positions, ids, &(1..ids.len()))?;
@@ -156,10 +147,7 @@ fn checked_logits(window: &dyn LogitRows, rows: Range<usize>, vocab: usize) -> R
     if logits.len() == expected {
         return Ok(logits);
     }
-    Err(EvalError::Scores {
-        expected,
-        found: logits.len(),
-    })
+    Err(EvalError::Scores { expected, found: logits.len() })
 }
 
 fn check_finite(drifts: &[Drift], window: usize) -> Result<()> {
@@ -172,13 +160,7 @@ fn check_finite(drifts: &[Drift], window: usize) -> Result<()> {
         .into_iter()
         .find(|(_, _, value)| !value.is_finite());
         if let Some((model, what, value)) = bad {
-            return Err(EvalError::NotFinite {
-                model,
-                what,
-                value,
-                window,
-                position,
-            });
+            return Err(EvalError::NotFinite { model, what, value, window, position });
         }
     }
     Ok(())
@@ -190,18 +172,12 @@ fn summarize(drifts: &[Drift], source: &Source, window: usize, windows: usize) -
         values.sort_by(f64::total_cmp);
         values
     };
-    let window_sums = |f: fn(&Drift) -> f64| -> Vec<f64> {
-        drifts
-            .chunks(window - 1)
-            .map(|w| w.iter().map(f).sum())
-            .collect()
-    };
+    let window_sums =
+        |f: fn(&Drift) -> f64| -> Vec<f64> { drifts.chunks(window - 1).map(|w| w.iter().map(f).sum()).collect() };
     let weights = vec![(window - 1) as f64; windows];
     let kl_sums = window_sums(|d| d.kl);
     let kl = sorted(column(|d| d.kl));
-    let delta_p = sorted(column(|d| {
-        (-d.candidate_nll).exp() - (-d.reference_nll).exp()
-    }));
+    let delta_p = sorted(column(|d| (-d.candidate_nll).exp() - (-d.reference_nll).exp()));
     let (reference_nll, candidate_nll) = (column(|d| d.reference_nll), column(|d| d.candidate_nll));
     let mean_interval = clustered_mean(&kl_sums, &weights);
     KlRecord {
@@ -217,10 +193,7 @@ fn summarize(drifts: &[Drift], source: &Source, window: usize, windows: usize) -
         p99: percentile(&kl, 99.0),
         max: percentile(&kl, 100.0),
         min: percentile(&kl, 0.0),
-        top1_agreement: clustered_share(
-            &window_sums(|d| f64::from(u8::from(d.same_top1))),
-            &weights,
-        ),
+        top1_agreement: clustered_share(&window_sums(|d| f64::from(u8::from(d.same_top1))), &weights),
         delta_p_mean: mean(&delta_p),
         delta_p_rms: root_mean_square(&delta_p),
         delta_p_percentiles: percentiles(&delta_p),
@@ -238,10 +211,7 @@ mod tests {
 
     fn run(candidate: &Fake, reference: &Fake, ids: &[u32], window: usize) -> Result<KlRecord> {
         let source = Source::from_text("t", String::new());
-        let options = KlOptions {
-            window,
-            limit: None,
-        };
+        let options = KlOptions { window, limit: None };
         evaluate_kl(candidate, reference, ids, &source, &options, &|_, _| ())
     }
 
@@ -300,22 +270,10 @@ mod tests {
         let r = run(&two, &two, &[0; 3], 4);
         assert!(matches!(r, Err(EvalError::TooShort { .. })));
         let r = run(&two, &Fake::new(2, |_| vec![0.0, f32::NAN]), &[0; 8], 4);
-        assert!(matches!(
-            r,
-            Err(EvalError::NotFinite {
-                model: "reference",
-                ..
-            })
-        ));
+        assert!(matches!(r, Err(EvalError::NotFinite { model: "reference", .. })));
         let never = Fake::constant(&[1.0, 0.0]);
         let r = run(&never, &two, &[0; 8], 4);
-        assert!(matches!(
-            r,
-            Err(EvalError::NotFinite {
-                value: f64::INFINITY,
-                ..
-            })
-        ));
+        assert!(matches!(r, Err(EvalError::NotFinite { value: f64::INFINITY, .. })));
         assert!(run(&two, &never, &[0; 8], 4).is_ok_and(|r| (r.mean - 2f64.ln()).abs() < 1e-7));
     }
 }

@@ -53,22 +53,13 @@ pub fn evaluate_perplexity(
 fn window_nll(model: &dyn Scorer, who: &'static str, window: &Window, index: usize) -> Result<f64> {
     let scores: Vec<TokenScore> = model.score(&window.ids, window.scored.clone())?;
     if scores.len() != window.scored.len() {
-        return Err(EvalError::Scores {
-            expected: window.scored.len(),
-            found: scores.len(),
-        });
+        return Err(EvalError::Scores { expected: window.scored.len(), found: scores.len() });
     }
     let mut sum = 0.0;
     for (score, position) in scores.iter().zip(window.scored.clone()) {
         let nll = -f64::from(score.log_prob);
         if !nll.is_finite() {
-            return Err(EvalError::NotFinite {
-                model: who,
-                what: "NLL",
-                value: nll,
-                window: index,
-                position,
-            });
+            return Err(EvalError::NotFinite { model: who, what: "NLL", value: nll, window: index, position });
         }
         sum += nll;
     }
@@ -85,11 +76,7 @@ mod tests {
 
     fn plan(protocol: &str, source: &Source, limit: Option<usize>) -> WindowPlan {
         let protocol: Protocol = protocol.parse().unwrap();
-        let setup = Setup {
-            max_positions: 64,
-            eos: None,
-            limit,
-        };
+        let setup = Setup { max_positions: 64, eos: None, limit };
         let tokenizer = ByteTokenizer { adds_bos: true };
         protocol.plan(source, &tokenizer, &setup).unwrap()
     }
@@ -123,8 +110,7 @@ mod tests {
         };
         let (candidate, reference) = (favour(0.5), favour(0.25));
         let plan = plan("gptq-16", &text, Some(3));
-        let r =
-            evaluate_perplexity(&candidate, Some(&reference), &plan, &text, &|_, _| ()).unwrap();
+        let r = evaluate_perplexity(&candidate, Some(&reference), &plan, &text, &|_, _| ()).unwrap();
         assert_eq!((r.windows, r.scored_tokens), (3, 45));
         let ratio = r.ratio.unwrap();
         assert!((r.perplexity.value - 2.0).abs() < 1e-5);

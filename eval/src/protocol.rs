@@ -92,9 +92,7 @@ impl fmt::Display for Protocol {
             Protocol::Gptq { window } => write!(f, "gptq-{window}"),
             Protocol::LlamaCpp { window } => write!(f, "llama.cpp-{window}"),
             Protocol::LmEvalWord { max_length: None } => f.write_str("lm-eval-word"),
-            Protocol::LmEvalWord {
-                max_length: Some(n),
-            } => write!(f, "lm-eval-word:{n}"),
+            Protocol::LmEvalWord { max_length: Some(n) } => write!(f, "lm-eval-word:{n}"),
             Protocol::Stride { stride } => write!(f, "stride:{stride}"),
         }
     }
@@ -104,10 +102,7 @@ impl FromStr for Protocol {
     type Err = EvalError;
 
     fn from_str(given: &str) -> Result<Self> {
-        let unknown = |why| EvalError::UnknownProtocol {
-            given: given.to_owned(),
-            why,
-        };
+        let unknown = |why| EvalError::UnknownProtocol { given: given.to_owned(), why };
         let number = |text: &str, least: usize| match text.parse::<usize>() {
             Ok(n) if n >= least => Ok(n),
             Ok(_) => Err(unknown("the length is too small to score anything")),
@@ -135,12 +130,7 @@ impl FromStr for Protocol {
 
 impl Protocol {
     /// Cuts `source` into windows.
-    pub fn plan(
-        &self,
-        source: &Source,
-        tokenizer: &dyn Encode,
-        setup: &Setup,
-    ) -> Result<WindowPlan> {
+    pub fn plan(&self, source: &Source, tokenizer: &dyn Encode, setup: &Setup) -> Result<WindowPlan> {
         let limit = setup.limit.unwrap_or(usize::MAX);
         if limit == 0 {
             return Err(EvalError::BadSetting {
@@ -150,17 +140,12 @@ impl Protocol {
             });
         }
         match *self {
-            Protocol::LmEvalWord { max_length } => {
-                self.pages(source, tokenizer, setup, max_length, limit)
-            }
+            Protocol::LmEvalWord { max_length } => self.pages(source, tokenizer, setup, max_length, limit),
             Protocol::Gptq { window } => {
                 let (ids, bos) = stream(source, tokenizer)?;
                 self.enough(ids.len(), window, 1)?;
                 let start = bos.map_or("none", |_| "stream start");
-                let windows = ids
-                    .chunks_exact(window)
-                    .map(|c| (c.to_vec(), 1..window))
-                    .take(limit);
+                let windows = ids.chunks_exact(window).map(|c| (c.to_vec(), 1..window)).take(limit);
                 Ok(self.by_window(window, start, windows))
             }
             Protocol::LlamaCpp { window } => {
@@ -215,22 +200,10 @@ impl Protocol {
         bos: &'static str,
         windows: impl Iterator<Item = (Vec<u32>, Range<usize>)>,
     ) -> WindowPlan {
-        let windows: Vec<Window> = windows
-            .enumerate()
-            .map(|(cluster, (ids, scored))| Window {
-                ids,
-                scored,
-                cluster,
-            })
-            .collect();
+        let windows: Vec<Window> =
+            windows.enumerate().map(|(cluster, (ids, scored))| Window { ids, scored, cluster }).collect();
         let weights = windows.iter().map(|w| w.scored.len() as f64).collect();
-        WindowPlan {
-            protocol: *self,
-            window,
-            bos,
-            windows,
-            weights,
-        }
+        WindowPlan { protocol: *self, window, bos, windows, weights }
     }
 
     fn pages(
@@ -258,23 +231,13 @@ impl Protocol {
         let (mut windows, mut weights) = (Vec::new(), Vec::new());
         for (cluster, page) in pages.iter().take(limit).enumerate() {
             let ids = tokenizer.encode(&detokenize_wikitext(page), true)?;
-            windows.extend(rolling(prefix, &ids, length).map(|(ids, scored)| Window {
-                ids,
-                scored,
-                cluster,
-            }));
+            windows.extend(rolling(prefix, &ids, length).map(|(ids, scored)| Window { ids, scored, cluster }));
             weights.push(word_count(page) as f64);
         }
         if windows.is_empty() {
             self.enough(0, 1, 1)?;
         }
-        Ok(WindowPlan {
-            protocol: *self,
-            window: length,
-            bos,
-            windows,
-            weights,
-        })
+        Ok(WindowPlan { protocol: *self, window: length, bos, windows, weights })
     }
 }
 

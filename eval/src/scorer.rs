@@ -63,10 +63,7 @@ pub trait LogitRows {
             .zip(targets)
             .map(|(row, &target)| {
                 let (log_z, top1) = log_sum_exp(row);
-                TokenScore {
-                    log_prob: (f64::from(row[target as usize]) - log_z) as f32,
-                    top1,
-                }
+                TokenScore { log_prob: (f64::from(row[target as usize]) - log_z) as f32, top1 }
             })
             .collect())
     }
@@ -75,35 +72,20 @@ pub trait LogitRows {
 /// `range` in pieces of at most `rows`.
 pub(crate) fn chunks(range: &Range<usize>, rows: usize) -> impl Iterator<Item = Range<usize>> {
     let end = range.end;
-    range
-        .clone()
-        .step_by(rows.max(1))
-        .map(move |start| start..(start + rows.max(1)).min(end))
+    range.clone().step_by(rows.max(1)).map(move |start| start..(start + rows.max(1)).min(end))
 }
 
 /// Fails when the target positions are not inside the window, the window does not fit, or a token is foreign.
-pub(crate) fn check_window(
-    vocab: usize,
-    positions: usize,
-    ids: &[u32],
-    scored: &Range<usize>,
-) -> Result<()> {
+pub(crate) fn check_window(vocab: usize, positions: usize, ids: &[u32], scored: &Range<usize>) -> Result<()> {
     if scored.start == 0 || scored.start > scored.end || scored.end > ids.len() {
         return Err(EvalError::BadSetting {
             what: "the first scored position",
             found: scored.start,
-            expected: format!(
-                "a window of {} tokens scores positions 1 to {}",
-                ids.len(),
-                ids.len().saturating_sub(1)
-            ),
+            expected: format!("a window of {} tokens scores positions 1 to {}", ids.len(), ids.len().saturating_sub(1)),
         });
     }
     if scored.end - 1 > positions {
-        return Err(EvalError::WindowTooLong {
-            tokens: scored.end - 1,
-            positions,
-        });
+        return Err(EvalError::WindowTooLong { tokens: scored.end - 1, positions });
     }
     match ids.iter().find(|&&id| id as usize >= vocab) {
         Some(&id) => Err(EvalError::BadToken { id, vocab }),
@@ -134,20 +116,14 @@ impl LogitRows for ModelWindow<'_> {
         let expected = rows.len() * self.vocab_size();
         let logits = self.model.backend().download(&self.device_logits(rows)?)?;
         if logits.len() != expected {
-            return Err(EvalError::Scores {
-                expected,
-                found: logits.len(),
-            });
+            return Err(EvalError::Scores { expected, found: logits.len() });
         }
         Ok(logits)
     }
 
     fn score(&self, rows: Range<usize>, targets: &[u32]) -> Result<Vec<TokenScore>> {
         let logits = self.device_logits(rows)?;
-        Ok(self
-            .model
-            .backend()
-            .score(&logits, self.vocab_size(), targets)?)
+        Ok(self.model.backend().score(&logits, self.vocab_size(), targets)?)
     }
 }
 
@@ -162,17 +138,9 @@ impl Scorer for Model {
 
     fn run<'a>(&'a self, ids: &[u32]) -> Result<Box<dyn LogitRows + 'a>> {
         let mut cache = self.new_cache(1, ids.len())?;
-        let segment = Segment {
-            slot: 0,
-            row: 0,
-            tokens: ids.len(),
-            past: 0,
-        };
+        let segment = Segment { slot: 0, row: 0, tokens: ids.len(), past: 0 };
         let hidden = self.forward(ids, &[segment], &mut cache)?;
-        Ok(Box::new(ModelWindow {
-            model: self,
-            hidden,
-        }))
+        Ok(Box::new(ModelWindow { model: self, hidden }))
     }
 }
 
@@ -194,9 +162,7 @@ mod tests {
         // This model always gives 3/4 to the token it just saw and 1/4 to the other.
         let model = Fake::new(2, |ids| {
             let last = ids[ids.len() - 1];
-            (0..2)
-                .map(|v| if v == last { 3f32.ln() } else { 0.0 })
-                .collect()
+            (0..2).map(|v| if v == last { 3f32.ln() } else { 0.0 }).collect()
         });
         let scores = model.score(&[0, 0, 1, 1], 1..4).unwrap();
         let p: Vec<f32> = scores.iter().map(|s| s.log_prob.exp()).collect();
@@ -209,20 +175,8 @@ mod tests {
     #[test]
     fn bad_windows_are_refused() {
         let model = Fake::uniform(4).with_positions(3);
-        assert!(matches!(
-            model.score(&[0; 5], 1..5),
-            Err(EvalError::WindowTooLong {
-                tokens: 4,
-                positions: 3
-            })
-        ));
-        assert!(matches!(
-            model.score(&[0; 4], 0..4),
-            Err(EvalError::BadSetting { .. })
-        ));
-        assert!(matches!(
-            model.score(&[0, 4], 1..2),
-            Err(EvalError::BadToken { id: 4, vocab: 4 })
-        ));
+        assert!(matches!(model.score(&[0; 5], 1..5), Err(EvalError::WindowTooLong { tokens: 4, positions: 3 })));
+        assert!(matches!(model.score(&[0; 4], 0..4), Err(EvalError::BadSetting { .. })));
+        assert!(matches!(model.score(&[0, 4], 1..2), Err(EvalError::BadToken { id: 4, vocab: 4 })));
     }
 }

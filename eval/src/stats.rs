@@ -5,18 +5,12 @@ use statrs::distribution::{ContinuousCDF, StudentsT};
 use crate::record::Interval;
 
 /// Percentiles every record lists.
-pub const PERCENTILES: [f64; 11] = [
-    0.1, 1.0, 5.0, 10.0, 25.0, 50.0, 75.0, 90.0, 95.0, 99.0, 99.9,
-];
+pub const PERCENTILES: [f64; 11] = [0.1, 1.0, 5.0, 10.0, 25.0, 50.0, 75.0, 90.0, 95.0, 99.0, 99.9];
 
 impl Interval {
     /// A value nothing is known about: one cluster has no spread. The ends are finite so that JSON can hold them.
     pub fn unbounded(value: f64) -> Self {
-        Self {
-            value,
-            low: f64::MIN,
-            high: f64::MAX,
-        }
+        Self { value, low: f64::MIN, high: f64::MAX }
     }
 
     /// Whether the data bound the value on both sides.
@@ -27,20 +21,12 @@ impl Interval {
     /// The interval of `exp(value)`; overflow stops at the largest finite number.
     pub fn exp(self) -> Self {
         let exp = |x: f64| x.exp().min(f64::MAX);
-        Self {
-            value: exp(self.value),
-            low: exp(self.low),
-            high: exp(self.high),
-        }
+        Self { value: exp(self.value), low: exp(self.low), high: exp(self.high) }
     }
 
     /// The interval cut to values the quantity can take.
     pub fn clamp(self, low: f64, high: f64) -> Self {
-        Self {
-            value: self.value,
-            low: self.low.clamp(low, high),
-            high: self.high.clamp(low, high),
-        }
+        Self { value: self.value, low: self.low.clamp(low, high), high: self.high.clamp(low, high) }
     }
 }
 
@@ -72,15 +58,8 @@ fn ratio_estimate(sums: &[f64], weights: &[f64]) -> (f64, Option<f64>) {
     if sums.len() < 2 {
         return (ratio, None);
     }
-    let squares: f64 = sums
-        .iter()
-        .zip(weights)
-        .map(|(s, w)| (s - ratio * w).powi(2))
-        .sum();
-    (
-        ratio,
-        Some(clusters / (clusters - 1.0) * squares / (total * total)),
-    )
+    let squares: f64 = sums.iter().zip(weights).map(|(s, w)| (s - ratio * w).powi(2)).sum();
+    (ratio, Some(clusters / (clusters - 1.0) * squares / (total * total)))
 }
 
 /// Mean per unit of weight with a clustered 95 % interval: `sums[c]` is the total of cluster `c`, `weights[c]` its
@@ -90,11 +69,7 @@ pub fn clustered_mean(sums: &[f64], weights: &[f64]) -> Interval {
     match variance.zip(t_critical(sums.len().saturating_sub(1))) {
         Some((variance, t)) => {
             let half = t * variance.sqrt();
-            Interval {
-                value,
-                low: value - half,
-                high: value + half,
-            }
+            Interval { value, low: value - half, high: value + half }
         }
         None => Interval::unbounded(value),
     }
@@ -103,11 +78,7 @@ pub fn clustered_mean(sums: &[f64], weights: &[f64]) -> Interval {
 /// Ratio of two perplexities measured on the same clusters: `exp` of the clustered mean of the paired differences
 /// (delta method on the log), so that what both models find hard cancels.
 pub fn perplexity_ratio(candidate: &[f64], reference: &[f64], weights: &[f64]) -> Interval {
-    let differences: Vec<f64> = candidate
-        .iter()
-        .zip(reference)
-        .map(|(c, r)| c - r)
-        .collect();
+    let differences: Vec<f64> = candidate.iter().zip(reference).map(|(c, r)| c - r).collect();
     clustered_mean(&differences, weights).exp()
 }
 
@@ -118,39 +89,23 @@ pub fn clustered_share(hits: &[f64], weights: &[f64]) -> Interval {
     let total: f64 = weights.iter().sum();
     match variance.zip(t_critical(hits.len().saturating_sub(1))) {
         Some((variance, t)) => {
-            let effective = if variance > 0.0 {
-                (share * (1.0 - share) / variance).min(total)
-            } else {
-                total
-            };
+            let effective = if variance > 0.0 { (share * (1.0 - share) / variance).min(total) } else { total };
             wilson(share, effective, t)
         }
-        None => Interval {
-            value: share,
-            low: 0.0,
-            high: 1.0,
-        },
+        None => Interval { value: share, low: 0.0, high: 1.0 },
     }
 }
 
 /// Wilson's score interval of a `share` seen in `n` draws; `critical` is 1.96 for 95 %.
 pub fn wilson(share: f64, n: f64, critical: f64) -> Interval {
     if n <= 0.0 {
-        return Interval {
-            value: share,
-            low: 0.0,
-            high: 1.0,
-        };
+        return Interval { value: share, low: 0.0, high: 1.0 };
     }
     let z2 = critical * critical;
     let scale = 1.0 + z2 / n;
     let middle = (share + z2 / (2.0 * n)) / scale;
     let half = critical * (share * (1.0 - share) / n + z2 / (4.0 * n * n)).sqrt() / scale;
-    Interval {
-        value: share,
-        low: (middle - half).clamp(0.0, share),
-        high: (middle + half).clamp(share, 1.0),
-    }
+    Interval { value: share, low: (middle - half).clamp(0.0, share), high: (middle + half).clamp(share, 1.0) }
 }
 
 /// The `percent`-th percentile of ascending values by linear interpolation between order statistics; NaN of nothing.
@@ -166,10 +121,7 @@ pub fn percentile(sorted: &[f64], percent: f64) -> f64 {
 
 /// [`PERCENTILES`] of ascending values, labelled.
 pub fn percentiles(sorted: &[f64]) -> Vec<(String, f64)> {
-    PERCENTILES
-        .iter()
-        .map(|&p| (p.to_string(), percentile(sorted, p)))
-        .collect()
+    PERCENTILES.iter().map(|&p| (p.to_string(), percentile(sorted, p))).collect()
 }
 
 /// Pearson's correlation. Where a series does not vary it is undefined: 1 if both are equal, else 0.
@@ -218,10 +170,7 @@ mod tests {
     use super::*;
 
     fn close(found: f64, expected: f64) {
-        assert!(
-            (found - expected).abs() <= 1e-9 * expected.abs().max(1.0),
-            "{found} is not {expected}"
-        );
+        assert!((found - expected).abs() <= 1e-9 * expected.abs().max(1.0), "{found} is not {expected}");
     }
 
     /// t(0.975, 2).

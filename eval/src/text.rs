@@ -37,43 +37,22 @@ impl Source {
             Some("jsonl") => true,
             _ => return Err(EvalError::UnknownExtension(path.to_owned())),
         };
-        let bytes = std::fs::read(path).map_err(|source| EvalError::Read {
-            path: path.to_owned(),
-            source,
-        })?;
+        let bytes = std::fs::read(path).map_err(|source| EvalError::Read { path: path.to_owned(), source })?;
         let sha256 = sha256_hex(&bytes);
-        let text = String::from_utf8(bytes).map_err(|e| EvalError::NotUtf8 {
-            path: path.to_owned(),
-            offset: e.utf8_error().valid_up_to(),
-        })?;
-        let content = if lines {
-            parse_lines(path, &text)?
-        } else {
-            Content::Text(text)
-        };
-        Ok(Self {
-            name: path.display().to_string(),
-            sha256,
-            content,
-        })
+        let text = String::from_utf8(bytes)
+            .map_err(|e| EvalError::NotUtf8 { path: path.to_owned(), offset: e.utf8_error().valid_up_to() })?;
+        let content = if lines { parse_lines(path, &text)? } else { Content::Text(text) };
+        Ok(Self { name: path.display().to_string(), sha256, content })
     }
 
     /// A running text that is not in a file.
     pub fn from_text(name: &str, text: String) -> Self {
-        Self {
-            name: name.to_owned(),
-            sha256: sha256_hex(text.as_bytes()),
-            content: Content::Text(text),
-        }
+        Self { name: name.to_owned(), sha256: sha256_hex(text.as_bytes()), content: Content::Text(text) }
     }
 
     /// Pages that are not in a file; the hash is that of their concatenation.
     pub fn from_pages(name: &str, pages: Vec<String>) -> Self {
-        Self {
-            name: name.to_owned(),
-            sha256: sha256_hex(pages.concat().as_bytes()),
-            content: Content::Pages(pages),
-        }
+        Self { name: name.to_owned(), sha256: sha256_hex(pages.concat().as_bytes()), content: Content::Pages(pages) }
     }
 
     /// The running text; rows are joined by `\n\n`.
@@ -102,25 +81,16 @@ fn parse_lines(path: &Path, text: &str) -> Result<Content> {
             continue;
         }
         let line_number = index + 1;
-        let mut row: serde_json::Value =
-            serde_json::from_str(line).map_err(|source| EvalError::Json {
-                path: path.to_owned(),
-                line: line_number,
-                source,
-            })?;
-        let name = *field.get_or_insert(if row.get("page").is_some() {
-            "page"
-        } else {
-            "text"
-        });
+        let mut row: serde_json::Value = serde_json::from_str(line).map_err(|source| EvalError::Json {
+            path: path.to_owned(),
+            line: line_number,
+            source,
+        })?;
+        let name = *field.get_or_insert(if row.get("page").is_some() { "page" } else { "text" });
         match row.get_mut(name).map(serde_json::Value::take) {
             Some(serde_json::Value::String(value)) => values.push(value),
             _ => {
-                return Err(EvalError::MissingField {
-                    path: path.to_owned(),
-                    line: line_number,
-                    field: name,
-                });
+                return Err(EvalError::MissingField { path: path.to_owned(), line: line_number, field: name });
             }
         }
     }
@@ -169,9 +139,7 @@ pub fn detokenize_wikitext(page: &str) -> String {
     let mut text = page.replace("s '", "s'");
     // Meant to join "' 9"; as written it needs slashes in the text and then writes its own pattern into it.
     if let Some(pattern) = SLASHED_DIGIT.as_ref() {
-        text = pattern
-            .replace_all(&text, NoExpand("/'[0-9]/"))
-            .into_owned();
+        text = pattern.replace_all(&text, NoExpand("/'[0-9]/")).into_owned();
     }
     for mark in ['-', ',', '.'] {
         text = text.replace(&format!(" @{mark}@ "), &mark.to_string());
@@ -204,14 +172,7 @@ mod tests {
 
     #[test]
     fn words_are_counted_like_python_split() {
-        for (page, words) in [
-            ("", 1),
-            ("a", 1),
-            ("a b", 2),
-            (" a  b\n", 4),
-            (" ", 2),
-            ("a\x1fb\u{a0}c", 3),
-        ] {
+        for (page, words) in [("", 1), ("a", 1), ("a b", 2), (" a  b\n", 4), (" ", 2), ("a\x1fb\u{a0}c", 3)] {
             assert_eq!(word_count(page), words, "{page:?}");
         }
     }
@@ -222,18 +183,9 @@ mod tests {
         assert!(SLASHED_DIGIT.is_some());
         for (page, expected) in [
             (" = = Career = = \n ", " == Career ==\n"),
-            (
-                "a guest @-@ starring role , 1 @,@ 000 ( or so ) .",
-                "a guest-starring role, 1,000 (or so) .",
-            ),
-            (
-                "Teddy 's and the boys ' game : 3 ; 4",
-                "Teddy's and the boys' game: 3; 4",
-            ),
-            (
-                "said \" well , yes \" to [ him ]",
-                "said \"well, yes\" to [him]",
-            ),
+            ("a guest @-@ starring role , 1 @,@ 000 ( or so ) .", "a guest-starring role, 1,000 (or so) ."),
+            ("Teddy 's and the boys ' game : 3 ; 4", "Teddy's and the boys' game: 3; 4"),
+            ("said \" well , yes \" to [ him ]", "said \"well, yes\" to [him]"),
             ("(\x1cx )", "(x)"),
             ("/' 5/ and 5", "/'[0-9]/ and 5"),
             ("90 \u{b0} N of { it }", "90\u{b0}N of {it}"),
@@ -252,33 +204,19 @@ mod tests {
         };
         let raw = Source::read(&file("a.raw", "one\n")).unwrap();
         assert_eq!(raw.text().unwrap(), "one\n");
-        assert_eq!(
-            raw.sha256,
-            "2c8b08da5ce60398e1f19af0e5dccc744df274b826abe585eaba68c525434806"
-        );
+        assert_eq!(raw.sha256, "2c8b08da5ce60398e1f19af0e5dccc744df274b826abe585eaba68c525434806");
         assert!(matches!(raw.pages(), Err(EvalError::NoPages(_))));
-        let rows =
-            Source::read(&file("b.jsonl", "{\"text\":\"a\"}\n\n{\"text\":\"b\"}\n")).unwrap();
+        let rows = Source::read(&file("b.jsonl", "{\"text\":\"a\"}\n\n{\"text\":\"b\"}\n")).unwrap();
         assert_eq!(rows.text().unwrap(), "a\n\nb");
         let pages = Source::read(&file("c.jsonl", "{\"page\":\"a\"}\n{\"page\":\"b\"}")).unwrap();
         assert_eq!(pages.pages().unwrap(), ["a", "b"]);
         assert!(matches!(pages.text(), Err(EvalError::OnlyPages(_))));
         let r = Source::read(&file("d.jsonl", "{\"text\":\"a\"}\n{\"page\":\"b\"}"));
-        assert!(matches!(
-            r,
-            Err(EvalError::MissingField {
-                line: 2,
-                field: "text",
-                ..
-            })
-        ));
+        assert!(matches!(r, Err(EvalError::MissingField { line: 2, field: "text", .. })));
         let r = Source::read(&file("e.jsonl", "nonsense"));
         assert!(matches!(r, Err(EvalError::Json { line: 1, .. })));
         let r = Source::read(&file("f.parquet", ""));
         assert!(matches!(r, Err(EvalError::UnknownExtension(_))));
-        assert!(matches!(
-            Source::read(&dir.path().join("no.txt")),
-            Err(EvalError::Read { .. })
-        ));
+        assert!(matches!(Source::read(&dir.path().join("no.txt")), Err(EvalError::Read { .. })));
     }
 }

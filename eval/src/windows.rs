@@ -4,18 +4,12 @@ use std::ops::Range;
 
 /// lm-eval's rolling windows with one token of context: the first starts from `prefix`, each later one scores the
 /// next `length` tokens given at least the one before, and the last reaches back so that its input is `length` long.
-pub fn rolling(
-    prefix: u32,
-    ids: &[u32],
-    length: usize,
-) -> impl Iterator<Item = (Vec<u32>, Range<usize>)> {
+pub fn rolling(prefix: u32, ids: &[u32], length: usize) -> impl Iterator<Item = (Vec<u32>, Range<usize>)> {
     let length = length.max(1);
     (0..ids.len()).step_by(length).map(move |start| {
         let end = (start + length).min(ids.len());
         let window: Vec<u32> = if start == 0 {
-            std::iter::once(prefix)
-                .chain(ids[..end].iter().copied())
-                .collect()
+            std::iter::once(prefix).chain(ids[..end].iter().copied()).collect()
         } else {
             ids[end - length - 1..end].to_vec()
         };
@@ -28,11 +22,7 @@ pub fn rolling(
 ///
 /// The stream's first token is context only; where windows do not overlap (`stride == length`), so is the first of
 /// each.
-pub fn sliding(
-    ids: &[u32],
-    length: usize,
-    stride: usize,
-) -> impl Iterator<Item = (Vec<u32>, Range<usize>)> {
+pub fn sliding(ids: &[u32], length: usize, stride: usize) -> impl Iterator<Item = (Vec<u32>, Range<usize>)> {
     let length = length.max(1);
     let stride = stride.clamp(1, length);
     let steps = ids.len().saturating_sub(length).div_ceil(stride) + 1;
@@ -59,14 +49,7 @@ mod tests {
     #[test]
     fn rolling_by_hand() {
         let windows: Vec<_> = rolling(9, &[0, 1, 2, 3, 4, 5, 6], 3).collect();
-        assert_eq!(
-            windows,
-            [
-                (vec![9, 0, 1, 2], 1..4),
-                (vec![2, 3, 4, 5], 1..4),
-                (vec![3, 4, 5, 6], 3..4),
-            ]
-        );
+        assert_eq!(windows, [(vec![9, 0, 1, 2], 1..4), (vec![2, 3, 4, 5], 1..4), (vec![3, 4, 5, 6], 3..4),]);
         let short: Vec<_> = rolling(9, &[0, 1], 3).collect();
         assert_eq!(short, [(vec![9, 0, 1], 1..3)]);
         assert_eq!(rolling(9, &[], 3).count(), 0);
@@ -80,9 +63,7 @@ mod tests {
     }
 
     fn targets(windows: impl Iterator<Item = (Vec<u32>, Range<usize>)>) -> Vec<u32> {
-        windows
-            .flat_map(|(ids, scored)| ids[scored].to_vec())
-            .collect()
+        windows.flat_map(|(ids, scored)| ids[scored].to_vec()).collect()
     }
 
     proptest! {

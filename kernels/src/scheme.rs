@@ -75,7 +75,7 @@ impl Scheme {
     /// Groups in a row; fails when the group size does not divide the width.
     pub fn groups(&self, in_features: usize) -> Result<usize> {
         let cols = self.group_cols(in_features);
-        if cols == 0 || in_features % cols != 0 {
+        if cols == 0 || !in_features.is_multiple_of(cols) {
             return Err(KernelError::NotDivisible { what: "input width", value: in_features, by: cols });
         }
         Ok(in_features / cols)

@@ -180,7 +180,10 @@ fn embedding_is_exact_and_refuses_unknown_ids() {
     }
 }
 
-fn attend(b: &dyn Backend, shape: &AttentionShape, calls: &[(Vec<Segment>, Vec<f32>, Vec<f32>, Vec<f32>)]) -> Vec<f32> {
+/// Segments of one call with its q, k and v.
+type Call = (Vec<Segment>, Vec<f32>, Vec<f32>, Vec<f32>);
+
+fn attend(b: &dyn Backend, shape: &AttentionShape, calls: &[Call]) -> Vec<f32> {
     let mut cache = b.kv_cache(3, 150, shape.kv_heads, shape.head_dim).unwrap();
     let mut out = Vec::new();
     for (segments, q, k, v) in calls {

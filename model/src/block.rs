@@ -3,8 +3,8 @@
 //! The stages are what calibration needs: each ends where a group of linears that share an input begins
 //! (q/k/v → o → gate/up → down), so quantizing one group and going on costs no second pass.
 
-use lowbit_checkpoint::config::ModelConfig;
 use lowbit_checkpoint::Checkpoint;
+use lowbit_checkpoint::config::ModelConfig;
 use lowbit_kernels::backend::{AttentionShape, Backend, Buffer, HostWeight, KvBuffer, Segment, WeightHandle};
 
 use crate::error::{At, ModelError, Result};
@@ -56,7 +56,8 @@ pub enum LinearGroup {
 
 impl LinearGroup {
     /// All, in order.
-    pub const ALL: [LinearGroup; 4] = [LinearGroup::Attention, LinearGroup::Output, LinearGroup::Mlp, LinearGroup::Down];
+    pub const ALL: [LinearGroup; 4] =
+        [LinearGroup::Attention, LinearGroup::Output, LinearGroup::Mlp, LinearGroup::Down];
 }
 
 /// Name, rows and columns of a linear of a block.
@@ -177,7 +178,8 @@ impl Block {
 
     fn linear(&self, suffix: &str) -> Result<&Linear> {
         let i = self.shapes.iter().position(|s| s.suffix == suffix);
-        i.and_then(|i| self.linears.get(i)).ok_or_else(|| ModelError::Argument(format!("block {} has no `{suffix}`", self.index)))
+        i.and_then(|i| self.linears.get(i))
+            .ok_or_else(|| ModelError::Argument(format!("block {} has no `{suffix}`", self.index)))
     }
 
     fn norm(&self, b: &dyn Backend, x: &Buffer, weight: &Buffer, width: usize, place: &str) -> Result<Buffer> {
@@ -190,7 +192,13 @@ impl Block {
     }
 
     /// Stage 2: q, k, v, rotation, cache, attention: the input of o.
-    pub fn attend(&self, b: &dyn Backend, input: &Buffer, segments: &[Segment], cache: &mut KvBuffer) -> Result<Buffer> {
+    pub fn attend(
+        &self,
+        b: &dyn Backend,
+        input: &Buffer,
+        segments: &[Segment],
+        cache: &mut KvBuffer,
+    ) -> Result<Buffer> {
         let c = &self.config;
         let (qw, kw) = (c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim);
         let (mut q, mut k, v) = if c.fused_projections {

@@ -10,9 +10,15 @@ use crate::error::{At, ModelError, Result};
 
 /// Where a checkpoint keeps its decoder: `model.` or, inside multimodal folders, `language_model.model.`.
 pub fn prefix(ckpt: &Checkpoint) -> Result<&'static str> {
-    ["model", "language_model.model"].into_iter().find(|p| ckpt.has_weight(&format!("{p}.embed_tokens"))).ok_or_else(|| {
-        lowbit_checkpoint::CheckpointError::MissingTensor { dir: ckpt.dir.clone(), tensor: "model.embed_tokens.weight".into() }.into()
-    })
+    ["model", "language_model.model"].into_iter().find(|p| ckpt.has_weight(&format!("{p}.embed_tokens"))).ok_or_else(
+        || {
+            lowbit_checkpoint::CheckpointError::MissingTensor {
+                dir: ckpt.dir.clone(),
+                tensor: "model.embed_tokens.weight".into(),
+            }
+            .into()
+        },
+    )
 }
 
 /// The token embedding.
@@ -99,7 +105,9 @@ impl Model {
         let p = prefix(ckpt)?;
         let b = backend.as_ref();
         let embedding = Embedding::load(ckpt, b)?;
-        let blocks = (0..ckpt.config.num_layers).map(|i| Block::load(ckpt, b, &format!("{p}.layers.{i}"), i)).collect::<Result<Vec<_>>>()?;
+        let blocks = (0..ckpt.config.num_layers)
+            .map(|i| Block::load(ckpt, b, &format!("{p}.layers.{i}"), i))
+            .collect::<Result<Vec<_>>>()?;
         let head = Head::load(ckpt, b)?;
         Ok(Self { config: ckpt.config.clone(), backend, embedding, blocks, head })
     }

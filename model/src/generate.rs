@@ -42,7 +42,12 @@ pub struct Generation {
 }
 
 /// Continues `prompt`; `on_token` sees each token as it comes and ends the text by returning false.
-pub fn generate(model: &Model, prompt: &[u32], options: &GenerateOptions, on_token: &mut dyn FnMut(u32) -> bool) -> Result<Generation> {
+pub fn generate(
+    model: &Model,
+    prompt: &[u32],
+    options: &GenerateOptions,
+    on_token: &mut dyn FnMut(u32) -> bool,
+) -> Result<Generation> {
     if prompt.is_empty() {
         return Err(ModelError::Argument("the prompt has no tokens".into()));
     }

@@ -36,13 +36,23 @@ impl Rope {
                     }
                 })
                 .collect(),
-            RopeScaling::Yarn { factor, original, beta_fast, beta_slow, attention_factor, mscale: m, mscale_all_dim, truncate } => {
+            RopeScaling::Yarn {
+                factor,
+                original,
+                beta_fast,
+                beta_slow,
+                attention_factor,
+                mscale: m,
+                mscale_all_dim,
+                truncate,
+            } => {
                 let get = |scale: f64, m: f64| if scale <= 1.0 { 1.0 } else { 0.1 * m * scale.ln() + 1.0 };
                 mscale = attention_factor.unwrap_or(match (m, mscale_all_dim) {
                     (Some(a), Some(b)) if *a != 0.0 && *b != 0.0 => get(*factor, *a) / get(*factor, *b),
                     _ => get(*factor, 1.0),
                 });
-                let correction = |rotations: f64| dim * (original / (rotations * 2.0 * PI)).ln() / (2.0 * config.theta.ln());
+                let correction =
+                    |rotations: f64| dim * (original / (rotations * 2.0 * PI)).ln() / (2.0 * config.theta.ln());
                 let (mut low, mut high) = (correction(*beta_fast), correction(*beta_slow));
                 if *truncate {
                     (low, high) = (low.floor(), high.ceil());
@@ -80,7 +90,14 @@ mod tests {
     #[test]
     fn yarn_scales_cos_and_sin() {
         let scaling = RopeScaling::Yarn {
-            factor: 4.0, original: 4096.0, beta_fast: 32.0, beta_slow: 1.0, attention_factor: None, mscale: None, mscale_all_dim: None, truncate: true,
+            factor: 4.0,
+            original: 4096.0,
+            beta_fast: 32.0,
+            beta_slow: 1.0,
+            attention_factor: None,
+            mscale: None,
+            mscale_all_dim: None,
+            truncate: true,
         };
         let r = Rope::new(&RopeConfig { theta: 10_000.0, scaling }, 64);
         assert!((f64::from(r.mscale) - (0.1 * 4f64.ln() + 1.0)).abs() < 1e-6);

@@ -133,7 +133,11 @@ impl Run<'_> {
             if let Some(v) = t.to_f32()
                 && let Some(i) = v.iter().position(|x| !x.is_finite())
             {
-                return Err(self.ckpt.store.mismatch(name, "finite values".into(), format!("{} at element {i}", v[i])).into());
+                return Err(self
+                    .ckpt
+                    .store
+                    .mismatch(name, "finite values".into(), format!("{} at element {i}", v[i]))
+                    .into());
             }
             self.writer.write(name, t.data.as_slice())?;
             progress.advance(1);
@@ -174,11 +178,22 @@ impl Run<'_> {
         Ok(())
     }
 
-    fn solve_group(&mut self, backend: &dyn Backend, index: usize, group: LinearGroup, stats: &InputStats, block: &mut Block) -> Result<()> {
+    fn solve_group(
+        &mut self,
+        backend: &dyn Backend,
+        index: usize,
+        group: LinearGroup,
+        stats: &InputStats,
+        block: &mut Block,
+    ) -> Result<()> {
         let plan = self.plan;
         let mut factor: Option<Factor> = None;
         for i in 0..block.linears.len() {
-            let (Some(shape), Some(module)) = (block.shapes().get(i).cloned(), block.linears.get(i).map(|l| l.module.clone())) else { continue };
+            let (Some(shape), Some(module)) =
+                (block.shapes().get(i).cloned(), block.linears.get(i).map(|l| l.module.clone()))
+            else {
+                continue;
+            };
             if shape.group != group {
                 continue;
             }
@@ -192,7 +207,8 @@ impl Run<'_> {
             }
             let Some(f) = &factor else { continue };
             let w = self.dense(planned)?;
-            let (q, loss) = quantize_gptq(&w, planned.out_features, planned.in_features, &stats.hessian, f, &opts).map_err(solve)?;
+            let (q, loss) = quantize_gptq(&w, planned.out_features, planned.in_features, &stats.hessian, f, &opts)
+                .map_err(solve)?;
             let record = LayerRecord {
                 name: module.clone(),
                 block: Some(index),
@@ -211,7 +227,8 @@ impl Run<'_> {
             };
             self.keep(planned, &q, record)?;
             let bias = self.ckpt.bias(&module, planned.out_features)?;
-            let packed = linear::pack_matrix(&q).map_err(|source| QuantizeError::Kernel { module: module.clone(), source })?;
+            let packed =
+                linear::pack_matrix(&q).map_err(|source| QuantizeError::Kernel { module: module.clone(), source })?;
             let replaced = Linear::from_host(backend, &module, &HostWeight::Packed(packed), bias.as_deref())?;
             if let Some(slot) = block.linears.get_mut(i) {
                 *slot = replaced;
@@ -278,9 +295,15 @@ impl Run<'_> {
             let expected = format!("shape [{}, {}]", l.out_features, l.in_features);
             return Err(self.ckpt.store.mismatch(&name, expected, format!("{:?}", t.shape)).into());
         }
-        let w = t.to_f32().ok_or_else(|| self.ckpt.store.mismatch(&name, "f32, f16 or bf16".into(), format!("{:?}", t.dtype)))?;
+        let w = t
+            .to_f32()
+            .ok_or_else(|| self.ckpt.store.mismatch(&name, "f32, f16 or bf16".into(), format!("{:?}", t.dtype)))?;
         if let Some(i) = w.iter().position(|x| !x.is_finite()) {
-            return Err(self.ckpt.store.mismatch(&name, "finite weights".into(), format!("{} at element {i}", w[i])).into());
+            return Err(self
+                .ckpt
+                .store
+                .mismatch(&name, "finite weights".into(), format!("{} at element {i}", w[i]))
+                .into());
         }
         Ok(w)
     }

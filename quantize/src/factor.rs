@@ -88,29 +88,15 @@ pub struct Factor {
 /// f64, then f64 with damping raised tenfold up to three times; every step beyond the first is an event.
 pub fn factorize(h: &[f32], n: usize, opts: &SolverOptions) -> Result<Factor, SolveError> {
     opts.check()?;
-    check_len(
-        "Hessian",
-        n.checked_mul(n).ok_or(KernelError::Overflow("Hessian"))?,
-        h.len(),
-    )?;
+    check_len("Hessian", n.checked_mul(n).ok_or(KernelError::Overflow("Hessian"))?, h.len())?;
     for row in 0..n {
-        if let Some(col) = h[row * n + row..(row + 1) * n]
-            .iter()
-            .position(|v| !v.is_finite())
-        {
-            return Err(SolveError::NonFinite {
-                what: "Hessian",
-                index: row * n + row + col,
-            });
+        if let Some(col) = h[row * n + row..(row + 1) * n].iter().position(|v| !v.is_finite()) {
+            return Err(SolveError::NonFinite { what: "Hessian", index: row * n + row + col });
         }
     }
     let diag: Vec<f32> = (0..n).map(|i| h[i * n + i]).collect();
     if let Some(index) = diag.iter().position(|d| *d < 0.0) {
-        return Err(SolveError::NonPositivePivot {
-            index,
-            dim: n,
-            value: f64::from(diag[index]),
-        });
+        return Err(SolveError::NonPositivePivot { index, dim: n, value: f64::from(diag[index]) });
     }
     let dead: Vec<usize> = (0..n).filter(|i| diag[*i] == 0.0).collect();
     if dead.len() == n {
@@ -138,15 +124,7 @@ pub fn factorize(h: &[f32], n: usize, opts: &SolverOptions) -> Result<Factor, So
     let mut damp = opts.damp_frac;
     let mut failed = match inverse_factor::<f32>(n, |r, c| entry(perm[r], perm[c], damp) as f32) {
         Ok(u) => {
-            return Ok(Factor {
-                n,
-                perm,
-                u,
-                dead,
-                diag,
-                damp_frac: damp,
-                events,
-            });
+            return Ok(Factor { n, perm, u, dead, diag, damp_frac: damp, events });
         }
         Err(position) => position,
     };
@@ -154,25 +132,14 @@ pub fn factorize(h: &[f32], n: usize, opts: &SolverOptions) -> Result<Factor, So
         if attempt > 0 {
             damp = if damp == 0.0 { 0.01 } else { damp * 10.0 };
         }
-        events.push(format!(
-            "Cholesky failed at column {} of {n}; retrying in f64 with damping {damp}",
-            perm[failed]
-        ));
+        events.push(format!("Cholesky failed at column {} of {n}; retrying in f64 with damping {damp}", perm[failed]));
         match inverse_factor::<f64>(n, |r, c| entry(perm[r], perm[c], damp)) {
             Ok(u) => {
                 // A pivot that f64 holds may still leave f32's range.
                 let u: Vec<f32> = u.into_par_iter().map(|v| v as f32).collect();
                 match first_bad_pivot(&u, n) {
                     None => {
-                        return Ok(Factor {
-                            n,
-                            perm,
-                            u,
-                            dead,
-                            diag,
-                            damp_frac: damp,
-                            events,
-                        });
+                        return Ok(Factor { n, perm, u, dead, diag, damp_frac: damp, events });
                     }
                     Some(position) => failed = position,
                 }
@@ -181,21 +148,14 @@ pub fn factorize(h: &[f32], n: usize, opts: &SolverOptions) -> Result<Factor, So
         }
     }
     let index = perm[failed];
-    Err(SolveError::NonPositivePivot {
-        index,
-        dim: n,
-        value: entry(index, index, damp),
-    })
+    Err(SolveError::NonPositivePivot { index, dim: n, value: entry(index, index, damp) })
 }
 
 /// Position of the first diagonal element that is not a finite positive number, or whose row is not finite.
 fn first_bad_pivot<T: Into<f64> + Copy>(u: &[T], n: usize) -> Option<usize> {
     (0..n).find(|i| {
         let pivot: f64 = u[i * n + i].into();
-        pivot <= 0.0
-            || u[i * n + i..(i + 1) * n]
-                .iter()
-                .any(|v| !(*v).into().is_finite())
+        pivot <= 0.0 || u[i * n + i..(i + 1) * n].iter().any(|v| !(*v).into().is_finite())
     })
 }
 
@@ -216,11 +176,7 @@ where
             *out = entry(n - 1 - row, n - 1 - col);
         }
     });
-    let mut buffer = MemBuffer::new(cholesky_in_place_scratch::<T>(
-        n,
-        Par::Seq,
-        Default::default(),
-    ));
+    let mut buffer = MemBuffer::new(cholesky_in_place_scratch::<T>(n, Par::Seq, Default::default()));
     cholesky_in_place(
         MatMut::from_column_major_slice_mut(&mut lower, n, n),
         Default::default(),
@@ -252,26 +208,15 @@ mod tests {
     use super::*;
 
     fn options() -> SolverOptions {
-        SolverOptions::new(
-            Scheme {
-                bits: 4,
-                symmetric: true,
-                group: GroupSize::PerChannel,
-            },
-            ScaleType::F32,
-        )
+        SolverOptions::new(Scheme { bits: 4, symmetric: true, group: GroupSize::PerChannel }, ScaleType::F32)
     }
 
     fn gram(n: usize, tokens: usize) -> Vec<f32> {
         let mut rng = StdRng::seed_from_u64(7);
-        let x: Vec<f32> = (0..n * tokens)
-            .map(|_| rng.random_range(-1.0..1.0))
-            .collect();
+        let x: Vec<f32> = (0..n * tokens).map(|_| rng.random_range(-1.0..1.0)).collect();
         let mut h = vec![0f32; n * n];
         for (i, v) in h.iter_mut().enumerate() {
-            *v = (0..tokens)
-                .map(|t| x[t * n + i / n] * x[t * n + i % n])
-                .sum();
+            *v = (0..tokens).map(|t| x[t * n + i / n] * x[t * n + i % n]).sum();
         }
         h
     }
@@ -294,17 +239,12 @@ mod tests {
             for j in 0..n {
                 let found: f64 = (0..n)
                     .map(|k| {
-                        let inv: f64 = (0..=i.min(k))
-                            .map(|m| f64::from(f.u[m * n + i] * f.u[m * n + k]))
-                            .sum();
+                        let inv: f64 = (0..=i.min(k)).map(|m| f64::from(f.u[m * n + i] * f.u[m * n + k])).sum();
                         let damp = if k == j { 0.01 * mean } else { 0.0 };
                         inv * f64::from(h[f.perm[k] * n + f.perm[j]] + damp)
                     })
                     .sum();
-                assert!(
-                    (found - f64::from(u8::from(i == j))).abs() < 1e-3,
-                    "{i} {j} {found}"
-                );
+                assert!((found - f64::from(u8::from(i == j))).abs() < 1e-3, "{i} {j} {found}");
             }
             assert!(f.u[i * n..i * n + i].iter().all(|v| *v == 0.0));
         }
@@ -322,29 +262,11 @@ mod tests {
     #[test]
     fn a_hopeless_hessian_is_an_error_with_its_place() {
         let e = factorize(&[1.0, 50.0, 50.0, 1.0], 2, &options()).unwrap_err();
-        assert!(
-            matches!(e, SolveError::NonPositivePivot { dim: 2, .. }),
-            "{e}"
-        );
+        assert!(matches!(e, SolveError::NonPositivePivot { dim: 2, .. }), "{e}");
         let e = factorize(&[1.0, 0.0, 0.0, -1.0], 2, &options()).unwrap_err();
-        assert!(
-            matches!(e, SolveError::NonPositivePivot { index: 1, .. }),
-            "{e}"
-        );
+        assert!(matches!(e, SolveError::NonPositivePivot { index: 1, .. }), "{e}");
         let e = factorize(&[1.0, f32::NAN, 0.0, 1.0], 2, &options()).unwrap_err();
-        assert!(
-            matches!(
-                e,
-                SolveError::NonFinite {
-                    what: "Hessian",
-                    index: 1
-                }
-            ),
-            "{e}"
-        );
-        assert!(matches!(
-            factorize(&[0.0; 4], 2, &options()),
-            Err(SolveError::EmptyHessian { dim: 2 })
-        ));
+        assert!(matches!(e, SolveError::NonFinite { what: "Hessian", index: 1 }), "{e}");
+        assert!(matches!(factorize(&[0.0; 4], 2, &options()), Err(SolveError::EmptyHessian { dim: 2 })));
     }
 }

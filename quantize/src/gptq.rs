@@ -50,18 +50,14 @@ pub fn quantize_gptq(
     };
     let mut codes = vec![0u8; out * n];
     if n > 0 {
-        codes
-            .par_chunks_mut(ROWS * n)
-            .zip(w.par_chunks(ROWS * n))
-            .enumerate()
-            .for_each_init(
-                || Rows::new(&task),
-                |rows, (chunk, (codes, w))| {
-                    let from = chunk * ROWS * task.groups;
-                    let zeros = zeros.as_ref().map(|z| &z[from..]);
-                    solve_rows(&task, rows, w, &scales[from..], zeros, codes);
-                },
-            );
+        codes.par_chunks_mut(ROWS * n).zip(w.par_chunks(ROWS * n)).enumerate().for_each_init(
+            || Rows::new(&task),
+            |rows, (chunk, (codes, w))| {
+                let from = chunk * ROWS * task.groups;
+                let zeros = zeros.as_ref().map(|z| &z[from..]);
+                solve_rows(&task, rows, w, &scales[from..], zeros, codes);
+            },
+        );
     }
     let matrix = QuantizedMatrix {
         scheme: opts.scheme,
@@ -74,10 +70,7 @@ pub fn quantize_gptq(
     };
     let loss = proxy_loss(w, &matrix.dequantize()?, h, out, n);
     if !(loss.proxy.is_finite() && loss.reference.is_finite()) {
-        return Err(SolveError::NonFinite {
-            what: "proxy loss",
-            index: 0,
-        });
+        return Err(SolveError::NonFinite { what: "proxy loss", index: 0 });
     }
     Ok((matrix, loss))
 }
@@ -122,14 +115,7 @@ impl Rows {
 }
 
 /// Solves up to [`ROWS`] rows.
-fn solve_rows(
-    task: &Task,
-    rows: &mut Rows,
-    w: &[f32],
-    scales: &[f32],
-    zeros: Option<&[u8]>,
-    codes: &mut [u8],
-) {
+fn solve_rows(task: &Task, rows: &mut Rows, w: &[f32], scales: &[f32], zeros: Option<&[u8]>, codes: &mut [u8]) {
     let n = task.n;
     let count = w.len() / n;
     for (column, &col) in rows.W.iter_mut().zip(task.perm) {
@@ -156,11 +142,7 @@ fn solve_rows(
             let E = MatRef::from_column_major_slice(rows.E.as_flattened(), ROWS, task.block);
             let U = MatRef::from_row_major_slice(task.U, n, n);
             matmul(
-                MatMut::from_column_major_slice_mut(
-                    rows.W[end..].as_flattened_mut(),
-                    ROWS,
-                    n - end,
-                ),
+                MatMut::from_column_major_slice_mut(rows.W[end..].as_flattened_mut(), ROWS, n - end),
                 Accum::Add,
                 E.submatrix(0, 0, ROWS, end - start),
                 U.submatrix(start, end, end - start, n - end),
@@ -214,20 +196,11 @@ mod tests {
     use crate::scale_search::ScaleSearch;
 
     fn options(bits: u8, symmetric: bool) -> SolverOptions {
-        SolverOptions::new(
-            Scheme {
-                bits,
-                symmetric,
-                group: GroupSize::Cols(32),
-            },
-            ScaleType::Bf16,
-        )
+        SolverOptions::new(Scheme { bits, symmetric, group: GroupSize::Cols(32) }, ScaleType::Bf16)
     }
 
     fn weights(rng: &mut StdRng, out: usize, n: usize) -> Vec<f32> {
-        (0..out * n)
-            .map(|_| rng.random_range(-1f32..1.0).powi(3))
-            .collect()
+        (0..out * n).map(|_| rng.random_range(-1f32..1.0).powi(3)).collect()
     }
 
     /// Gram matrix of correlated inputs with uneven column norms.
@@ -253,18 +226,10 @@ mod tests {
     }
 
     fn identity(n: usize) -> Vec<f32> {
-        (0..n * n)
-            .map(|i| if i / n == i % n { 1.0 } else { 0.0 })
-            .collect()
+        (0..n * n).map(|i| if i / n == i % n { 1.0 } else { 0.0 }).collect()
     }
 
-    fn solve(
-        w: &[f32],
-        out: usize,
-        n: usize,
-        h: &[f32],
-        opts: &SolverOptions,
-    ) -> (QuantizedMatrix, Loss) {
+    fn solve(w: &[f32], out: usize, n: usize, h: &[f32], opts: &SolverOptions) -> (QuantizedMatrix, Loss) {
         let factor = factorize(h, n, opts).unwrap();
         quantize_gptq(w, out, n, h, &factor, opts).unwrap()
     }
@@ -276,12 +241,7 @@ mod tests {
         let w = weights(&mut rng, out, n);
         for symmetric in [true, false] {
             for search in [ScaleSearch::MinMax, ScaleSearch::Hessian] {
-                let opts = SolverOptions {
-                    act_order: false,
-                    scale_search: search,
-                    block: 48,
-                    ..options(4, symmetric)
-                };
+                let opts = SolverOptions { act_order: false, scale_search: search, block: 48, ..options(4, symmetric) };
                 let (q, _) = solve(&w, out, n, &identity(n), &opts);
                 assert_eq!(q, quantize_rtn(&w, out, n, None, &opts).unwrap());
                 q.validate().unwrap();
@@ -298,17 +258,10 @@ mod tests {
                 for seed in 0..16 {
                     let mut rng = StdRng::seed_from_u64(seed);
                     let (w, h) = (weights(&mut rng, out, n), gram(&mut rng, n));
-                    let opts = SolverOptions {
-                        act_order,
-                        block: 32,
-                        ..options(bits, symmetric)
-                    };
+                    let opts = SolverOptions { act_order, block: 32, ..options(bits, symmetric) };
                     gptq += solve(&w, out, n, &h, &opts).1.proxy;
                     let diag: Vec<f32> = (0..n).map(|i| h[i * n + i]).collect();
-                    let q = quantize_rtn(&w, out, n, Some(&diag), &opts)
-                        .unwrap()
-                        .dequantize()
-                        .unwrap();
+                    let q = quantize_rtn(&w, out, n, Some(&diag), &opts).unwrap().dequantize().unwrap();
                     rtn += proxy_loss(&w, &q, &h, out, n).proxy;
                 }
                 assert!(gptq < 0.8 * rtn, "{bits} bits: {gptq} {rtn}");
@@ -321,26 +274,18 @@ mod tests {
         let (out, n) = (5, 96);
         let mut rng = StdRng::seed_from_u64(9);
         let (w, h) = (weights(&mut rng, out, n), gram(&mut rng, n));
-        let opts = SolverOptions {
-            block: 20,
-            ..options(4, true)
-        };
+        let opts = SolverOptions { block: 20, ..options(4, true) };
         let factor = factorize(&h, n, &opts).unwrap();
         let (q, _) = quantize_gptq(&w, out, n, &h, &factor, &opts).unwrap();
         let mut wrong = 0;
         for r in 0..out {
-            let mut row: Vec<f64> = factor
-                .perm
-                .iter()
-                .map(|c| f64::from(w[r * n + c]))
-                .collect();
+            let mut row: Vec<f64> = factor.perm.iter().map(|c| f64::from(w[r * n + c])).collect();
             for j in 0..n {
                 let col = factor.perm[j];
                 let s = q.scales[r * 3 + col / 32];
                 let code = quantize(row[j] as f32, s, 8, 15);
                 wrong += usize::from(code != q.codes[r * n + col]);
-                let e =
-                    (row[j] - f64::from(dequantize(code, s, 8))) / f64::from(factor.u[j * n + j]);
+                let e = (row[j] - f64::from(dequantize(code, s, 8))) / f64::from(factor.u[j * n + j]);
                 for k in j + 1..n {
                     row[k] -= e * f64::from(factor.u[j * n + k]);
                 }
@@ -356,10 +301,7 @@ mod tests {
         let (w, h) = (weights(&mut rng, out, n), gram(&mut rng, n));
         let scaled: Vec<f32> = h.iter().map(|v| 4.0 * v).collect();
         let opts = options(4, true);
-        let ((a, la), (b, lb)) = (
-            solve(&w, out, n, &h, &opts),
-            solve(&w, out, n, &scaled, &opts),
-        );
+        let ((a, la), (b, lb)) = (solve(&w, out, n, &h, &opts), solve(&w, out, n, &scaled, &opts));
         assert_eq!(a, b);
         assert!((4.0 * la.proxy - lb.proxy).abs() <= 1e-9 * lb.proxy);
     }
@@ -371,18 +313,10 @@ mod tests {
         let mut rng = StdRng::seed_from_u64(4);
         let w = weights(&mut rng, out, n);
         let diag: Vec<f32> = (0..n).map(|_| rng.random_range(0.1f32..9.0)).collect();
-        let h: Vec<f32> = (0..n * n)
-            .map(|i| if i / n == i % n { diag[i % n] } else { 0.0 })
-            .collect();
+        let h: Vec<f32> = (0..n * n).map(|i| if i / n == i % n { diag[i % n] } else { 0.0 }).collect();
         let opts = options(4, true);
-        assert_ne!(
-            factorize(&h, n, &opts).unwrap().perm,
-            (0..n).collect::<Vec<_>>()
-        );
-        assert_eq!(
-            solve(&w, out, n, &h, &opts).0,
-            quantize_rtn(&w, out, n, Some(&diag), &opts).unwrap()
-        );
+        assert_ne!(factorize(&h, n, &opts).unwrap().perm, (0..n).collect::<Vec<_>>());
+        assert_eq!(solve(&w, out, n, &h, &opts).0, quantize_rtn(&w, out, n, Some(&diag), &opts).unwrap());
     }
 
     #[test]
@@ -416,16 +350,7 @@ mod tests {
         w[40] = f32::INFINITY;
         let factor = factorize(&identity(n), n, &opts).unwrap();
         let e = quantize_gptq(&w, out, n, &identity(n), &factor, &opts).unwrap_err();
-        assert!(
-            matches!(
-                e,
-                SolveError::NonFinite {
-                    what: "weight",
-                    index: 40
-                }
-            ),
-            "{e}"
-        );
+        assert!(matches!(e, SolveError::NonFinite { what: "weight", index: 40 }), "{e}");
         assert!(quantize_gptq(&w[..n], out, n, &identity(n), &factor, &opts).is_err());
     }
 
@@ -439,11 +364,7 @@ mod tests {
         let factor = factorize(&h, n, &opts).unwrap();
         assert!(!factor.events.is_empty() && factor.damp_frac > opts.damp_frac);
         let w = weights(&mut StdRng::seed_from_u64(8), out, n);
-        quantize_gptq(&w, out, n, &h, &factor, &opts)
-            .unwrap()
-            .0
-            .validate()
-            .unwrap();
+        quantize_gptq(&w, out, n, &h, &factor, &opts).unwrap().0.validate().unwrap();
     }
 
     #[test]
@@ -453,10 +374,7 @@ mod tests {
         let (w, h) = (weights(&mut rng, out, n), gram(&mut rng, n));
         let opts = options(4, true);
         let on = |threads| {
-            let pool = rayon::ThreadPoolBuilder::new()
-                .num_threads(threads)
-                .build()
-                .unwrap();
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
             pool.install(|| solve(&w, out, n, &h, &opts))
         };
         assert_eq!(on(1), on(3));

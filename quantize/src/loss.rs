@@ -18,11 +18,7 @@ pub struct Loss {
 impl Loss {
     /// `proxy / reference`; 0 where both are 0.
     pub fn relative(&self) -> f64 {
-        if self.proxy == 0.0 {
-            0.0
-        } else {
-            self.proxy / self.reference
-        }
+        if self.proxy == 0.0 { 0.0 } else { self.proxy / self.reference }
     }
 }
 
@@ -34,20 +30,11 @@ const BLOCK: usize = 128;
 /// Loss of `q` (dequantized) against `w`, both `[out, n]`, under the symmetric `h` `[n, n]`, of which only the upper
 /// triangle is read. NaN when the lengths do not fit together.
 pub fn proxy_loss(w: &[f32], q: &[f32], h: &[f32], out: usize, n: usize) -> Loss {
-    if Some(w.len()) != out.checked_mul(n)
-        || q.len() != w.len()
-        || Some(h.len()) != n.checked_mul(n)
-    {
-        return Loss {
-            proxy: f64::NAN,
-            reference: f64::NAN,
-        };
+    if Some(w.len()) != out.checked_mul(n) || q.len() != w.len() || Some(h.len()) != n.checked_mul(n) {
+        return Loss { proxy: f64::NAN, reference: f64::NAN };
     }
     if w.is_empty() {
-        return Loss {
-            proxy: 0.0,
-            reference: 0.0,
-        };
+        return Loss { proxy: 0.0, reference: 0.0 };
     }
     let folded = fold_diagonal_blocks(h, n);
     let sums: Vec<(f64, f64)> = w
@@ -58,16 +45,8 @@ pub fn proxy_loss(w: &[f32], q: &[f32], h: &[f32], out: usize, n: usize) -> Loss
             |(rows, product), (w, q)| chunk_loss(w, q, h, &folded, n, rows, product),
         )
         .collect();
-    sums.iter().fold(
-        Loss {
-            proxy: 0.0,
-            reference: 0.0,
-        },
-        |a, b| Loss {
-            proxy: a.proxy + b.0,
-            reference: a.reference + b.1,
-        },
-    )
+    sums.iter()
+        .fold(Loss { proxy: 0.0, reference: 0.0 }, |a, b| Loss { proxy: a.proxy + b.0, reference: a.reference + b.1 })
 }
 
 /// The diagonal blocks of `h`, upper triangles with doubled off-diagonal elements, one after another.
@@ -108,29 +87,15 @@ fn chunk_loss(
         let cols = BLOCK.min(n - start);
         let product = &mut product[..2 * count * cols];
         let mut y = MatMut::from_row_major_slice_mut(&mut *product, 2 * count, cols);
-        let t =
-            MatRef::from_row_major_slice(&folded[start * BLOCK..][..BLOCK * BLOCK], BLOCK, BLOCK);
+        let t = MatRef::from_row_major_slice(&folded[start * BLOCK..][..BLOCK * BLOCK], BLOCK, BLOCK);
         let here = x.submatrix(0, start, 2 * count, cols);
-        matmul(
-            y.as_mut(),
-            Accum::Replace,
-            here,
-            t.submatrix(0, 0, cols, cols),
-            1.0,
-            Par::Seq,
-        );
+        matmul(y.as_mut(), Accum::Replace, here, t.submatrix(0, 0, cols, cols), 1.0, Par::Seq);
         if start > 0 {
-            let (left, above) = (
-                x.submatrix(0, 0, 2 * count, start),
-                h.submatrix(0, start, start, cols),
-            );
+            let (left, above) = (x.submatrix(0, 0, 2 * count, start), h.submatrix(0, start, start, cols));
             matmul(y.as_mut(), Accum::Add, left, above, 2.0, Par::Seq);
         }
         for row in 0..2 * count {
-            let value = dot(
-                &product[row * cols..][..cols],
-                &rows[row * n + start..][..cols],
-            );
+            let value = dot(&product[row * cols..][..cols], &rows[row * n + start..][..cols]);
             if row < count {
                 sums.0 += value;
             } else {
@@ -166,8 +131,7 @@ mod tests {
     fn equals_the_definition_and_reads_the_upper_triangle_only() {
         let (out, n) = (37, 301);
         let mut rng = StdRng::seed_from_u64(3);
-        let mut sample =
-            |len: usize| -> Vec<f32> { (0..len).map(|_| rng.random_range(-1.0..1.0)).collect() };
+        let mut sample = |len: usize| -> Vec<f32> { (0..len).map(|_| rng.random_range(-1.0..1.0)).collect() };
         let (w, q, mut h) = (sample(out * n), sample(out * n), sample(n * n));
         let at = |i: usize, j: usize| f64::from(h[i.min(j) * n + i.max(j)]);
         let (mut proxy, mut reference) = (0.0, 0.0);
@@ -185,10 +149,7 @@ mod tests {
         }
         let found = proxy_loss(&w, &q, &h, out, n);
         assert!((found.proxy - proxy).abs() < 1e-2, "{found:?} {proxy}");
-        assert!(
-            (found.reference - reference).abs() < 1e-2,
-            "{found:?} {reference}"
-        );
+        assert!((found.reference - reference).abs() < 1e-2, "{found:?} {reference}");
         assert!(proxy_loss(&w, &q[1..], &h, out, n).proxy.is_nan());
         assert_eq!(proxy_loss(&w, &w, &h, out, n).relative(), 0.0);
     }

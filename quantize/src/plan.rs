@@ -103,7 +103,10 @@ impl QuantizeOptions {
         m.insert("format".into(), self.format.name().into());
         m.insert("damp_frac".into(), self.damp_frac.into());
         m.insert("act_order".into(), self.act_order.into());
-        m.insert("scale_search".into(), if self.scale_search == ScaleSearch::Hessian { "hessian" } else { "minmax" }.into());
+        m.insert(
+            "scale_search".into(),
+            if self.scale_search == ScaleSearch::Hessian { "hessian" } else { "minmax" }.into(),
+        );
         m.insert("signed_scales".into(), self.signed_scales.into());
         m.insert("head".into(), if self.head_w8 { "w8" } else { "keep" }.into());
         m.insert("ignore".into(), self.ignore.clone().into());
@@ -148,7 +151,13 @@ pub struct Plan {
 
 /// `embedding`, `attention`, `mlp`, `norms`, `lm_head` or `other`.
 pub fn component(name: &str) -> &'static str {
-    let rules = [("embed_tokens", "embedding"), ("lm_head", "lm_head"), ("norm", "norms"), ("self_attn", "attention"), (".mlp.", "mlp")];
+    let rules = [
+        ("embed_tokens", "embedding"),
+        ("lm_head", "lm_head"),
+        ("norm", "norms"),
+        ("self_attn", "attention"),
+        (".mlp.", "mlp"),
+    ];
     rules.iter().find(|(k, _)| name.contains(k)).map_or("other", |(_, c)| c)
 }
 
@@ -186,7 +195,12 @@ impl Ignore {
 }
 
 /// Makes the plan for writing into `output`.
-pub fn make(ckpt: &Checkpoint, options: &QuantizeOptions, output: Option<&Path>, calibration_tokens: usize) -> Result<Plan> {
+pub fn make(
+    ckpt: &Checkpoint,
+    options: &QuantizeOptions,
+    output: Option<&Path>,
+    calibration_tokens: usize,
+) -> Result<Plan> {
     if ckpt.quantization.is_some() {
         return Err(QuantizeError::Plan {
             summary: format!("{} is quantized already", ckpt.dir.display()),
@@ -255,15 +269,20 @@ pub fn make(ckpt: &Checkpoint, options: &QuantizeOptions, output: Option<&Path>,
             in_features: c.hidden_size,
         });
     }
-    let unused: Vec<String> = ignore.rules.iter().filter(|r| !r.2).map(|r| format!("--ignore {} matches no linear", r.0)).collect();
+    let unused: Vec<String> =
+        ignore.rules.iter().filter(|r| !r.2).map(|r| format!("--ignore {} matches no linear", r.0)).collect();
     if !unused.is_empty() {
         return Err(QuantizeError::Plan {
             summary: "patterns that match nothing".into(),
             offenders: unused,
-            hint: Some(format!("modules are named like `{prefix}.layers.0.self_attn.q_proj`; `lowbit inspect` lists them")),
+            hint: Some(format!(
+                "modules are named like `{prefix}.layers.0.self_attn.q_proj`; `lowbit inspect` lists them"
+            )),
         });
     }
-    if options.format != PackFormat::CompressedTensors && (options.head_w8 || linears.iter().any(|l| l.out_features * l.scheme.bits as usize % 32 != 0)) {
+    if options.format != PackFormat::CompressedTensors
+        && (options.head_w8 || linears.iter().any(|l| l.out_features * l.scheme.bits as usize % 32 != 0))
+    {
         return Err(QuantizeError::Plan {
             summary: "the GPTQ format holds one bit width, and rows · bits must be a multiple of 32".into(),
             offenders: vec![],
@@ -283,21 +302,34 @@ fn refuse_widths(offenders: &BTreeMap<(usize, &'static str), Vec<usize>>, scheme
     }
     let count: usize = offenders.values().map(Vec::len).sum();
     let group = scheme.group_cols(0);
-    let lines = offenders.iter().map(|((width, suffix), blocks)| format!("{suffix} in {} of {layers} blocks: in = {width}", blocks.len())).collect();
+    let lines = offenders
+        .iter()
+        .map(|((width, suffix), blocks)| format!("{suffix} in {} of {layers} blocks: in = {width}", blocks.len()))
+        .collect();
     let widths: Vec<usize> = offenders.keys().map(|k| k.0).collect();
     let fits = [128usize, 64, 32, 16].into_iter().find(|g| *g < group.max(1) && widths.iter().all(|w| w % g == 0));
     Err(QuantizeError::Plan {
         summary: format!("{count} linears have an input width that group size {group} does not divide"),
         offenders: lines,
-        hint: Some(fits.map_or("use --group-size channel".into(), |g| format!("{g} divides every width: --group-size {g}"))),
+        hint: Some(
+            fits.map_or("use --group-size channel".into(), |g| format!("{g} divides every width: --group-size {g}")),
+        ),
     })
 }
 
-fn assemble(ckpt: &Checkpoint, options: &QuantizeOptions, linears: Vec<PlannedLinear>, reasons: BTreeMap<String, String>, untie: bool, tokens: usize) -> Result<Plan> {
+fn assemble(
+    ckpt: &Checkpoint,
+    options: &QuantizeOptions,
+    linears: Vec<PlannedLinear>,
+    reasons: BTreeMap<String, String>,
+    untie: bool,
+    tokens: usize,
+) -> Result<Plan> {
     let mut declared = Vec::new();
     let mut copies = Vec::new();
     let mut tensors = Vec::new();
-    let by_weight: BTreeMap<String, &PlannedLinear> = linears.iter().map(|l| (format!("{}.weight", l.module), l)).collect();
+    let by_weight: BTreeMap<String, &PlannedLinear> =
+        linears.iter().map(|l| (format!("{}.weight", l.module), l)).collect();
     let packed_bytes = |l: &PlannedLinear| -> Result<(Vec<Declared>, u64)> {
         let d = linear::declare(&l.module, l.scheme, options.format, l.out_features, l.in_features)
             .map_err(|source| QuantizeError::Kernel { module: l.module.clone(), source })?;
@@ -356,7 +388,9 @@ fn assemble(ckpt: &Checkpoint, options: &QuantizeOptions, linears: Vec<PlannedLi
     let config = written_config(ckpt, options, &linears, &reasons, untie);
     let mut sizes: BTreeMap<String, ComponentSize> = BTreeMap::new();
     for t in &tensors {
-        let s = sizes.entry(t.component.clone()).or_insert_with(|| ComponentSize { component: t.component.clone(), ..Default::default() });
+        let s = sizes
+            .entry(t.component.clone())
+            .or_insert_with(|| ComponentSize { component: t.component.clone(), ..Default::default() });
         s.before_bytes += t.before_bytes;
         s.after_bytes += t.after_bytes;
     }
@@ -387,7 +421,13 @@ fn peak_memory(ckpt: &Checkpoint, tokens: usize) -> u64 {
     carried + hessian + matrix + table
 }
 
-fn written_config(ckpt: &Checkpoint, options: &QuantizeOptions, linears: &[PlannedLinear], reasons: &BTreeMap<String, String>, untie: bool) -> Value {
+fn written_config(
+    ckpt: &Checkpoint,
+    options: &QuantizeOptions,
+    linears: &[PlannedLinear],
+    reasons: &BTreeMap<String, String>,
+    untie: bool,
+) -> Value {
     let mut config = ckpt.raw_config.clone();
     let head = linears.iter().find(|l| l.block.is_none());
     let q = match options.format {
@@ -401,7 +441,12 @@ fn written_config(ckpt: &Checkpoint, options: &QuantizeOptions, linears: &[Plann
             }];
             let mut ignore: Vec<String> = reasons.keys().map(|k| k.trim_end_matches(".weight").to_string()).collect();
             match head {
-                Some(h) => groups.push(WrittenGroup { scheme: h.scheme, targets: vec![h.module.clone()], observer, static_act_order: false }),
+                Some(h) => groups.push(WrittenGroup {
+                    scheme: h.scheme,
+                    targets: vec![h.module.clone()],
+                    observer,
+                    static_act_order: false,
+                }),
                 None => ignore.push("lm_head".into()),
             }
             write_compressed_tensors(&groups, &ignore)
@@ -434,7 +479,12 @@ fn check_disk(output: &Path, needed: u64) -> Result<()> {
     let wanted = needed.saturating_add(16 << 20);
     if free < wanted {
         return Err(QuantizeError::Plan {
-            summary: format!("{}: the output needs {} MB, the disk has {} MB free", output.display(), wanted / 1_000_000, free / 1_000_000),
+            summary: format!(
+                "{}: the output needs {} MB, the disk has {} MB free",
+                output.display(),
+                wanted / 1_000_000,
+                free / 1_000_000
+            ),
             offenders: vec![],
             hint: Some("free some space or choose an output on another disk".into()),
         });

@@ -24,23 +24,19 @@ pub fn quantize_rtn(
     let (mid, max) = (opts.scheme.mid_code(), opts.scheme.max_code());
     let mut codes = vec![0u8; out * n];
     if n > 0 {
-        codes
-            .par_chunks_mut(n)
-            .zip(w.par_chunks(n))
-            .enumerate()
-            .for_each(|(row, (codes, w))| {
-                for group in 0..groups {
-                    let at = row * groups + group;
-                    let zero = zeros.as_ref().map_or(mid, |z| z[at]);
-                    let span = group * cols..(group + 1) * cols;
-                    encode(&mut codes[span.clone()], &w[span], scales[at], zero, max);
+        codes.par_chunks_mut(n).zip(w.par_chunks(n)).enumerate().for_each(|(row, (codes, w))| {
+            for group in 0..groups {
+                let at = row * groups + group;
+                let zero = zeros.as_ref().map_or(mid, |z| z[at]);
+                let span = group * cols..(group + 1) * cols;
+                encode(&mut codes[span.clone()], &w[span], scales[at], zero, max);
+            }
+            if let Some(diag) = diag_h {
+                for col in (0..n).filter(|c| diag[*c] == 0.0) {
+                    codes[col] = zeros.as_ref().map_or(mid, |z| z[row * groups + col / cols]);
                 }
-                if let Some(diag) = diag_h {
-                    for col in (0..n).filter(|c| diag[*c] == 0.0) {
-                        codes[col] = zeros.as_ref().map_or(mid, |z| z[row * groups + col / cols]);
-                    }
-                }
-            });
+            }
+        });
     }
     Ok(QuantizedMatrix {
         scheme: opts.scheme,
@@ -69,11 +65,7 @@ mod tests {
     use crate::scale_search::ScaleSearch;
 
     fn options(symmetric: bool) -> SolverOptions {
-        let scheme = Scheme {
-            bits: 4,
-            symmetric,
-            group: GroupSize::Cols(4),
-        };
+        let scheme = Scheme { bits: 4, symmetric, group: GroupSize::Cols(4) };
         let mut opts = SolverOptions::new(scheme, ScaleType::F32);
         opts.scale_search = ScaleSearch::MinMax;
         opts
@@ -106,15 +98,6 @@ mod tests {
     #[test]
     fn nan_is_refused_with_its_place() {
         let e = quantize_rtn(&[0.0, 1.0, f32::NAN, 2.0], 1, 4, None, &options(true)).unwrap_err();
-        assert!(
-            matches!(
-                e,
-                SolveError::NonFinite {
-                    what: "weight",
-                    index: 2
-                }
-            ),
-            "{e}"
-        );
+        assert!(matches!(e, SolveError::NonFinite { what: "weight", index: 2 }), "{e}");
     }
 }

@@ -93,22 +93,13 @@ impl SolverOptions {
     /// Fails on settings no solver can work with.
     pub fn check(&self) -> Result<(), SolveError> {
         if !(1..=8).contains(&self.scheme.bits) {
-            return Err(SolveError::BadOption {
-                what: "bits",
-                value: f64::from(self.scheme.bits),
-            });
+            return Err(SolveError::BadOption { what: "bits", value: f64::from(self.scheme.bits) });
         }
         if !(self.damp_frac.is_finite() && self.damp_frac >= 0.0) {
-            return Err(SolveError::BadOption {
-                what: "damping fraction",
-                value: self.damp_frac,
-            });
+            return Err(SolveError::BadOption { what: "damping fraction", value: self.damp_frac });
         }
         if self.block == 0 {
-            return Err(SolveError::BadOption {
-                what: "block",
-                value: 0.0,
-            });
+            return Err(SolveError::BadOption { what: "block", value: 0.0 });
         }
         Ok(())
     }
@@ -188,10 +179,7 @@ pub fn search_scales(
     }
     // 0.50 to 1.07 (0.35 for 3 bits and fewer) in steps of 0.02.
     let first: u16 = if opts.scheme.bits <= 3 { 35 } else { 50 };
-    let shrink = (first..=107)
-        .step_by(2)
-        .map(|p| f32::from(p) / 100.0)
-        .collect();
+    let shrink = (first..=107).step_by(2).map(|p| f32::from(p) / 100.0).collect();
     let search = Search {
         scheme: opts.scheme,
         scale_type: opts.scale_type,
@@ -203,29 +191,15 @@ pub fn search_scales(
         weight,
     };
 
-    let mut choices = vec![
-        Choice {
-            scale: 1.0,
-            zero: 0,
-            loss: 0.0
-        };
-        out * groups
-    ];
+    let mut choices = vec![Choice { scale: 1.0, zero: 0, loss: 0.0 }; out * groups];
     if n > 0 {
         choices
             .par_chunks_mut(groups)
             .zip(w.par_chunks(n))
-            .for_each_init(
-                || vec![0f32; padded],
-                |buf, (choices, row)| search_row(&search, row, buf, choices),
-            );
+            .for_each_init(|| vec![0f32; padded], |buf, (choices, row)| search_row(&search, row, buf, choices));
     }
     if let Some(i) = choices.iter().position(|c| !c.scale.is_finite()) {
-        return Err(SolveError::ScaleOverflow {
-            row: i / groups,
-            group: i % groups,
-            value: choices[i].scale,
-        });
+        return Err(SolveError::ScaleOverflow { row: i / groups, group: i % groups, value: choices[i].scale });
     }
     Ok(Scales {
         scales: choices.iter().map(|c| c.scale).collect(),
@@ -258,11 +232,7 @@ fn symmetric(search: &Search, w: &[f32], weight: &[f32]) -> Choice {
     let absmax = max.max(-min);
     let zero = search.scheme.mid_code();
     let half_range = f32::from(search.scheme.max_code()) / 2.0;
-    let mut best = Choice {
-        scale: search.scale_type.round(absmax / half_range),
-        zero,
-        loss: 0.0,
-    };
+    let mut best = Choice { scale: search.scale_type.round(absmax / half_range), zero, loss: 0.0 };
     if !usable(best.scale) {
         return fallback(best);
     }
@@ -288,11 +258,7 @@ fn asymmetric(search: &Search, w: &[f32], weight: &[f32]) -> Choice {
     // Divided one by one: the difference of two large finite weights may overflow.
     let step = max / top - min / top;
     let scale = search.scale_type.round(step);
-    let mut best = Choice {
-        scale,
-        zero: 0,
-        loss: 0.0,
-    };
+    let mut best = Choice { scale, zero: 0, loss: 0.0 };
     if !usable(scale) {
         return fallback(best);
     }
@@ -319,36 +285,18 @@ fn usable(scale: f32) -> bool {
 /// caller reports.
 #[inline(always)]
 fn fallback(choice: Choice) -> Choice {
-    if choice.scale.is_finite() {
-        Choice {
-            scale: 1.0,
-            ..choice
-        }
-    } else {
-        choice
-    }
+    if choice.scale.is_finite() { Choice { scale: 1.0, ..choice } } else { choice }
 }
 
 /// The better of `best` and a new candidate.
 #[inline(always)]
-fn better(
-    search: &Search,
-    w: &[f32],
-    weight: &[f32],
-    best: Choice,
-    scale: f32,
-    zero: u8,
-) -> Choice {
+fn better(search: &Search, w: &[f32], weight: &[f32], best: Choice, scale: f32, zero: u8) -> Choice {
     let scale = search.scale_type.round(scale);
     if !usable(scale) {
         return best;
     }
     let loss = error(search, w, weight, scale, zero);
-    if loss < best.loss {
-        Choice { scale, zero, loss }
-    } else {
-        best
-    }
+    if loss < best.loss { Choice { scale, zero, loss } } else { best }
 }
 
 /// Smallest and largest element, both including 0.
@@ -361,10 +309,7 @@ fn extremes(w: &[f32]) -> (f32, f32) {
             hi[l] = if chunk[l] > hi[l] { chunk[l] } else { hi[l] };
         }
     }
-    (
-        lo.iter().fold(0.0, |a: f32, b| a.min(*b)),
-        hi.iter().fold(0.0, |a: f32, b| a.max(*b)),
-    )
+    (lo.iter().fold(0.0, |a: f32, b| a.min(*b)), hi.iter().fold(0.0, |a: f32, b| a.max(*b)))
 }
 
 /// `Σ weight · (w − scale · (code − zero))²`.
@@ -377,12 +322,7 @@ fn error(search: &Search, w: &[f32], weight: &[f32], scale: f32, zero: u8) -> f3
     let lo = -f32::from(zero);
     let hi = f32::from(search.scheme.max_code()) + lo;
     let mut sums = [0f32; LANES];
-    for (w, weight) in w
-        .as_chunks::<LANES>()
-        .0
-        .iter()
-        .zip(weight.as_chunks::<LANES>().0)
-    {
+    for (w, weight) in w.as_chunks::<LANES>().0.iter().zip(weight.as_chunks::<LANES>().0) {
         for l in 0..LANES {
             let z = (w[l] * inverse).round_ties_even();
             let z = if z < lo { lo } else { z };
@@ -403,19 +343,13 @@ mod tests {
     use super::*;
 
     fn options(bits: u8, symmetric: bool) -> SolverOptions {
-        let scheme = Scheme {
-            bits,
-            symmetric,
-            group: GroupSize::Cols(40),
-        };
+        let scheme = Scheme { bits, symmetric, group: GroupSize::Cols(40) };
         SolverOptions::new(scheme, ScaleType::Bf16)
     }
 
     fn data(seed: u64, out: usize, n: usize) -> (Vec<f32>, Vec<f32>) {
         let mut rng = StdRng::seed_from_u64(seed);
-        let w = (0..out * n)
-            .map(|_| rng.random_range(-1f32..1.0).powi(3))
-            .collect();
+        let w = (0..out * n).map(|_| rng.random_range(-1f32..1.0).powi(3)).collect();
         (w, (0..n).map(|_| rng.random_range(0.01f32..4.0)).collect())
     }
 
@@ -450,11 +384,7 @@ mod tests {
                 let found: f32 = (0..40)
                     .map(|c| {
                         let v = w[(i / 2) * 80 + (i % 2) * 40 + c];
-                        let q = qdq::dequantize(
-                            qdq::quantize(v, s.scales[i], zero, 15),
-                            s.scales[i],
-                            zero,
-                        );
+                        let q = qdq::dequantize(qdq::quantize(v, s.scales[i], zero, 15), s.scales[i], zero);
                         d[(i % 2) * 40 + c] * (v - q).powi(2)
                     })
                     .sum();
@@ -472,17 +402,7 @@ mod tests {
             assert_eq!(s.scales, [1.0]);
             opts.scale_type = ScaleType::F16;
             let e = search_scales(&[1e9; 80], 1, 80, None, &opts).unwrap_err();
-            assert!(
-                matches!(
-                    e,
-                    SolveError::ScaleOverflow {
-                        row: 0,
-                        group: 0,
-                        ..
-                    }
-                ),
-                "{e}"
-            );
+            assert!(matches!(e, SolveError::ScaleOverflow { row: 0, group: 0, .. }), "{e}");
             let tiny = search_scales(&[1e-9; 40], 1, 40, None, &opts).unwrap();
             assert_eq!(tiny.scales, [1.0]);
         }

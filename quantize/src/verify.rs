@@ -30,7 +30,11 @@ pub fn verify(ckpt: &Checkpoint, record: Option<&QuantizeRecord>, original: Opti
     let prefix = decoder::prefix(ckpt)?;
     let mut modules: Vec<(String, usize, usize)> = Vec::new();
     for i in 0..c.num_layers {
-        modules.extend(linear_shapes(c).iter().map(|s| (format!("{prefix}.layers.{i}.{}", s.suffix), s.out_features, s.in_features)));
+        modules.extend(
+            linear_shapes(c)
+                .iter()
+                .map(|s| (format!("{prefix}.layers.{i}.{}", s.suffix), s.out_features, s.in_features)),
+        );
     }
     modules.push((format!("{prefix}.embed_tokens"), c.vocab_size, c.hidden_size));
     if !c.tie_word_embeddings {
@@ -50,7 +54,9 @@ pub fn verify(ckpt: &Checkpoint, record: Option<&QuantizeRecord>, original: Opti
                 let noted = record.and_then(|r| r.layers.iter().find(|l| l.name == *module));
                 match (record.is_some(), noted) {
                     (true, None) => problems.push(format!("`{module}` is packed but quantize.json does not list it")),
-                    (_, Some(l)) if l.scheme != scheme => problems.push(format!("`{module}`: quantize.json says {}, config.json {scheme}", l.scheme)),
+                    (_, Some(l)) if l.scheme != scheme => {
+                        problems.push(format!("`{module}`: quantize.json says {}, config.json {scheme}", l.scheme))
+                    }
                     _ => {}
                 }
             }
@@ -78,5 +84,9 @@ pub fn verify(ckpt: &Checkpoint, record: Option<&QuantizeRecord>, original: Opti
             }
         }
     }
-    if problems.is_empty() { Ok(done) } else { Err(QuantizeError::Verify { dir: ckpt.dir.display().to_string(), problems }) }
+    if problems.is_empty() {
+        Ok(done)
+    } else {
+        Err(QuantizeError::Verify { dir: ckpt.dir.display().to_string(), problems })
+    }
 }

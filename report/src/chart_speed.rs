@@ -36,10 +36,7 @@ pub(crate) fn throughput(rows: &[BenchRow]) -> String {
     }
     let mut out = String::new();
     if rows.iter().any(|r| r.role != "candidate") {
-        out += &legend(&[
-            (1, "c1".to_owned(), "candidate".to_owned()),
-            (1, "cx".to_owned(), "reference".to_owned()),
-        ]);
+        out += &legend(&[(1, "c1".to_owned(), "candidate".to_owned()), (1, "cx".to_owned(), "reference".to_owned())]);
     }
     for (test, rows) in &tests {
         out += &panel(test, rows);
@@ -61,11 +58,7 @@ fn panel(test: &str, rows: &[&BenchRow]) -> String {
     let mut y = 30.0;
     for (i, row) in rows.iter().enumerate() {
         if i > 0 {
-            y += if rows[i - 1].batch == row.batch {
-                BAR + 3.0
-            } else {
-                BAR + 13.0
-            };
+            y += if rows[i - 1].batch == row.batch { BAR + 3.0 } else { BAR + 13.0 };
         }
         places.push(y);
     }
@@ -77,44 +70,22 @@ fn panel(test: &str, rows: &[&BenchRow]) -> String {
         svg.line("grid", (x, 24.0), (x, bottom));
         svg.text("tick", "middle", x, bottom + 16.0, &label);
     }
-    svg.text(
-        "axis",
-        "middle",
-        (left + right) / 2.0,
-        bottom + 36.0,
-        "tokens/s",
-    );
+    svg.text("axis", "middle", (left + right) / 2.0, bottom + 36.0, "tokens/s");
     for (i, (row, y)) in rows.iter().zip(places).enumerate() {
         if i == 0 || rows[i - 1].batch != row.batch {
             let same = rows.iter().filter(|r| r.batch == row.batch).count() as f64;
             let middle = y + (same * BAR + (same - 1.0) * 3.0) / 2.0 + 4.0;
-            svg.text(
-                "name",
-                "end",
-                left - 10.0,
-                middle,
-                &format!("batch {}", row.batch),
-            );
+            svg.text("name", "end", left - 10.0, middle, &format!("batch {}", row.batch));
         }
         let rate = row.tokens_per_second;
         let range = spread(&row.samples);
         let x = scale.at(rate);
         let class = if row.role == "candidate" { "c1" } else { "cx" };
         let detail = range.map_or(String::new(), |(low, high)| {
-            format!(
-                ", {} repetitions {} – {}",
-                row.samples.len(),
-                sig(low, 4),
-                sig(high, 4)
-            )
+            format!(", {} repetitions {} – {}", row.samples.len(), sig(low, 4), sig(high, 4))
         });
-        let title = format!(
-            "{} ({}), {test}, batch {}: {} tokens/s{detail}",
-            row.role,
-            row.model,
-            row.batch,
-            sig(rate, 4)
-        );
+        let title =
+            format!("{} ({}), {test}, batch {}: {} tokens/s{detail}", row.role, row.model, row.batch, sig(rate, 4));
         svg.rect(class, left, y, x - left, BAR, &title);
         let mut end = x;
         if let Some((low, high)) = range {
@@ -125,13 +96,7 @@ fn panel(test: &str, rows: &[&BenchRow]) -> String {
             }
             end = end.max(b);
         }
-        svg.text(
-            "value",
-            "start",
-            end + 6.0,
-            y + BAR / 2.0 + 4.0,
-            &sig(rate, 3),
-        );
+        svg.text("value", "start", end + 6.0, y + BAR / 2.0 + 4.0, &sig(rate, 3));
     }
     svg.finish()
 }

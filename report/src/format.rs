@@ -19,11 +19,7 @@ pub(crate) fn sig(value: f64, digits: usize) -> String {
     let (mantissa, exponent) = rounded.split_once('e').unwrap_or((rounded.as_str(), "0"));
     let exponent: i32 = exponent.parse().unwrap_or(0);
     if !(-4..6).contains(&exponent) {
-        return format!(
-            "{} × 10{}",
-            mantissa.replace('-', "−"),
-            superscript(exponent)
-        );
+        return format!("{} × 10{}", mantissa.replace('-', "−"), superscript(exponent));
     }
     let decimals = usize::try_from(digits as i32 - 1 - exponent).unwrap_or(0);
     let text = format!("{value:.decimals$}");
@@ -79,20 +75,12 @@ pub(crate) fn bytes(value: u64) -> String {
 
 /// A fraction as a percentage with `digits` significant digits.
 pub(crate) fn percent(fraction: f64, digits: usize) -> String {
-    if fraction.is_finite() {
-        format!("{} %", sig(fraction * 100.0, digits))
-    } else {
-        NONE.to_owned()
-    }
+    if fraction.is_finite() { format!("{} %", sig(fraction * 100.0, digits)) } else { NONE.to_owned() }
 }
 
 /// A factor, `2.13×`.
 pub(crate) fn factor(value: f64) -> String {
-    if value.is_finite() {
-        format!("{}×", sig(value, 3))
-    } else {
-        NONE.to_owned()
-    }
+    if value.is_finite() { format!("{}×", sig(value, 3)) } else { NONE.to_owned() }
 }
 
 /// How much smaller `after` is, in words.
@@ -101,11 +89,7 @@ pub(crate) fn shrink(before: u64, after: u64) -> String {
         return NONE.to_owned();
     }
     let ratio = before as f64 / after as f64;
-    if ratio >= 1.0 {
-        format!("{} smaller", factor(ratio))
-    } else {
-        format!("{} larger", factor(1.0 / ratio))
-    }
+    if ratio >= 1.0 { format!("{} smaller", factor(ratio)) } else { format!("{} larger", factor(1.0 / ratio)) }
 }
 
 /// `low – high`.
@@ -120,11 +104,7 @@ pub(crate) fn range(low: f64, high: f64, digits: usize) -> String {
 /// `value [low – high]`.
 pub(crate) fn interval(i: &Interval, digits: usize) -> String {
     if i.low.is_finite() && i.high.is_finite() {
-        format!(
-            "{} [{}]",
-            sig(i.value, digits),
-            range(i.low, i.high, digits)
-        )
+        format!("{} [{}]", sig(i.value, digits), range(i.low, i.high, digits))
     } else {
         sig(i.value, digits)
     }
@@ -158,12 +138,7 @@ pub(crate) fn utc(unix: u64) -> String {
     let day = doy - (153 * mp + 2) / 5 + 1;
     let month = if mp < 10 { mp + 3 } else { mp - 9 };
     let year = yoe + era * 400 + u64::from(month <= 2);
-    format!(
-        "{year:04}-{month:02}-{day:02} {:02}:{:02}:{:02} UTC",
-        rest / 3600,
-        rest % 3600 / 60,
-        rest % 60
-    )
+    format!("{year:04}-{month:02}-{day:02} {:02}:{:02}:{:02} UTC", rest / 3600, rest % 3600 / 60, rest % 60)
 }
 
 /// The first twelve characters of a hash.
@@ -174,11 +149,7 @@ pub(crate) fn short_hash(hash: &str) -> String {
 /// A model's name for headings: the last component of a local path, a hub id as it is.
 pub(crate) fn short_name(name: &str) -> &str {
     if name.starts_with(['/', '.', '~']) {
-        name.trim_end_matches('/')
-            .rsplit('/')
-            .next()
-            .filter(|s| !s.is_empty())
-            .unwrap_or(name)
+        name.trim_end_matches('/').rsplit('/').next().filter(|s| !s.is_empty()).unwrap_or(name)
     } else {
         name
     }

@@ -105,40 +105,25 @@ impl Records {
     pub fn notices(&self) -> Vec<String> {
         let mut out = Vec::new();
         let provenance = self.provenance();
-        let find = |file: &str| {
-            provenance
-                .iter()
-                .find(|(name, _)| *name == file)
-                .map(|(_, p)| *p)
-        };
+        let find = |file: &str| provenance.iter().find(|(name, _)| *name == file).map(|(_, p)| *p);
         let quantized = find("quantize.json");
         if let (Some(plan), Some(quantize)) = (find("plan.json"), quantized)
             && plan.model_sha256 != quantize.model_sha256
         {
-            out.push(
-                "plan.json was made for another model than the one quantize.json is about."
-                    .to_owned(),
-            );
+            out.push("plan.json was made for another model than the one quantize.json is about.".to_owned());
         }
         if let (Some(plan), Some(eval)) = (find("plan.json"), find("eval.json"))
             && quantized.is_none()
-            && eval
-                .reference_sha256
-                .as_ref()
-                .is_some_and(|hash| *hash != plan.model_sha256)
+            && eval.reference_sha256.as_ref().is_some_and(|hash| *hash != plan.model_sha256)
         {
-            out.push(
-                "eval.json compares with another reference than the model in plan.json.".to_owned(),
-            );
+            out.push("eval.json compares with another reference than the model in plan.json.".to_owned());
         }
         for file in ["eval.json", "bench.json"] {
             if let (Some(quantize), Some(other)) = (quantized, find(file))
                 && let Some(reference) = &other.reference_sha256
                 && *reference != quantize.model_sha256
             {
-                out.push(format!(
-                    "{file} compares with another reference than the model that was quantized."
-                ));
+                out.push(format!("{file} compares with another reference than the model that was quantized."));
             }
         }
         out
@@ -148,11 +133,7 @@ impl Records {
     pub fn provenance(&self) -> Vec<(&'static str, &Provenance)> {
         let mut out = Vec::new();
         out.extend(self.plan.as_ref().map(|r| ("plan.json", &r.provenance)));
-        out.extend(
-            self.quantize
-                .as_ref()
-                .map(|r| ("quantize.json", &r.provenance)),
-        );
+        out.extend(self.quantize.as_ref().map(|r| ("quantize.json", &r.provenance)));
         out.extend(self.eval.as_ref().map(|r| ("eval.json", &r.provenance)));
         out.extend(self.bench.as_ref().map(|r| ("bench.json", &r.provenance)));
         out
@@ -169,12 +150,7 @@ fn read<T: DeserializeOwned>(path: PathBuf) -> Result<Option<T>, ReportError> {
         let (line, column, full) = (e.line(), e.column(), e.to_string());
         let place = format!(" at line {line} column {column}");
         let message = full.strip_suffix(&place).unwrap_or(&full).to_owned();
-        ReportError::Json {
-            path,
-            line,
-            column,
-            message,
-        }
+        ReportError::Json { path, line, column, message }
     })
 }
 
@@ -190,9 +166,7 @@ pub fn load(dir: &Path) -> Result<Records, ReportError> {
         bench: read(dir.join("bench.json"))?,
     };
     if records.missing().len() == 4 {
-        return Err(ReportError::NoRecords {
-            dir: dir.to_owned(),
-        });
+        return Err(ReportError::NoRecords { dir: dir.to_owned() });
     }
     records.check()?;
     Ok(records)

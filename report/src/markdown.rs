@@ -19,20 +19,12 @@ pub fn markdown(r: &Records) -> String {
     let mut headline = Table::new(&["Figure", "#Value", "Detail"]);
     for tile in view::tiles(r) {
         let field = |name: &str| tile.get(name).and_then(|v| v.as_str()).unwrap_or_default();
-        headline.row(vec![
-            field("label").into(),
-            field("value").into(),
-            field("detail").into(),
-        ]);
+        headline.row(vec![field("label").into(), field("value").into(), field("detail").into()]);
     }
     out += &headline.markdown();
     if let Some(table) = view::size_table(r) {
         let planned = view::size_source(r).is_some_and(|s| s.3);
-        out += &format!(
-            "\n## Size{}\n\n{}",
-            if planned { " (planned)" } else { "" },
-            table.markdown()
-        );
+        out += &format!("\n## Size{}\n\n{}", if planned { " (planned)" } else { "" }, table.markdown());
         out += "\nTensor data; 1 MB = 10⁶ bytes.\n";
     }
     if let Some(e) = &r.eval {
@@ -56,28 +48,15 @@ pub fn markdown(r: &Records) -> String {
     }
     if let Some(q) = &r.quantize {
         let events: usize = q.layers.iter().map(|l| l.events.len()).sum();
-        let worst = q
-            .layers
-            .iter()
-            .max_by(|a, b| a.relative_error.total_cmp(&b.relative_error));
-        out += &format!(
-            "\n## Layers\n\n{} linears quantized, {events} events.",
-            q.layers.len()
-        );
+        let worst = q.layers.iter().max_by(|a, b| a.relative_error.total_cmp(&b.relative_error));
+        out += &format!("\n## Layers\n\n{} linears quantized, {events} events.", q.layers.len());
         if let Some(l) = worst {
-            out += &format!(
-                " Largest relative error: {} at {}.",
-                f::sig(l.relative_error, 3),
-                code_span(&l.name)
-            );
+            out += &format!(" Largest relative error: {} at {}.", f::sig(l.relative_error, 3), code_span(&l.name));
         }
         out.push('\n');
     }
     if let Some(b) = &r.bench {
-        out += &format!(
-            "\n## Throughput\n\n{}",
-            view_speed::rate_table(b).markdown()
-        );
+        out += &format!("\n## Throughput\n\n{}", view_speed::rate_table(b).markdown());
         out += &format!(
             "\n{}; measured read bandwidth {}. Range: slowest to fastest repetition.\n",
             escape(&view_speed::machine(&b.provenance)),
@@ -89,9 +68,7 @@ pub fn markdown(r: &Records) -> String {
     }
     out += "\n## Provenance\n\n";
     for (file, p) in r.provenance() {
-        let commit = p.commit.as_deref().map_or(String::new(), |c| {
-            format!(" ({})", code_span(&f::short_hash(c)))
-        });
+        let commit = p.commit.as_deref().map_or(String::new(), |c| format!(" ({})", code_span(&f::short_hash(c))));
         out += &format!(
             "- {file}: {}{commit}, {}, model {} {}, seed {}, {}\n",
             escape(&p.tool),

@@ -18,12 +18,7 @@ pub fn html(r: &Records) -> Result<String, ReportError> {
     let mut env = Environment::new();
     env.set_undefined_behavior(UndefinedBehavior::Strict);
     env.set_auto_escape_callback(|_| AutoEscape::Html);
-    env.set_syntax(
-        SyntaxConfig::builder()
-            .trim_blocks(true)
-            .lstrip_blocks(true)
-            .build()?,
-    );
+    env.set_syntax(SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build()?);
     env.add_template("report.html", include_str!("report.html.j2"))?;
     let context = json!({
         "header": view::header(r),
@@ -57,10 +52,7 @@ pub fn json(r: &Records) -> serde_json::Value {
 
 /// Writes `text` to a sibling of `path` and renames it into place.
 fn write_atomic(path: &Path, text: &str) -> Result<(), ReportError> {
-    let name = path
-        .file_name()
-        .map(|n| n.to_string_lossy().into_owned())
-        .unwrap_or_default();
+    let name = path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
     let temporary = path.with_file_name(format!(".{name}.{}.tmp", std::process::id()));
     let attempt = || -> std::io::Result<()> {
         let mut file = File::create(&temporary)?;
@@ -72,10 +64,7 @@ fn write_atomic(path: &Path, text: &str) -> Result<(), ReportError> {
     attempt().map_err(|source| {
         // The first error is the one to tell; a leftover that cannot be removed changes nothing.
         let _ = fs::remove_file(&temporary);
-        ReportError::Io {
-            path: path.to_owned(),
-            source,
-        }
+        ReportError::Io { path: path.to_owned(), source }
     })
 }
 
@@ -86,11 +75,7 @@ pub fn write(dir: &Path) -> Result<Vec<PathBuf>, ReportError> {
     let records = load(dir)?;
     let mut data = format!("{:#}", json(&records));
     data.push('\n');
-    let files = [
-        ("report.html", html(&records)?),
-        ("report.md", markdown(&records)),
-        ("report.json", data),
-    ];
+    let files = [("report.html", html(&records)?), ("report.md", markdown(&records)), ("report.json", data)];
     let mut paths = Vec::with_capacity(files.len());
     for (name, text) in files {
         let path = dir.join(name);

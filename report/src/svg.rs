@@ -26,11 +26,7 @@ pub(crate) fn esc(text: &str) -> String {
 
 /// A coordinate with one decimal; never NaN.
 pub(crate) fn at(v: f64) -> String {
-    if v.is_finite() {
-        format!("{v:.1}")
-    } else {
-        "0".to_owned()
-    }
+    if v.is_finite() { format!("{v:.1}") } else { "0".to_owned() }
 }
 
 /// An SVG under construction.
@@ -42,11 +38,7 @@ pub(crate) struct Svg {
 
 impl Svg {
     pub(crate) fn new(height: f64, label: &str) -> Self {
-        Self {
-            height,
-            label: esc(label),
-            body: String::new(),
-        }
+        Self { height, label: esc(label), body: String::new() }
     }
 
     pub(crate) fn line(&mut self, class: &str, from: (f64, f64), to: (f64, f64)) {
@@ -95,15 +87,8 @@ impl Svg {
     }
 
     pub(crate) fn polyline(&mut self, class: &str, points: &[(f64, f64)]) {
-        let points: Vec<String> = points
-            .iter()
-            .map(|(x, y)| format!("{},{}", at(*x), at(*y)))
-            .collect();
-        let _ = write!(
-            self.body,
-            r#"<polyline class="{class}" points="{}"/>"#,
-            points.join(" ")
-        );
+        let points: Vec<String> = points.iter().map(|(x, y)| format!("{},{}", at(*x), at(*y))).collect();
+        let _ = write!(self.body, r#"<polyline class="{class}" points="{}"/>"#, points.join(" "));
     }
 
     pub(crate) fn mark(&mut self, shape: usize, class: &str, x: f64, y: f64, title: &str) {
@@ -133,10 +118,7 @@ fn mark_path(shape: usize, x: f64, y: f64, r: f64) -> String {
         0 => {
             let (left, d) = (at(x - r), at(2.0 * r));
             let r = at(r);
-            return format!(
-                "M{left} {} a{r} {r} 0 1 0 {d} 0 a{r} {r} 0 1 0 -{d} 0z",
-                at(y)
-            );
+            return format!("M{left} {} a{r} {r} 0 1 0 {d} 0 a{r} {r} 0 1 0 -{d} 0z", at(y));
         }
         1 => &[(-0.9, -0.9), (0.9, -0.9), (0.9, 0.9), (-0.9, 0.9)],
         2 => &[(0.0, -1.3), (1.3, 0.0), (0.0, 1.3), (-1.3, 0.0)],
@@ -145,10 +127,7 @@ fn mark_path(shape: usize, x: f64, y: f64, r: f64) -> String {
         5 => &[(-1.2, 0.0), (0.85, -1.15), (0.85, 1.15)],
         _ => &[(1.2, 0.0), (-0.85, -1.15), (-0.85, 1.15)],
     };
-    let points: Vec<String> = unit
-        .iter()
-        .map(|(dx, dy)| format!("{} {}", at(x + dx * r), at(y + dy * r)))
-        .collect();
+    let points: Vec<String> = unit.iter().map(|(dx, dy)| format!("{} {}", at(x + dx * r), at(y + dy * r))).collect();
     format!("M{}z", points.join("L"))
 }
 
@@ -184,37 +163,16 @@ pub(crate) struct Scale {
 impl Scale {
     /// From zero to the next round number above `max`.
     pub(crate) fn linear(max: f64, start: f64, end: f64) -> Self {
-        let max = if max.is_finite() && max > 0.0 {
-            max
-        } else {
-            1.0
-        };
+        let max = if max.is_finite() && max > 0.0 { max } else { 1.0 };
         let step = nice_step(max);
-        Self {
-            log: false,
-            low: 0.0,
-            high: (max / step - 1e-9).ceil() * step,
-            start,
-            end,
-        }
+        Self { log: false, low: 0.0, high: (max / step - 1e-9).ceil() * step, start, end }
     }
 
     /// Logarithmic over whole thirds of decades (1, 2, 5); both ends positive.
     pub(crate) fn log(min: f64, max: f64, start: f64, end: f64) -> Self {
-        let min = if min.is_finite() && min > 0.0 {
-            min
-        } else {
-            1e-3
-        };
-        let max = if max.is_finite() && max > min {
-            max
-        } else {
-            min * 10.0
-        };
-        let (mut low, mut high) = (
-            10f64.powf(min.log10().floor()),
-            10f64.powf(max.log10().ceil()),
-        );
+        let min = if min.is_finite() && min > 0.0 { min } else { 1e-3 };
+        let max = if max.is_finite() && max > min { max } else { min * 10.0 };
+        let (mut low, mut high) = (10f64.powf(min.log10().floor()), 10f64.powf(max.log10().ceil()));
         for m in [5.0, 2.0] {
             if low * m <= min {
                 low *= m;
@@ -227,13 +185,7 @@ impl Scale {
                 break;
             }
         }
-        Self {
-            log: true,
-            low,
-            high,
-            start,
-            end,
-        }
+        Self { log: true, low, high, start, end }
     }
 
     /// Where `v` is; values outside are moved to the border.
@@ -243,11 +195,7 @@ impl Scale {
         } else {
             (v - self.low) / (self.high - self.low)
         };
-        let part = if part.is_finite() {
-            part.clamp(0.0, 1.0)
-        } else {
-            0.0
-        };
+        let part = if part.is_finite() { part.clamp(0.0, 1.0) } else { 0.0 };
         self.start + part * (self.end - self.start)
     }
 
@@ -256,23 +204,13 @@ impl Scale {
         if !self.log {
             let step = nice_step(self.high);
             let n = (self.high / step).round() as usize;
-            return (0..=n)
-                .map(|i| i as f64 * step)
-                .map(|v| (v, plain(v)))
-                .collect();
+            return (0..=n).map(|i| i as f64 * step).map(|v| (v, plain(v))).collect();
         }
-        let (from, to) = (
-            self.low.log10().floor() as i32,
-            self.high.log10().ceil() as i32,
-        );
+        let (from, to) = (self.low.log10().floor() as i32, self.high.log10().ceil() as i32);
         let dense = to - from <= 3;
         let mut out = Vec::new();
         for e in from..=to {
-            for m in if dense {
-                &[1.0, 2.0, 5.0][..]
-            } else {
-                &[1.0][..]
-            } {
+            for m in if dense { &[1.0, 2.0, 5.0][..] } else { &[1.0][..] } {
                 let v = m * 10f64.powi(e);
                 if v >= self.low * 0.999 && v <= self.high * 1.001 {
                     out.push((v, plain(v)));
@@ -286,14 +224,8 @@ impl Scale {
 /// A tick's label without trailing zeros.
 fn plain(v: f64) -> String {
     let text = sig(v, 3);
-    let (head, tail) = text
-        .split_once(" × ")
-        .map_or((text.as_str(), ""), |(h, t)| (h, t));
-    let head = if head.contains('.') {
-        head.trim_end_matches('0').trim_end_matches('.')
-    } else {
-        head
-    };
+    let (head, tail) = text.split_once(" × ").map_or((text.as_str(), ""), |(h, t)| (h, t));
+    let head = if head.contains('.') { head.trim_end_matches('0').trim_end_matches('.') } else { head };
     match (head, tail) {
         (head, "") => head.to_owned(),
         ("1", tail) => tail.to_owned(),
@@ -323,10 +255,7 @@ mod tests {
     #[test]
     fn scales_are_round_and_finite() {
         let s = Scale::linear(988.0, 0.0, 100.0);
-        assert_eq!(
-            s.ticks().last().map(|t| t.1.clone()),
-            Some("1,000".to_owned())
-        );
+        assert_eq!(s.ticks().last().map(|t| t.1.clone()), Some("1,000".to_owned()));
         assert_eq!(s.at(f64::NAN), 0.0);
         let l = Scale::log(0.0, f64::NAN, 0.0, 100.0);
         assert!(l.at(0.0).is_finite() && l.ticks().len() > 1);

@@ -12,10 +12,7 @@ pub(crate) struct Cell {
 
 impl From<String> for Cell {
     fn from(text: String) -> Self {
-        Self {
-            text,
-            ..Self::default()
-        }
+        Self { text, ..Self::default() }
     }
 }
 
@@ -27,11 +24,7 @@ impl From<&str> for Cell {
 
 /// Text in a fixed-width face, with the full text as a tooltip.
 pub(crate) fn code(text: String, title: &str) -> Cell {
-    Cell {
-        text,
-        title: title.to_owned(),
-        code: true,
-    }
+    Cell { text, title: title.to_owned(), code: true }
 }
 
 #[derive(Clone, Debug, Serialize)]
@@ -54,21 +47,11 @@ impl Table {
         let head = columns
             .iter()
             .map(|c| match c.strip_prefix('#') {
-                Some(text) => Head {
-                    text: text.to_owned(),
-                    num: true,
-                },
-                None => Head {
-                    text: (*c).to_owned(),
-                    num: false,
-                },
+                Some(text) => Head { text: text.to_owned(), num: true },
+                None => Head { text: (*c).to_owned(), num: false },
             })
             .collect();
-        Self {
-            head,
-            rows: Vec::new(),
-            total: false,
-        }
+        Self { head, rows: Vec::new(), total: false }
     }
 
     /// Adds a row.
@@ -86,27 +69,11 @@ impl Table {
     pub(crate) fn markdown(&self) -> String {
         let mut out = String::new();
         let heads: Vec<String> = self.head.iter().map(|h| escape(&h.text)).collect();
-        let marks: Vec<&str> = self
-            .head
-            .iter()
-            .map(|h| if h.num { "---:" } else { "---" })
-            .collect();
-        out.push_str(&format!(
-            "| {} |\n| {} |\n",
-            heads.join(" | "),
-            marks.join(" | ")
-        ));
+        let marks: Vec<&str> = self.head.iter().map(|h| if h.num { "---:" } else { "---" }).collect();
+        out.push_str(&format!("| {} |\n| {} |\n", heads.join(" | "), marks.join(" | ")));
         for row in &self.rows {
-            let cells: Vec<String> = row
-                .iter()
-                .map(|c| {
-                    if c.code {
-                        code_span(&c.text)
-                    } else {
-                        escape(&c.text)
-                    }
-                })
-                .collect();
+            let cells: Vec<String> =
+                row.iter().map(|c| if c.code { code_span(&c.text) } else { escape(&c.text) }).collect();
             out.push_str(&format!("| {} |\n", cells.join(" | ")));
         }
         out
@@ -145,11 +112,7 @@ pub(crate) fn code_span(text: &str) -> String {
             c => c,
         })
         .collect();
-    if safe.trim().is_empty() {
-        String::new()
-    } else {
-        format!("`{safe}`")
-    }
+    if safe.trim().is_empty() { String::new() } else { format!("`{safe}`") }
 }
 
 #[cfg(test)]

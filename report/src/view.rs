@@ -19,24 +19,13 @@ pub(crate) fn size_source(r: &Records) -> Option<(&[ComponentSize], u64, u64, bo
 
 /// The model as it was before quantization.
 pub(crate) fn model(r: &Records) -> String {
-    let first = [
-        r.quantize.as_ref().map(|q| &q.provenance),
-        r.plan.as_ref().map(|p| &p.provenance),
-    ];
-    let measured = [
-        r.eval.as_ref().map(|e| &e.provenance),
-        r.bench.as_ref().map(|b| &b.provenance),
-    ];
+    let first = [r.quantize.as_ref().map(|q| &q.provenance), r.plan.as_ref().map(|p| &p.provenance)];
+    let measured = [r.eval.as_ref().map(|e| &e.provenance), r.bench.as_ref().map(|b| &b.provenance)];
     let name = first
         .into_iter()
         .flatten()
         .map(|p| p.model.as_str())
-        .chain(
-            measured
-                .iter()
-                .flatten()
-                .filter_map(|p| p.reference.as_deref()),
-        )
+        .chain(measured.iter().flatten().filter_map(|p| p.reference.as_deref()))
         .chain(measured.iter().flatten().map(|p| p.model.as_str()))
         .find(|n| !n.is_empty());
     f::short_name(name.unwrap_or("unnamed model")).to_owned()
@@ -61,11 +50,7 @@ pub(crate) fn scheme(r: &Records) -> Vec<String> {
 
 /// Title, scheme and where the checkpoint was measured.
 pub(crate) fn header(r: &Records) -> Value {
-    let measured = r
-        .eval
-        .as_ref()
-        .map(|e| &e.provenance)
-        .or(r.bench.as_ref().map(|b| &b.provenance));
+    let measured = r.eval.as_ref().map(|e| &e.provenance).or(r.bench.as_ref().map(|b| &b.provenance));
     let all = r.provenance();
     let last = all.iter().map(|(_, p)| p).max_by_key(|p| p.unix_time);
     json!({
@@ -80,12 +65,7 @@ pub(crate) fn header(r: &Records) -> Value {
 
 /// The decode speed-up to lead with: the smallest batch of the first `tg` test.
 fn lead(r: &Records) -> Option<&lowbit_bench::record::SpeedUp> {
-    r.bench
-        .as_ref()?
-        .speed_ups
-        .iter()
-        .filter(|s| s.test.starts_with("tg"))
-        .min_by_key(|s| s.batch)
+    r.bench.as_ref()?.speed_ups.iter().filter(|s| s.test.starts_with("tg")).min_by_key(|s| s.batch)
 }
 
 /// The headline figures as numbers.
@@ -119,24 +99,12 @@ pub(crate) fn tiles(r: &Records) -> Vec<Value> {
     let size = match size_source(r) {
         Some((_, before, after, planned)) => {
             let label = if planned { "Size (planned)" } else { "Size" };
-            tile(
-                label,
-                f::shrink(before, after),
-                format!("{} → {}", bytes(before), bytes(after)),
-            )
+            tile(label, f::shrink(before, after), format!("{} → {}", bytes(before), bytes(after)))
         }
-        None => tile(
-            "Size",
-            NONE.to_owned(),
-            "quantize.json is missing".to_owned(),
-        ),
+        None => tile("Size", NONE.to_owned(), "quantize.json is missing".to_owned()),
     };
     let without = |what: &str| {
-        if r.eval.is_none() {
-            "eval.json is missing".to_owned()
-        } else {
-            format!("eval.json has no {what}")
-        }
+        if r.eval.is_none() { "eval.json is missing".to_owned() } else { format!("eval.json has no {what}") }
     };
     let kl = match r.eval.as_ref().and_then(|e| e.kl.as_ref()) {
         Some(k) => tile(
@@ -153,11 +121,7 @@ pub(crate) fn tiles(r: &Records) -> Vec<Value> {
     let perplexity = match r.eval.as_ref().and_then(|e| e.perplexities.first()) {
         Some(p) => {
             let value = match &p.reference {
-                Some(reference) => format!(
-                    "{} → {}",
-                    sig(reference.value, 4),
-                    sig(p.perplexity.value, 4)
-                ),
+                Some(reference) => format!("{} → {}", sig(reference.value, 4), sig(p.perplexity.value, 4)),
                 None => sig(p.perplexity.value, 4),
             };
             let detail = match &p.ratio {
@@ -169,37 +133,23 @@ pub(crate) fn tiles(r: &Records) -> Vec<Value> {
         None => tile("Perplexity", NONE.to_owned(), without("perplexity")),
     };
     let decode = r.bench.as_ref().and_then(|b| {
-        b.rows
-            .iter()
-            .filter(|w| w.role == "candidate" && w.test.starts_with("tg"))
-            .min_by_key(|w| w.batch)
+        b.rows.iter().filter(|w| w.role == "candidate" && w.test.starts_with("tg")).min_by_key(|w| w.batch)
     });
     let speed = match (lead(r), decode) {
         (Some(s), _) => tile(
             "Decode speed-up",
             f::factor(s.ratio),
-            format!(
-                "95 % CI {}, {}, batch {}",
-                f::range(s.low, s.high, 3),
-                s.test,
-                s.batch
-            ),
+            format!("95 % CI {}, {}, batch {}", f::range(s.low, s.high, 3), s.test, s.batch),
         ),
         (None, Some(w)) => tile(
             "Decode speed",
             format!("{} tokens/s", sig(w.tokens_per_second, 3)),
             format!("{}, batch {}, no reference", w.test, w.batch),
         ),
-        (None, None) if r.bench.is_some() => tile(
-            "Decode speed",
-            NONE.to_owned(),
-            "bench.json has no decode test".to_owned(),
-        ),
-        (None, None) => tile(
-            "Decode speed",
-            NONE.to_owned(),
-            "bench.json is missing".to_owned(),
-        ),
+        (None, None) if r.bench.is_some() => {
+            tile("Decode speed", NONE.to_owned(), "bench.json has no decode test".to_owned())
+        }
+        (None, None) => tile("Decode speed", NONE.to_owned(), "bench.json is missing".to_owned()),
     };
     vec![size, kl, perplexity, speed]
 }
@@ -207,38 +157,14 @@ pub(crate) fn tiles(r: &Records) -> Vec<Value> {
 /// Bytes by component.
 pub(crate) fn size_table(r: &Records) -> Option<Table> {
     let (sizes, before, after, _) = size_source(r)?;
-    let mut t = Table::new(&[
-        "Component",
-        "#Before",
-        "#After",
-        "#Before ÷ after",
-        "#Share after",
-    ]);
+    let mut t = Table::new(&["Component", "#Before", "#After", "#Before ÷ after", "#Share after"]);
     let row = |name: &str, b: u64, a: u64| {
-        let ratio = if a == 0 {
-            NONE.to_owned()
-        } else {
-            f::factor(b as f64 / a as f64)
-        };
-        let share = if after == 0 {
-            NONE.to_owned()
-        } else {
-            percent(a as f64 / after as f64, 3)
-        };
-        vec![
-            name.into(),
-            bytes(b).into(),
-            bytes(a).into(),
-            ratio.into(),
-            share.into(),
-        ]
+        let ratio = if a == 0 { NONE.to_owned() } else { f::factor(b as f64 / a as f64) };
+        let share = if after == 0 { NONE.to_owned() } else { percent(a as f64 / after as f64, 3) };
+        vec![name.into(), bytes(b).into(), bytes(a).into(), ratio.into(), share.into()]
     };
     for s in sizes {
-        t.row(row(
-            &s.component.replace('_', " "),
-            s.before_bytes,
-            s.after_bytes,
-        ));
+        t.row(row(&s.component.replace('_', " "), s.before_bytes, s.after_bytes));
     }
     t.total(row("total", before, after));
     Some(t)
@@ -251,10 +177,7 @@ pub(crate) fn size(r: &Records) -> Value {
     };
     let linears = match (&r.quantize, &r.plan) {
         (_, Some(p)) => {
-            format!(
-                "{} linears to quantize, {} kept as they are.",
-                p.quantized_linears, p.kept_linears
-            )
+            format!("{} linears to quantize, {} kept as they are.", p.quantized_linears, p.kept_linears)
         }
         (Some(q), None) => format!("{} linears quantized.", q.layers.len()),
         (None, None) => String::new(),

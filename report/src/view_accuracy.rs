@@ -28,9 +28,7 @@ pub(crate) fn perplexity_table(e: &EvalRecord) -> Option<Table> {
     for p in &e.perplexities {
         t.row(vec![
             p.protocol.as_str().into(),
-            p.reference
-                .map_or(NONE.to_owned(), |i| sig(i.value, 4))
-                .into(),
+            p.reference.map_or(NONE.to_owned(), |i| sig(i.value, 4)).into(),
             interval(&p.perplexity, 4).into(),
             p.ratio.map_or(NONE.to_owned(), |i| interval(&i, 4)).into(),
             count(p.window as u64).into(),
@@ -47,59 +45,20 @@ pub(crate) fn perplexity_table(e: &EvalRecord) -> Option<Table> {
 /// The statistics of the drift.
 pub(crate) fn kl_table(k: &KlRecord) -> Table {
     let mut t = Table::new(&["Statistic", "#Value", "Unit"]);
-    let mut add =
-        |name: &str, value: String, unit: &str| t.row(vec![name.into(), value.into(), unit.into()]);
-    add(
-        "KL mean [95 % CI]",
-        f::interval(
-            &Interval {
-                value: k.mean,
-                ..k.mean_interval
-            },
-            3,
-        ),
-        "nats/token",
-    );
+    let mut add = |name: &str, value: String, unit: &str| t.row(vec![name.into(), value.into(), unit.into()]);
+    add("KL mean [95 % CI]", f::interval(&Interval { value: k.mean, ..k.mean_interval }, 3), "nats/token");
     add("KL median", sig(k.median, 3), "nats/token");
     add("KL 99th percentile", sig(k.p99, 3), "nats/token");
     add("KL largest", sig(k.max, 3), "nats/token");
     add("KL smallest", sig(k.min, 3), "nats/token");
     let top = &k.top1_agreement;
-    let agreement = Interval {
-        value: top.value * 100.0,
-        low: top.low * 100.0,
-        high: top.high * 100.0,
-    };
-    add(
-        "Top-1 agreement [95 % CI]",
-        interval(&agreement, 4),
-        "% of tokens",
-    );
-    add(
-        "Δp of the true token, mean",
-        sig(k.delta_p_mean * 100.0, 3),
-        "percentage points",
-    );
-    add(
-        "Δp of the true token, root mean square",
-        sig(k.delta_p_rms * 100.0, 3),
-        "percentage points",
-    );
-    add(
-        "Correlation of per-token NLL",
-        sig(k.nll_correlation, 4),
-        "",
-    );
-    add(
-        "Perplexity on the same tokens, float",
-        sig(k.reference_perplexity, 4),
-        "",
-    );
-    add(
-        "Perplexity on the same tokens, quantized",
-        sig(k.perplexity, 4),
-        "",
-    );
+    let agreement = Interval { value: top.value * 100.0, low: top.low * 100.0, high: top.high * 100.0 };
+    add("Top-1 agreement [95 % CI]", interval(&agreement, 4), "% of tokens");
+    add("Δp of the true token, mean", sig(k.delta_p_mean * 100.0, 3), "percentage points");
+    add("Δp of the true token, root mean square", sig(k.delta_p_rms * 100.0, 3), "percentage points");
+    add("Correlation of per-token NLL", sig(k.nll_correlation, 4), "");
+    add("Perplexity on the same tokens, float", sig(k.reference_perplexity, 4), "");
+    add("Perplexity on the same tokens, quantized", sig(k.perplexity, 4), "");
     t
 }
 
@@ -155,15 +114,8 @@ pub(crate) fn layers(r: &Records) -> Value {
             sig(l.damp_frac, 3).into(),
         ]);
     }
-    let events: Vec<Value> = q
-        .layers
-        .iter()
-        .flat_map(|l| {
-            l.events
-                .iter()
-                .map(move |e| json!({ "layer": l.name, "event": e }))
-        })
-        .collect();
+    let events: Vec<Value> =
+        q.layers.iter().flat_map(|l| l.events.iter().map(move |e| json!({ "layer": l.name, "event": e }))).collect();
     json!({
         "count": q.layers.len(),
         "seconds": f::seconds(q.seconds),

@@ -16,18 +16,13 @@ fn rate(row: Option<&&BenchRow>) -> String {
         return NONE.to_owned();
     };
     match chart_speed::spread(&row.samples) {
-        Some((low, high)) => format!(
-            "{} ({})",
-            sig(row.tokens_per_second, 3),
-            f::range(low, high, 3)
-        ),
+        Some((low, high)) => format!("{} ({})", sig(row.tokens_per_second, 3), f::range(low, high, 3)),
         None => sig(row.tokens_per_second, 3),
     }
 }
 
 fn roofline(row: Option<&&BenchRow>) -> String {
-    row.and_then(|r| r.roofline_frac)
-        .map_or(NONE.to_owned(), |v| f::percent(v, 3))
+    row.and_then(|r| r.roofline_frac).map_or(NONE.to_owned(), |v| f::percent(v, 3))
 }
 
 /// Rates of both roles for each test and batch.
@@ -45,23 +40,15 @@ pub(crate) fn rate_table(b: &BenchRecord) -> Table {
         let mut batches: Vec<usize> = rows.iter().map(|r| r.batch).collect();
         batches.dedup();
         for batch in batches {
-            let of = |candidate: bool| {
-                rows.iter()
-                    .find(|r| r.batch == batch && (r.role == "candidate") == candidate)
-            };
-            let speed_up = b
-                .speed_ups
-                .iter()
-                .find(|s| s.test == test && s.batch == batch);
+            let of = |candidate: bool| rows.iter().find(|r| r.batch == batch && (r.role == "candidate") == candidate);
+            let speed_up = b.speed_ups.iter().find(|s| s.test == test && s.batch == batch);
             t.row(vec![
                 test.into(),
                 batch.to_string().into(),
                 rate(of(true)).into(),
                 rate(of(false)).into(),
                 speed_up
-                    .map_or(NONE.to_owned(), |s| {
-                        format!("{} [{}]", f::factor(s.ratio), f::range(s.low, s.high, 3))
-                    })
+                    .map_or(NONE.to_owned(), |s| format!("{} [{}]", f::factor(s.ratio), f::range(s.low, s.high, 3)))
                     .into(),
                 roofline(of(true)).into(),
                 roofline(of(false)).into(),
@@ -87,17 +74,9 @@ fn latency_table(b: &BenchRecord) -> Option<Table> {
         "#ITL p99",
     ]);
     for l in &b.latency {
-        let mut row = vec![
-            l.role.as_str().into(),
-            count(l.prompt_tokens as u64).into(),
-            count(l.output_tokens as u64).into(),
-        ];
-        row.extend(
-            l.ttft_ms
-                .iter()
-                .chain(&l.itl_token_ms)
-                .map(|v| sig(*v, 3).into()),
-        );
+        let mut row =
+            vec![l.role.as_str().into(), count(l.prompt_tokens as u64).into(), count(l.output_tokens as u64).into()];
+        row.extend(l.ttft_ms.iter().chain(&l.itl_token_ms).map(|v| sig(*v, 3).into()));
         t.row(row);
     }
     Some(t)
@@ -108,13 +87,7 @@ pub(crate) fn memory_table(b: &BenchRecord) -> Option<Table> {
     if b.memory.is_empty() {
         return None;
     }
-    let mut t = Table::new(&[
-        "Model",
-        "#Weights",
-        "#KV cache, one sequence",
-        "#of tokens",
-        "#Peak resident, process",
-    ]);
+    let mut t = Table::new(&["Model", "#Weights", "#KV cache, one sequence", "#of tokens", "#Peak resident, process"]);
     for m in &b.memory {
         t.row(vec![
             m.role.as_str().into(),
@@ -156,11 +129,7 @@ pub(crate) fn throughput(r: &Records) -> Value {
 pub(crate) fn machine(p: &Provenance) -> String {
     let mut parts = vec![p.device.clone(), p.cpu.clone()];
     parts.extend(p.gpu.clone());
-    parts.push(format!(
-        "{} thread{}",
-        p.threads,
-        if p.threads == 1 { "" } else { "s" }
-    ));
+    parts.push(format!("{} thread{}", p.threads, if p.threads == 1 { "" } else { "s" }));
     parts.push(p.dtype.clone());
     parts.retain(|s| !s.is_empty());
     parts.join(", ")
@@ -183,11 +152,7 @@ fn entries(p: &Provenance) -> Vec<Value> {
     let mut out = vec![
         item("Written", f::utc(p.unix_time), false),
         item("Tool", p.tool.as_str(), false),
-        item(
-            "Commit",
-            p.commit.as_deref().unwrap_or("not recorded"),
-            true,
-        ),
+        item("Commit", p.commit.as_deref().unwrap_or("not recorded"), true),
         item("Command", p.command.as_str(), true),
         item("Model", p.model.as_str(), false),
         item("Model SHA-256", p.model_sha256.as_str(), true),
@@ -216,11 +181,7 @@ pub(crate) fn provenance(r: &Records) -> Vec<Value> {
         let mut entries = entries(p);
         let mut settings = options(&p.options);
         if let (Some(q), "quantize.json") = (&r.quantize, file) {
-            settings.extend(
-                options(&q.options)
-                    .into_iter()
-                    .filter(|o| !options(&p.options).contains(o)),
-            );
+            settings.extend(options(&q.options).into_iter().filter(|o| !options(&p.options).contains(o)));
             match &q.calibration {
                 Some(c) => entries.extend([
                     item("Calibration", c.source.as_str(), false),
@@ -239,33 +200,13 @@ pub(crate) fn provenance(r: &Records) -> Vec<Value> {
                 ]),
                 None => entries.push(item("Calibration", "none", false)),
             }
-            let stages: Vec<String> = q
-                .stage_seconds
-                .iter()
-                .map(|(k, v)| format!("{k} {}", f::seconds(*v)))
-                .collect();
-            let stages = if stages.is_empty() {
-                String::new()
-            } else {
-                format!(" ({})", stages.join(", "))
-            };
-            entries.push(item(
-                "Wall time",
-                format!("{}{stages}", f::seconds(q.seconds)),
-                false,
-            ));
-            entries.push(item(
-                "Peak resident",
-                q.peak_rss_bytes.map_or("not recorded".to_owned(), bytes),
-                false,
-            ));
+            let stages: Vec<String> = q.stage_seconds.iter().map(|(k, v)| format!("{k} {}", f::seconds(*v))).collect();
+            let stages = if stages.is_empty() { String::new() } else { format!(" ({})", stages.join(", ")) };
+            entries.push(item("Wall time", format!("{}{stages}", f::seconds(q.seconds)), false));
+            entries.push(item("Peak resident", q.peak_rss_bytes.map_or("not recorded".to_owned(), bytes), false));
         }
         if let (Some(plan), "plan.json") = (&r.plan, file) {
-            entries.push(item(
-                "Peak memory, estimate",
-                bytes(plan.peak_memory_bytes),
-                false,
-            ));
+            entries.push(item("Peak memory, estimate", bytes(plan.peak_memory_bytes), false));
         }
         out.push(json!({ "file": file, "entries": entries, "options": settings }));
     }

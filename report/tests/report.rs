@@ -49,9 +49,7 @@ fn page_has_the_key_figures() {
 #[test]
 fn page_fetches_nothing() {
     let page = html(&all()).unwrap().replace("&#x2f;", "/");
-    for fetch in [
-        "http://", "https://", "<script", "<img", "@import", "url(", " src=",
-    ] {
+    for fetch in ["http://", "https://", "<script", "<img", "@import", "url(", " src="] {
         assert!(!page.contains(fetch), "{fetch}");
     }
 }
@@ -91,31 +89,16 @@ fn missing_records_are_named() {
     assert!(page.contains("eval.json is missing"));
     assert!(markdown(&Records::default()).contains("Missing here"));
     for r in [
-        Records {
-            plan: Some(plan()),
-            ..Default::default()
-        },
-        Records {
-            quantize: Some(quantize()),
-            ..Default::default()
-        },
-        Records {
-            eval: Some(eval()),
-            ..Default::default()
-        },
-        Records {
-            bench: Some(bench()),
-            ..Default::default()
-        },
+        Records { plan: Some(plan()), ..Default::default() },
+        Records { quantize: Some(quantize()), ..Default::default() },
+        Records { eval: Some(eval()), ..Default::default() },
+        Records { bench: Some(bench()), ..Default::default() },
     ] {
         let page = html(&r).unwrap();
         assert!(page.contains("Missing here") && !page.contains("NaN"));
         assert_eq!(json(&r)["missing"].as_array().map(Vec::len), Some(3));
     }
-    let planned = Records {
-        plan: Some(plan()),
-        ..Default::default()
-    };
+    let planned = Records { plan: Some(plan()), ..Default::default() };
     assert!(html(&planned).unwrap().contains("Size (planned)"));
 }
 
@@ -149,11 +132,7 @@ fn other_reference_is_a_notice() {
     if let Some(e) = &mut r.eval {
         e.provenance.reference_sha256 = Some("f".repeat(64));
     }
-    assert!(
-        html(&r)
-            .unwrap()
-            .contains("eval.json compares with another reference")
-    );
+    assert!(html(&r).unwrap().contains("eval.json compares with another reference"));
 }
 
 #[test]
@@ -161,37 +140,22 @@ fn directory_round_trip() {
     let dir = tempfile::tempdir().unwrap();
     let at = dir.path();
     assert!(matches!(load(at), Err(ReportError::NoRecords { .. })));
-    put(
-        at,
-        "quantize.json",
-        serde_json::to_vec(&quantize()).unwrap(),
-    );
+    put(at, "quantize.json", serde_json::to_vec(&quantize()).unwrap());
     put(at, "eval.json", serde_json::to_vec(&eval()).unwrap());
     put(at, "bench.json", serde_json::to_vec(&bench()).unwrap());
     let written = write(at).unwrap();
-    assert_eq!(
-        written,
-        ["report.html", "report.md", "report.json"].map(|n| at.join(n))
-    );
+    assert_eq!(written, ["report.html", "report.md", "report.json"].map(|n| at.join(n)));
     assert_eq!(fs::read_dir(at).unwrap().count(), 6);
-    let data: serde_json::Value =
-        serde_json::from_slice(&fs::read(at.join("report.json")).unwrap()).unwrap();
+    let data: serde_json::Value = serde_json::from_slice(&fs::read(at.join("report.json")).unwrap()).unwrap();
     assert_eq!(data["missing"], value!(["plan.json"]));
     assert_eq!(data["headline"]["decode_speed_up"]["batch"], 1);
-    assert!(
-        fs::read_to_string(at.join("report.md"))
-            .unwrap()
-            .contains("| total | 993 MB | 466 MB | 2.13× |")
-    );
+    assert!(fs::read_to_string(at.join("report.md")).unwrap().contains("| total | 993 MB | 466 MB | 2.13× |"));
 
     let mut other = bench();
     other.provenance.model_sha256 = "e".repeat(64);
     put(at, "bench.json", serde_json::to_vec(&other).unwrap());
     let text = load(at).unwrap_err().to_string();
-    assert!(
-        text.contains(&"b".repeat(64)) && text.contains(&"e".repeat(64)),
-        "{text}"
-    );
+    assert!(text.contains(&"b".repeat(64)) && text.contains(&"e".repeat(64)), "{text}");
 
     put(at, "bench.json", "{\n  \"schema\": 1,\n  oops\n}");
     let text = load(at).unwrap_err().to_string();

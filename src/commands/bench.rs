@@ -36,14 +36,20 @@ pub fn bench(ctx: &Context, args: &BenchArgs) -> Result<()> {
 }
 
 /// Loads both models and measures.
-pub fn measure(ctx: &Context, candidate: &Located, reference: Option<&Located>, options: &BenchOptions) -> Result<BenchRecord> {
+pub fn measure(
+    ctx: &Context,
+    candidate: &Located,
+    reference: Option<&Located>,
+    options: &BenchOptions,
+) -> Result<BenchRecord> {
     let (_, model) = candidate.load(ctx)?;
     let other = reference.map(|r| r.load(ctx)).transpose()?;
     ctx.progress.stage("bench", 0);
     ctx.progress.detail("memory bandwidth");
     let bandwidth = read_bandwidth(ctx.threads);
     let pair = reference.zip(other.as_ref()).map(|(r, l)| (r.name.as_str(), &l.1));
-    let out = lowbit_bench::run((&candidate.name, &model), pair, options, bandwidth, &|text| ctx.progress.detail(text))?;
+    let out =
+        lowbit_bench::run((&candidate.name, &model), pair, options, bandwidth, &|text| ctx.progress.detail(text))?;
     ctx.progress.clear();
     ctx.check_stop()?;
     let mut map = BTreeMap::new();

@@ -57,7 +57,11 @@ fn repack(ctx: &Context, ckpt: &Checkpoint, args: &ConvertArgs) -> Result<()> {
     }
     let items = collect(ckpt, target)?;
     let packed_prefixes: Vec<String> = items.iter().map(|i| format!("{}.", i.module)).collect();
-    let of_packed = |name: &str| packed_prefixes.iter().any(|p| name.strip_prefix(p.as_str()).is_some_and(|rest| rest != "bias" && !rest.contains('.')));
+    let of_packed = |name: &str| {
+        packed_prefixes
+            .iter()
+            .any(|p| name.strip_prefix(p.as_str()).is_some_and(|rest| rest != "bias" && !rest.contains('.')))
+    };
     let mut declared: Vec<Declared> = items.iter().flat_map(|i| i.declared.clone()).collect();
     let copies: Vec<String> = ckpt.store.iter().map(|(n, _)| n.to_string()).filter(|n| !of_packed(n)).collect();
     for name in &copies {
@@ -76,15 +80,26 @@ fn repack(ctx: &Context, ckpt: &Checkpoint, args: &ConvertArgs) -> Result<()> {
         let matrix = linear::unpack(&p)?;
         match target {
             None => {
-                let bytes: Vec<u8> = matrix.dequantize()?.iter().flat_map(|w| half::bf16::from_f32(*w).to_le_bytes()).collect();
+                let bytes: Vec<u8> =
+                    matrix.dequantize()?.iter().flat_map(|w| half::bf16::from_f32(*w).to_le_bytes()).collect();
                 writer.write(&format!("{}.weight", item.module), &bytes)?;
             }
             Some(format) => {
-                if format != PackFormat::CompressedTensors && matrix.scales.iter().any(|s| half::f16::from_f32(*s).to_f32() != *s) {
-                    bail!("`{}` has scales that f16 does not hold exactly: the GPTQ format would change the weights\nhint: quantize the original with --format gptq", item.module);
+                if format != PackFormat::CompressedTensors
+                    && matrix.scales.iter().any(|s| half::f16::from_f32(*s).to_f32() != *s)
+                {
+                    bail!(
+                        "`{}` has scales that f16 does not hold exactly: the GPTQ format would change the weights\nhint: quantize the original with --format gptq",
+                        item.module
+                    );
                 }
-                if format == PackFormat::CompressedTensors && matrix.scales.iter().any(|s| half::bf16::from_f32(*s).to_f32() != *s) {
-                    bail!("`{}` has f16 scales that bf16 does not hold exactly: compressed-tensors would change the weights\nhint: quantize the original again", item.module);
+                if format == PackFormat::CompressedTensors
+                    && matrix.scales.iter().any(|s| half::bf16::from_f32(*s).to_f32() != *s)
+                {
+                    bail!(
+                        "`{}` has f16 scales that bf16 does not hold exactly: compressed-tensors would change the weights\nhint: quantize the original again",
+                        item.module
+                    );
                 }
                 for (d, bytes) in item.declared.iter().zip(linear::encode(&matrix, format)?) {
                     writer.write(&d.name, &bytes)?;
@@ -101,11 +116,21 @@ fn repack(ctx: &Context, ckpt: &Checkpoint, args: &ConvertArgs) -> Result<()> {
         let written = match target {
             None => None,
             Some(PackFormat::CompressedTensors) => {
-                let groups: Vec<WrittenGroup<'_>> =
-                    q.groups.iter().map(|g| WrittenGroup { scheme: g.scheme, targets: vec!["Linear".into()], observer: "memoryless_minmax", static_act_order: false }).collect();
+                let groups: Vec<WrittenGroup<'_>> = q
+                    .groups
+                    .iter()
+                    .map(|g| WrittenGroup {
+                        scheme: g.scheme,
+                        targets: vec!["Linear".into()],
+                        observer: "memoryless_minmax",
+                        static_act_order: false,
+                    })
+                    .collect();
                 Some(write_compressed_tensors(&groups, &["lm_head".to_string()]))
             }
-            Some(_) => items.first().map(|i| write_gptq(i.scheme, 0.01, items.iter().any(|i| i.module.ends_with("lm_head")))),
+            Some(_) => {
+                items.first().map(|i| write_gptq(i.scheme, 0.01, items.iter().any(|i| i.module.ends_with("lm_head"))))
+            }
         };
         if let Some(w) = written {
             if target != Some(PackFormat::CompressedTensors) {
@@ -124,7 +149,11 @@ fn collect(ckpt: &Checkpoint, target: Option<PackFormat>) -> Result<Vec<Item>> {
     let prefix = decoder::prefix(ckpt)?;
     let mut modules: Vec<(String, usize, usize)> = Vec::new();
     for i in 0..c.num_layers {
-        modules.extend(linear_shapes(c).iter().map(|s| (format!("{prefix}.layers.{i}.{}", s.suffix), s.out_features, s.in_features)));
+        modules.extend(
+            linear_shapes(c)
+                .iter()
+                .map(|s| (format!("{prefix}.layers.{i}.{}", s.suffix), s.out_features, s.in_features)),
+        );
     }
     modules.push((format!("{prefix}.embed_tokens"), c.vocab_size, c.hidden_size));
     if ckpt.has_weight("lm_head") {
@@ -134,7 +163,9 @@ fn collect(ckpt: &Checkpoint, target: Option<PackFormat>) -> Result<Vec<Item>> {
     for (module, out, n) in modules {
         let HostWeight::Packed(p) = ckpt.linear(&module, out, n)? else { continue };
         if target.is_some() && p.group_index.is_some() {
-            bail!("`{module}` has an unsorted g_idx: its columns cannot be carried into the other format losslessly\nhint: --format bf16");
+            bail!(
+                "`{module}` has an unsorted g_idx: its columns cannot be carried into the other format losslessly\nhint: --format bf16"
+            );
         }
         let declared = match target {
             None => vec![Declared { name: format!("{module}.weight"), dtype: Dtype::BF16, shape: vec![out, n] }],

@@ -61,7 +61,12 @@ pub fn refuse_existing(path: Option<&PathBuf>, force: bool) -> Result<()> {
 }
 
 /// Loads both models and scores.
-pub fn evaluate(ctx: &Context, candidate: &Located, reference: Option<&Located>, request: &Request) -> Result<EvalRecord> {
+pub fn evaluate(
+    ctx: &Context,
+    candidate: &Located,
+    reference: Option<&Located>,
+    request: &Request,
+) -> Result<EvalRecord> {
     let start = Instant::now();
     let (_, model) = candidate.load(ctx)?;
     let loaded = reference.map(|r| r.load(ctx)).transpose()?;
@@ -69,8 +74,14 @@ pub fn evaluate(ctx: &Context, candidate: &Located, reference: Option<&Located>,
     let tokenizer = Tokenizer::load(&candidate.dir)?;
     if let Some(r) = reference {
         let theirs = Tokenizer::load(&r.dir)?;
-        if model.config().vocab_size != loaded.as_ref().map_or(0, |l| l.0.config.vocab_size) || theirs.vocab_size() != tokenizer.vocab_size() {
-            bail!("{} and {} have different vocabularies: their distributions cannot be compared", candidate.name, r.name);
+        if model.config().vocab_size != loaded.as_ref().map_or(0, |l| l.0.config.vocab_size)
+            || theirs.vocab_size() != tokenizer.vocab_size()
+        {
+            bail!(
+                "{} and {} have different vocabularies: their distributions cannot be compared",
+                candidate.name,
+                r.name
+            );
         }
     }
     let report = |done: usize, total: usize, stage: &str| {
@@ -86,9 +97,12 @@ pub fn evaluate(ctx: &Context, candidate: &Located, reference: Option<&Located>,
             ctx.check_stop()?;
             let protocol: Protocol = name.parse()?;
             let positions = model.max_positions().min(other.map_or(usize::MAX, Scorer::max_positions));
-            let setup = Setup { max_positions: positions, eos: tokenizer.eos_ids().first().copied(), limit: request.limit };
+            let setup =
+                Setup { max_positions: positions, eos: tokenizer.eos_ids().first().copied(), limit: request.limit };
             let plan = protocol.plan(source, &tokenizer, &setup)?;
-            perplexities.push(evaluate_perplexity(&model, other.map(|m| m as &dyn Scorer), &plan, source, &|d, t| report(d, t, "perplexity"))?);
+            perplexities.push(evaluate_perplexity(&model, other.map(|m| m as &dyn Scorer), &plan, source, &|d, t| {
+                report(d, t, "perplexity")
+            })?);
         }
     }
     let kl = match (&request.kl, other) {

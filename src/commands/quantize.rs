@@ -80,7 +80,14 @@ pub fn plan(ctx: &Context, args: &PlanArgs) -> Result<()> {
 }
 
 /// Plan with provenance.
-pub fn make_plan(ctx: &Context, located: &Located, ckpt: &Checkpoint, options: &QuantizeOptions, q: &QuantOptions, output: Option<&Path>) -> Result<Plan> {
+pub fn make_plan(
+    ctx: &Context,
+    located: &Located,
+    ckpt: &Checkpoint,
+    options: &QuantizeOptions,
+    q: &QuantOptions,
+    output: Option<&Path>,
+) -> Result<Plan> {
     let tokens = if options.method == Method::Gptq { q.samples.saturating_mul(q.seq_len) } else { 0 };
     let mut made = plan::make(ckpt, options, output, tokens)?;
     made.record.provenance = provenance::gather(ctx, located, None, q.seed.unwrap_or(0), option_map(options, q))?;
@@ -92,8 +99,20 @@ pub fn describe(p: &PlanRecord) -> String {
     let rows: Vec<Vec<String>> = p
         .sizes
         .iter()
-        .map(|s| vec![s.component.clone(), megabytes(s.before_bytes), megabytes(s.after_bytes), ratio(s.before_bytes, s.after_bytes)])
-        .chain([vec!["total".into(), megabytes(p.before_bytes), megabytes(p.after_bytes), ratio(p.before_bytes, p.after_bytes)]])
+        .map(|s| {
+            vec![
+                s.component.clone(),
+                megabytes(s.before_bytes),
+                megabytes(s.after_bytes),
+                ratio(s.before_bytes, s.after_bytes),
+            ]
+        })
+        .chain([vec![
+            "total".into(),
+            megabytes(p.before_bytes),
+            megabytes(p.after_bytes),
+            ratio(p.before_bytes, p.after_bytes),
+        ]])
         .collect();
     format!(
         "{} linears to quantize, {} ignored; peak memory about {}\n\n{}",
@@ -134,10 +153,26 @@ pub fn refuse_same(input: &Path, output: &Path) -> Result<()> {
 }
 
 /// Calibrates, solves and writes the checkpoint.
-pub fn execute(ctx: &Context, ckpt: &Checkpoint, made: &Plan, q: &QuantOptions, output: &Path, force: bool) -> Result<QuantizeRecord> {
+pub fn execute(
+    ctx: &Context,
+    ckpt: &Checkpoint,
+    made: &Plan,
+    q: &QuantOptions,
+    output: &Path,
+    force: bool,
+) -> Result<QuantizeRecord> {
     let start = Instant::now();
     let windows = if made.options.method == Method::Gptq { Some(calibration_windows(ctx, ckpt, q)?) } else { None };
-    let outcome = lowbit_quantize::quantize(ckpt, ctx.backend.as_ref(), made, windows.as_ref(), output, force, &ctx.progress, &ctx.stop)?;
+    let outcome = lowbit_quantize::quantize(
+        ckpt,
+        ctx.backend.as_ref(),
+        made,
+        windows.as_ref(),
+        output,
+        force,
+        &ctx.progress,
+        &ctx.stop,
+    )?;
     ctx.progress.clear();
     for l in &outcome.layers {
         for event in &l.events {
@@ -186,7 +221,9 @@ pub fn summary(r: &QuantizeRecord) -> String {
 
 fn calibration_windows(ctx: &Context, ckpt: &Checkpoint, q: &QuantOptions) -> Result<Windows> {
     let Some(given) = q.calib.as_deref() else {
-        bail!("method gptq needs calibration data\nhint: give --calib FILE (.txt, .jsonl, .parquet), a hub data set, or `self`; or choose --method rtn");
+        bail!(
+            "method gptq needs calibration data\nhint: give --calib FILE (.txt, .jsonl, .parquet), a hub data set, or `self`; or choose --method rtn"
+        );
     };
     let order = q.seed.map_or(WindowOrder::Packed, WindowOrder::Random);
     let path = match Source::parse(given)? {
@@ -212,7 +249,12 @@ fn self_generated(ctx: &Context, ckpt: &Checkpoint, q: &QuantOptions) -> Result<
     for i in 0..q.samples {
         ctx.check_stop()?;
         let mut window = vec![first];
-        let o = GenerateOptions { max_new_tokens: q.seq_len - 1, temperature: 1.0, seed: seed.wrapping_add(i as u64), ..GenerateOptions::default() };
+        let o = GenerateOptions {
+            max_new_tokens: q.seq_len - 1,
+            temperature: 1.0,
+            seed: seed.wrapping_add(i as u64),
+            ..GenerateOptions::default()
+        };
         window.extend(lowbit_model::generate(&model, &[first], &o, &mut |_| true)?.tokens);
         tokens.push(window);
         ctx.progress.advance(1);

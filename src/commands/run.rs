@@ -37,7 +37,10 @@ pub fn run(ctx: &Context, args: &RunArgs) -> Result<()> {
     quantize::refuse_same(&located.dir, &model_dir)?;
     let made = quantize::make_plan(ctx, &located, &ckpt, &options, &q, Some(&model_dir))?;
     let old_plan: Option<PlanRecord> = read(&dir.join("plan.json"));
-    let same = old_plan.as_ref().is_some_and(|p| p.provenance.model_sha256 == made.record.provenance.model_sha256 && p.provenance.options == made.record.provenance.options);
+    let same = old_plan.as_ref().is_some_and(|p| {
+        p.provenance.model_sha256 == made.record.provenance.model_sha256
+            && p.provenance.options == made.record.provenance.options
+    });
     let occupied = dir.exists() && std::fs::read_dir(dir).is_ok_and(|mut d| d.next().is_some());
     if occupied && !same && !args.force {
         bail!(
@@ -58,7 +61,8 @@ pub fn run(ctx: &Context, args: &RunArgs) -> Result<()> {
     }
     write_atomic(&dir.join("plan.json"), &serde_json::to_vec_pretty(&made.record)?)?;
 
-    let done: Option<QuantizeRecord> = if resume && model_dir.exists() { read(&dir.join("quantize.json")) } else { None };
+    let done: Option<QuantizeRecord> =
+        if resume && model_dir.exists() { read(&dir.join("quantize.json")) } else { None };
     let record = match done {
         Some(r) => {
             ctx.say("quantize: done before");
@@ -73,7 +77,10 @@ pub fn run(ctx: &Context, args: &RunArgs) -> Result<()> {
     ctx.say(quantize::summary(&record));
     let quantized = Located { name: model_dir.display().to_string(), dir: model_dir.clone() };
     let verified = verify::verify(&quantized.open()?, Some(&record), Some(&ckpt))?;
-    ctx.say(format!("verify: {} packed linears, {} tensors bit for bit the original's", verified.packed_linears, verified.compared_with_original));
+    ctx.say(format!(
+        "verify: {} packed linears, {} tensors bit for bit the original's",
+        verified.packed_linears, verified.compared_with_original
+    ));
     drop(ckpt);
     let sha = model_sha256(&model_dir)?;
 
@@ -83,17 +90,28 @@ pub fn run(ctx: &Context, args: &RunArgs) -> Result<()> {
         if old.is_some_and(|b| b.provenance.model_sha256 == sha) {
             ctx.say("bench: done before");
         } else {
-            let bench_options = BenchOptions { repetitions: args.repetitions, threads: ctx.threads, ..BenchOptions::default() };
+            let bench_options =
+                BenchOptions { repetitions: args.repetitions, threads: ctx.threads, ..BenchOptions::default() };
             let b = bench::measure(ctx, &quantized, Some(&located), &bench_options)?;
             write_atomic(&dir.join("bench.json"), &serde_json::to_vec_pretty(&b)?)?;
             ctx.say(bench::summary(&b));
         }
     }
     let written = lowbit_report::write(dir)?;
-    ctx.print(&serde_json::json!({"output": dir, "written": written}), || format!("report: {}", dir.join("report.html").display()))
+    ctx.print(&serde_json::json!({"output": dir, "written": written}), || {
+        format!("report: {}", dir.join("report.html").display())
+    })
 }
 
-fn evaluate(ctx: &Context, args: &RunArgs, original: &Located, quantized: &Located, sha: &str, demo: bool, resume: bool) -> Result<()> {
+fn evaluate(
+    ctx: &Context,
+    args: &RunArgs,
+    original: &Located,
+    quantized: &Located,
+    sha: &str,
+    demo: bool,
+    resume: bool,
+) -> Result<()> {
     let path = args.output.join("eval.json");
     let old: Option<EvalRecord> = if resume { read(&path) } else { None };
     if old.is_some_and(|e| e.provenance.model_sha256 == sha) {
@@ -110,7 +128,11 @@ fn evaluate(ctx: &Context, args: &RunArgs, original: &Located, quantized: &Locat
     };
     let protocol = args.protocol.clone().unwrap_or_else(|| if demo { "gptq-512".into() } else { "gptq-2048".into() });
     let kl = KlOptions { window: if demo { 512 } else { 1024 }, limit: Some(args.kl_windows) };
-    let request = eval::Request { perplexity: Some((source.clone(), vec![protocol])), kl: Some((source, kl)), limit: Some(args.limit) };
+    let request = eval::Request {
+        perplexity: Some((source.clone(), vec![protocol])),
+        kl: Some((source, kl)),
+        limit: Some(args.limit),
+    };
     let record = eval::evaluate(ctx, quantized, Some(original), &request)?;
     write_atomic(&path, &serde_json::to_vec_pretty(&record)?)?;
     ctx.say(eval::summary(&record));

@@ -15,7 +15,10 @@ pub fn verify(ctx: &Context, args: &VerifyArgs) -> Result<()> {
     // Beside the checkpoint (`quantize`) or one level up (`run`).
     let places = [located.dir.join("quantize.json"), located.dir.join("../quantize.json")];
     let record: Option<QuantizeRecord> = match places.iter().find(|p| p.exists()) {
-        Some(p) => Some(serde_json::from_slice(&std::fs::read(p)?).with_context(|| format!("{}: not a quantize record", p.display()))?),
+        Some(p) => Some(
+            serde_json::from_slice(&std::fs::read(p)?)
+                .with_context(|| format!("{}: not a quantize record", p.display()))?,
+        ),
         None => None,
     };
     let original = args.original.as_deref().map(|o| models::locate(ctx, o)?.open()).transpose()?;

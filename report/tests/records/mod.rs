@@ -5,9 +5,7 @@ use std::collections::BTreeMap;
 use lowbit_bench::record::{BenchRecord, BenchRow, LatencyRow, MemoryRow, SpeedUp};
 use lowbit_checkpoint::provenance::Provenance;
 use lowbit_eval::record::{EvalRecord, Interval, KlRecord, PerplexityRecord};
-use lowbit_quantize::record::{
-    CalibrationRecord, ComponentSize, LayerRecord, PlanRecord, QuantizeRecord,
-};
+use lowbit_quantize::record::{CalibrationRecord, ComponentSize, LayerRecord, PlanRecord, QuantizeRecord};
 use lowbit_report::Records;
 use serde_json::json as value;
 
@@ -27,39 +25,20 @@ fn provenance(command: &str, model: &str, hash: char) -> Provenance {
         threads: 2,
         dtype: "f32".into(),
         seed: 7,
-        options: BTreeMap::from([
-            ("group_size".into(), value!(128)),
-            ("scheme".into(), value!("w4a16-g128")),
-        ]),
+        options: BTreeMap::from([("group_size".into(), value!(128)), ("scheme".into(), value!("w4a16-g128"))]),
     }
 }
 
 fn size(component: &str, before: u64, after: u64) -> ComponentSize {
-    ComponentSize {
-        component: component.into(),
-        before_bytes: before,
-        after_bytes: after,
-    }
+    ComponentSize { component: component.into(), before_bytes: before, after_bytes: after }
 }
 
 fn interval(value: f64, by: f64) -> Interval {
-    Interval {
-        value,
-        low: value - by,
-        high: value + by,
-    }
+    Interval { value, low: value - by, high: value + by }
 }
 
 pub fn quantize() -> QuantizeRecord {
-    let kinds = [
-        "q_proj",
-        "k_proj",
-        "v_proj",
-        "o_proj",
-        "gate_proj",
-        "up_proj",
-        "down_proj",
-    ];
+    let kinds = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
     let mut layers = Vec::new();
     for block in 0..24 {
         for (k, kind) in kinds.iter().enumerate() {
@@ -93,10 +72,7 @@ pub fn quantize() -> QuantizeRecord {
         scheme: "w4a16-g128-asym".into(),
         method: "gptq".into(),
         format: "compressed-tensors".into(),
-        options: BTreeMap::from([
-            ("damp".into(), value!(0.01)),
-            ("act_order".into(), value!(true)),
-        ]),
+        options: BTreeMap::from([("damp".into(), value!(0.01)), ("act_order".into(), value!(true))]),
         calibration: Some(CalibrationRecord {
             source: "c4-validation.txt".into(),
             windows_sha256: "c".repeat(64),
@@ -136,12 +112,8 @@ pub fn plan() -> PlanRecord {
 }
 
 pub fn eval() -> EvalRecord {
-    let labels = [
-        "0.1", "1", "5", "10", "25", "50", "75", "90", "95", "99", "99.9",
-    ];
-    let values = [
-        1e-7, 4e-6, 8e-5, 3e-4, 0.0016, 0.0071, 0.021, 0.052, 0.089, 0.24, 0.77,
-    ];
+    let labels = ["0.1", "1", "5", "10", "25", "50", "75", "90", "95", "99", "99.9"];
+    let values = [1e-7, 4e-6, 8e-5, 3e-4, 0.0016, 0.0071, 0.021, 0.052, 0.089, 0.24, 0.77];
     let row = |protocol: &str, window, a: f64, b: f64| PerplexityRecord {
         protocol: protocol.into(),
         source: "/data/wikitext-2-raw/wiki.test.raw".into(),
@@ -160,10 +132,7 @@ pub fn eval() -> EvalRecord {
         schema: 1,
         provenance: provenance("eval", "./out/qwen2.5-0.5b-w4a16", 'b'),
         perplexity: Some(13.71),
-        perplexities: vec![
-            row("gptq-2048", 2048, 13.07, 13.71),
-            row("llama.cpp-512", 512, 16.92, 17.85),
-        ],
+        perplexities: vec![row("gptq-2048", 2048, 13.07, 13.71), row("llama.cpp-512", 512, 16.92, 17.85)],
         kl: Some(KlRecord {
             source: "/data/wikitext-2-raw/wiki.test.raw".into(),
             source_sha256: "d".repeat(64),
@@ -180,11 +149,7 @@ pub fn eval() -> EvalRecord {
             top1_agreement: interval(0.9312, 0.0041),
             delta_p_mean: -0.0051,
             delta_p_rms: 0.0412,
-            delta_p_percentiles: labels
-                .iter()
-                .map(|l| (*l).to_owned())
-                .zip(values.map(|v| v - 0.01))
-                .collect(),
+            delta_p_percentiles: labels.iter().map(|l| (*l).to_owned()).zip(values.map(|v| v - 0.01)).collect(),
             nll_correlation: 0.9981,
             perplexity: 17.85,
             reference_perplexity: 16.92,
@@ -196,11 +161,7 @@ pub fn eval() -> EvalRecord {
 
 pub fn bench() -> BenchRecord {
     let mut rows = Vec::new();
-    for (test, batch, fast, slow) in [
-        ("pp512", 1, 312.4, 298.1),
-        ("tg128", 1, 41.6, 19.5),
-        ("tg128", 4, 98.2, 61.0),
-    ] {
+    for (test, batch, fast, slow) in [("pp512", 1, 312.4, 298.1), ("tg128", 1, 41.6, 19.5), ("tg128", 4, 98.2, 61.0)] {
         for (role, rate) in [("candidate", fast), ("reference", slow)] {
             rows.push(BenchRow {
                 role: role.into(),
@@ -228,11 +189,7 @@ pub fn bench() -> BenchRecord {
         provenance: provenance("bench", "./out/qwen2.5-0.5b-w4a16", 'b'),
         bandwidth_bytes_per_second: 21.3e9,
         rows,
-        speed_ups: vec![
-            up("pp512", 1, 1.048),
-            up("tg128", 4, 1.61),
-            up("tg128", 1, 2.133),
-        ],
+        speed_ups: vec![up("pp512", 1, 1.048), up("tg128", 4, 1.61), up("tg128", 1, 2.133)],
         latency: both
             .map(|role| LatencyRow {
                 role: role.into(),
@@ -255,10 +212,5 @@ pub fn bench() -> BenchRecord {
 }
 
 pub fn all() -> Records {
-    Records {
-        plan: Some(plan()),
-        quantize: Some(quantize()),
-        eval: Some(eval()),
-        bench: Some(bench()),
-    }
+    Records { plan: Some(plan()), quantize: Some(quantize()), eval: Some(eval()), bench: Some(bench()) }
 }
