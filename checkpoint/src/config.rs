@@ -177,10 +177,10 @@ pub fn parse(path: &Path, root: &Value) -> Result<ModelConfig> {
         None if gemma => 256,
         None => hidden_size / num_heads,
     };
-    if num_kv_heads == 0 || num_heads % num_kv_heads != 0 {
+    if num_kv_heads == 0 || !num_heads.is_multiple_of(num_kv_heads) {
         return Err(bad(format!("{num_heads} attention heads are not a multiple of {num_kv_heads} key/value heads")));
     }
-    if head_dim == 0 || head_dim % 2 != 0 {
+    if head_dim == 0 || !head_dim.is_multiple_of(2) {
         return Err(bad(format!("`head_dim` {head_dim} is not an even positive number")));
     }
     let num_layers = need("num_hidden_layers")?;
@@ -277,7 +277,7 @@ fn layer_slides(
             .collect();
     }
     Ok(match family {
-        "gemma3_text" => (0..layers).map(|i| (i + 1) % pattern.unwrap_or(6) != 0).collect(),
+        "gemma3_text" => (0..layers).map(|i| !(i + 1).is_multiple_of(pattern.unwrap_or(6))).collect(),
         "qwen2" | "qwen3" => (0..layers).map(|i| i >= max_window_layers.unwrap_or(28)).collect(),
         _ => vec![true; layers],
     })

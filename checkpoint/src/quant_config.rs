@@ -241,15 +241,27 @@ pub fn write_compressed_tensors(groups: &[WrittenGroup<'_>], ignore: &[String]) 
     })
 }
 
-/// The `quantization_config` of a GPTQ v1 checkpoint (also written as `quantize_config.json`).
-pub fn write_gptq(scheme: Scheme, damp_frac: f64, lm_head: bool) -> Value {
+/// The `quantization_config` of a GPTQ v1 checkpoint (also written as `quantize_config.json`). Modules left alone are
+/// `-:` rules of `dynamic`; `damp_frac` is `None` for weights rounded without data.
+pub fn write_gptq(scheme: Scheme, damp_frac: Option<f64>, lm_head: bool, ignore: &[String]) -> Value {
     let group = match scheme.group {
         GroupSize::Cols(n) => json!(n),
         GroupSize::PerChannel => json!(-1),
     };
-    json!({
+    let mut meta = json!({"quantizer": [format!("lowbit:{}", env!("CARGO_PKG_VERSION"))]});
+    if let (Some(d), Some(m)) = (damp_frac, meta.as_object_mut()) {
+        m.insert("damp_percent".into(), json!(d));
+        m.insert("static_groups".into(), json!(true));
+        m.insert("true_sequential".into(), json!(true));
+    }
+    let mut q = json!({
         "bits": scheme.bits, "checkpoint_format": "gptq", "desc_act": false, "group_size": group, "lm_head": lm_head,
-        "meta": {"quantizer": [format!("lowbit:{}", env!("CARGO_PKG_VERSION"))], "damp_percent": damp_frac, "static_groups": true, "true_sequential": true},
-        "pack_dtype": "int32", "quant_method": "gptq", "sym": scheme.symmetric,
-    })
+        "meta": meta, "pack_dtype": "int32", "quant_method": "gptq", "sym": scheme.symmetric,
+    });
+    if let (false, Some(m)) = (ignore.is_empty(), q.as_object_mut()) {
+        let rules: serde_json::Map<String, Value> =
+            ignore.iter().map(|i| (format!("-:^{}$", regex::escape(i)), json!({}))).collect();
+        m.insert("dynamic".into(), Value::Object(rules));
+    }
+    q
 }

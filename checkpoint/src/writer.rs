@@ -118,7 +118,7 @@ impl CheckpointWriter {
             at = end;
         }
         let mut text = serde_json::Value::Object(header).to_string().into_bytes();
-        while text.len() % 8 != 0 {
+        while !text.len().is_multiple_of(8) {
             text.push(b' ');
         }
         let base = 8 + text.len() as u64;

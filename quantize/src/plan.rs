@@ -259,7 +259,7 @@ pub fn make(
     let untie = options.head_w8 && !head_ignored && c.tie_word_embeddings;
     if options.head_w8 && !head_ignored {
         // Half the group of 64 would cost 0.25 bits a weight; one scale per 64 columns costs 3 % and is what 8-bit kernels like.
-        let group = if c.hidden_size % 64 == 0 { GroupSize::Cols(64) } else { GroupSize::PerChannel };
+        let group = if c.hidden_size.is_multiple_of(64) { GroupSize::Cols(64) } else { GroupSize::PerChannel };
         linears.push(PlannedLinear {
             module: head_module.into(),
             source: if c.tie_word_embeddings { format!("{prefix}.embed_tokens") } else { head_module.into() },
@@ -281,7 +281,7 @@ pub fn make(
         });
     }
     if options.format != PackFormat::CompressedTensors
-        && (options.head_w8 || linears.iter().any(|l| l.out_features * l.scheme.bits as usize % 32 != 0))
+        && (options.head_w8 || linears.iter().any(|l| !(l.out_features * l.scheme.bits as usize).is_multiple_of(32)))
     {
         return Err(QuantizeError::Plan {
             summary: "the GPTQ format holds one bit width, and rows · bits must be a multiple of 32".into(),
@@ -307,7 +307,8 @@ fn refuse_widths(offenders: &BTreeMap<(usize, &'static str), Vec<usize>>, scheme
         .map(|((width, suffix), blocks)| format!("{suffix} in {} of {layers} blocks: in = {width}", blocks.len()))
         .collect();
     let widths: Vec<usize> = offenders.keys().map(|k| k.0).collect();
-    let fits = [128usize, 64, 32, 16].into_iter().find(|g| *g < group.max(1) && widths.iter().all(|w| w % g == 0));
+    let fits =
+        [128usize, 64, 32, 16].into_iter().find(|g| *g < group.max(1) && widths.iter().all(|w| w.is_multiple_of(*g)));
     Err(QuantizeError::Plan {
         summary: format!("{count} linears have an input width that group size {group} does not divide"),
         offenders: lines,
@@ -430,6 +431,8 @@ fn written_config(
 ) -> Value {
     let mut config = ckpt.raw_config.clone();
     let head = linears.iter().find(|l| l.block.is_none());
+    let mut ignore: Vec<String> = reasons.keys().map(|k| k.trim_end_matches(".weight").to_string()).collect();
+    let head_module = if ckpt.has_weight("model.embed_tokens") { "lm_head" } else { "language_model.lm_head" };
     let q = match options.format {
         PackFormat::CompressedTensors => {
             let observer = if options.scale_search == ScaleSearch::Hessian { "mse" } else { "memoryless_minmax" };
@@ -439,7 +442,6 @@ fn written_config(
                 observer,
                 static_act_order: options.act_order && options.method == Method::Gptq,
             }];
-            let mut ignore: Vec<String> = reasons.keys().map(|k| k.trim_end_matches(".weight").to_string()).collect();
             match head {
                 Some(h) => groups.push(WrittenGroup {
                     scheme: h.scheme,
@@ -447,11 +449,14 @@ fn written_config(
                     observer,
                     static_act_order: false,
                 }),
-                None => ignore.push("lm_head".into()),
+                None => ignore.push(head_module.into()),
             }
             write_compressed_tensors(&groups, &ignore)
         }
-        _ => write_gptq(options.scheme, options.damp_frac, head.is_some()),
+        _ => {
+            let damp = (options.method == Method::Gptq).then_some(options.damp_frac);
+            write_gptq(options.scheme, damp, head.is_some(), &ignore)
+        }
     };
     if let Some(map) = config.as_object_mut() {
         map.insert("quantization_config".into(), q);

@@ -55,7 +55,15 @@ fn repack(ctx: &Context, ckpt: &Checkpoint, args: &ConvertArgs) -> Result<()> {
     if target.is_some() && target.map(PackFormat::name) == Some(q.format.name()) {
         bail!("{} is in that format already", ckpt.dir.display());
     }
-    let items = collect(ckpt, target)?;
+    let (items, dense) = collect(ckpt, target)?;
+    if target == Some(PackFormat::GptqV1)
+        && let Some(other) = items.iter().find(|i| items.first().is_some_and(|f| f.scheme != i.scheme))
+    {
+        bail!(
+            "`{}` has another scheme than the first linear: the GPTQ format holds one\nhint: --format bf16",
+            other.module
+        );
+    }
     let packed_prefixes: Vec<String> = items.iter().map(|i| format!("{}.", i.module)).collect();
     let of_packed = |name: &str| {
         packed_prefixes
@@ -126,11 +134,11 @@ fn repack(ctx: &Context, ckpt: &Checkpoint, args: &ConvertArgs) -> Result<()> {
                         static_act_order: false,
                     })
                     .collect();
-                Some(write_compressed_tensors(&groups, &["lm_head".to_string()]))
+                Some(write_compressed_tensors(&groups, &dense))
             }
-            Some(_) => {
-                items.first().map(|i| write_gptq(i.scheme, 0.01, items.iter().any(|i| i.module.ends_with("lm_head"))))
-            }
+            Some(_) => items
+                .first()
+                .map(|i| write_gptq(i.scheme, None, items.iter().any(|i| i.module.ends_with("lm_head")), &dense)),
         };
         if let Some(w) = written {
             if target != Some(PackFormat::CompressedTensors) {
@@ -144,7 +152,7 @@ fn repack(ctx: &Context, ckpt: &Checkpoint, args: &ConvertArgs) -> Result<()> {
     Ok(())
 }
 
-fn collect(ckpt: &Checkpoint, target: Option<PackFormat>) -> Result<Vec<Item>> {
+fn collect(ckpt: &Checkpoint, target: Option<PackFormat>) -> Result<(Vec<Item>, Vec<String>)> {
     let c = &ckpt.config;
     let prefix = decoder::prefix(ckpt)?;
     let mut modules: Vec<(String, usize, usize)> = Vec::new();
@@ -160,8 +168,15 @@ fn collect(ckpt: &Checkpoint, target: Option<PackFormat>) -> Result<Vec<Item>> {
         modules.push(("lm_head".into(), c.vocab_size, c.hidden_size));
     }
     let mut items = Vec::new();
+    let mut dense = Vec::new();
     for (module, out, n) in modules {
-        let HostWeight::Packed(p) = ckpt.linear(&module, out, n)? else { continue };
+        let HostWeight::Packed(p) = ckpt.linear(&module, out, n)? else {
+            // The embedding is not a linear: no rule would ever cover it.
+            if !module.ends_with("embed_tokens") {
+                dense.push(module);
+            }
+            continue;
+        };
         if target.is_some() && p.group_index.is_some() {
             bail!(
                 "`{module}` has an unsorted g_idx: its columns cannot be carried into the other format losslessly\nhint: --format bf16"
@@ -173,5 +188,5 @@ fn collect(ckpt: &Checkpoint, target: Option<PackFormat>) -> Result<Vec<Item>> {
         };
         items.push(Item { module, out, n, scheme: p.scheme, declared });
     }
-    Ok(items)
+    Ok((items, dense))
 }
