@@ -157,7 +157,7 @@ pub struct RunArgs {
     /// Text for perplexity and KL (default for `demo`: a text of our own).
     #[arg(long)]
     pub eval_text: Option<PathBuf>,
-    /// Perplexity protocol: gptq-N, llama.cpp-N, lm-eval-word, stride:N. Default: gptq with the model's window, at most 2048.
+    /// Perplexity protocol: gptq-N, llama.cpp-N, lm-eval-word, stride:N. Default: gptq-2048 (gptq-512 for the demo).
     #[arg(long)]
     pub protocol: Option<String>,
     /// KL windows at most.

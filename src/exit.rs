@@ -9,6 +9,8 @@ use lowbit_quantize::QuantizeError;
 
 /// Bad input or usage.
 pub const BAD_INPUT: u8 = 3;
+/// A fault of ours.
+const INTERNAL: u8 = 4;
 /// Ctrl-C.
 const INTERRUPTED: u8 = 130;
 
@@ -31,7 +33,13 @@ pub fn report(error: &anyhow::Error) -> ExitCode {
     }
     let interrupted =
         error.chain().any(|c| matches!(c.downcast_ref::<QuantizeError>(), Some(QuantizeError::Interrupted)));
-    ExitCode::from(if interrupted { INTERRUPTED } else { BAD_INPUT })
+    // Kernels get validated shapes: one that refuses means a fault of ours, not of the input.
+    let internal = error.chain().any(|c| matches!(c.downcast_ref::<ModelError>(), Some(ModelError::Kernel { .. })));
+    ExitCode::from(match (interrupted, internal) {
+        (true, _) => INTERRUPTED,
+        (_, true) => INTERNAL,
+        _ => BAD_INPUT,
+    })
 }
 
 fn hint_of(cause: &(dyn std::error::Error + 'static)) -> Option<String> {

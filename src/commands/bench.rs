@@ -52,6 +52,19 @@ pub fn measure(
         lowbit_bench::run((&candidate.name, &model), pair, options, bandwidth, &|text| ctx.progress.detail(text))?;
     ctx.progress.clear();
     ctx.check_stop()?;
+    Ok(BenchRecord {
+        schema: lowbit_bench::SCHEMA,
+        provenance: provenance::gather(ctx, candidate, reference, options.seed, option_map(options))?,
+        bandwidth_bytes_per_second: out.bandwidth,
+        rows: out.rows,
+        speed_ups: out.speed_ups,
+        latency: out.latency,
+        memory: out.memory,
+    })
+}
+
+/// The full options, for the record.
+pub fn option_map(options: &BenchOptions) -> BTreeMap<String, serde_json::Value> {
     let mut map = BTreeMap::new();
     map.insert("prompt".to_string(), options.prompt.into());
     map.insert("generate".to_string(), options.generate.into());
@@ -59,15 +72,7 @@ pub fn measure(
     map.insert("repetitions".to_string(), options.repetitions.into());
     map.insert("latency_prompt".to_string(), options.latency_prompt.into());
     map.insert("latency_output".to_string(), options.latency_output.into());
-    Ok(BenchRecord {
-        schema: lowbit_bench::SCHEMA,
-        provenance: provenance::gather(ctx, candidate, reference, options.seed, map)?,
-        bandwidth_bytes_per_second: out.bandwidth,
-        rows: out.rows,
-        speed_ups: out.speed_ups,
-        latency: out.latency,
-        memory: out.memory,
-    })
+    map
 }
 
 /// The result as text.

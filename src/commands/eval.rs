@@ -28,6 +28,24 @@ pub struct Request {
     pub limit: Option<usize>,
 }
 
+impl Request {
+    /// The full options, for the record.
+    pub fn options(&self) -> BTreeMap<String, serde_json::Value> {
+        let mut options = BTreeMap::new();
+        options.insert("limit".into(), self.limit.into());
+        if let Some((s, p)) = &self.perplexity {
+            options.insert("ppl".into(), s.name.clone().into());
+            options.insert("protocol".into(), p.clone().into());
+        }
+        if let Some((s, o)) = &self.kl {
+            options.insert("kl".into(), s.name.clone().into());
+            options.insert("kl_window".into(), o.window.into());
+            options.insert("kl_limit".into(), o.limit.into());
+        }
+        options
+    }
+}
+
 /// `lowbit eval`.
 pub fn eval(ctx: &Context, args: &EvalArgs) -> Result<()> {
     if args.ppl.is_none() && args.kl.is_none() {
@@ -115,20 +133,9 @@ pub fn evaluate(
     };
     ctx.progress.clear();
     ctx.check_stop()?;
-    let mut options = BTreeMap::new();
-    options.insert("limit".into(), request.limit.into());
-    if let Some((s, p)) = &request.perplexity {
-        options.insert("ppl".into(), s.name.clone().into());
-        options.insert("protocol".into(), p.clone().into());
-    }
-    if let Some((s, o)) = &request.kl {
-        options.insert("kl".into(), s.name.clone().into());
-        options.insert("kl_window".into(), o.window.into());
-        options.insert("kl_limit".into(), o.limit.into());
-    }
     Ok(EvalRecord {
         schema: 1,
-        provenance: provenance::gather(ctx, candidate, reference, 0, options)?,
+        provenance: provenance::gather(ctx, candidate, reference, 0, request.options())?,
         perplexity: perplexities.first().map(|p| p.perplexity.value),
         perplexities,
         kl,

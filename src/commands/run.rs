@@ -86,13 +86,16 @@ pub fn run(ctx: &Context, args: &RunArgs) -> Result<()> {
 
     evaluate(ctx, args, &located, &quantized, &sha, demo, resume)?;
     if !args.no_bench {
+        let wanted = BenchOptions { repetitions: args.repetitions, threads: ctx.threads, ..BenchOptions::default() };
         let old: Option<BenchRecord> = if resume { read(&dir.join("bench.json")) } else { None };
-        if old.is_some_and(|b| b.provenance.model_sha256 == sha) {
+        if old.is_some_and(|b| {
+            b.provenance.model_sha256 == sha
+                && b.provenance.options == bench::option_map(&wanted)
+                && b.provenance.threads == ctx.threads
+        }) {
             ctx.say("bench: done before");
         } else {
-            let bench_options =
-                BenchOptions { repetitions: args.repetitions, threads: ctx.threads, ..BenchOptions::default() };
-            let b = bench::measure(ctx, &quantized, Some(&located), &bench_options)?;
+            let b = bench::measure(ctx, &quantized, Some(&located), &wanted)?;
             write_atomic(&dir.join("bench.json"), &serde_json::to_vec_pretty(&b)?)?;
             ctx.say(bench::summary(&b));
         }
@@ -113,15 +116,14 @@ fn evaluate(
     resume: bool,
 ) -> Result<()> {
     let path = args.output.join("eval.json");
-    let old: Option<EvalRecord> = if resume { read(&path) } else { None };
-    if old.is_some_and(|e| e.provenance.model_sha256 == sha) {
-        ctx.say("eval: done before");
-        return Ok(());
-    }
     let source = match &args.eval_text {
         Some(p) => Source::read(p)?,
         None if demo => Source::from_text("demo-text/evaluation.txt", models::DEMO_TEXT.to_string()),
         None => {
+            // A record of an earlier text would end up in the report of this run.
+            if path.exists() {
+                std::fs::remove_file(&path)?;
+            }
             ctx.say("eval: no --eval-text, so no perplexity and no KL");
             return Ok(());
         }
@@ -133,6 +135,11 @@ fn evaluate(
         kl: Some((source, kl)),
         limit: Some(args.limit),
     };
+    let old: Option<EvalRecord> = if resume { read(&path) } else { None };
+    if old.is_some_and(|e| e.provenance.model_sha256 == sha && e.provenance.options == request.options()) {
+        ctx.say("eval: done before");
+        return Ok(());
+    }
     let record = eval::evaluate(ctx, quantized, Some(original), &request)?;
     write_atomic(&path, &serde_json::to_vec_pretty(&record)?)?;
     ctx.say(eval::summary(&record));
