@@ -1,0 +1,88 @@
+//! The whole job on the demo model.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use super::{demo, json, lowbit, ok, root, stderr};
+
+const QUICK: &[&str] = &["--calib", "self", "--samples", "8", "--seq-len", "64", "--group-size", "64"];
+
+fn quantize(tmp: &Path, name: &str, args: &[&str]) -> std::path::PathBuf {
+    let out = tmp.join(name);
+    ok(lowbit(tmp).args(["--quiet", "quantize"]).arg(demo()).arg("-o").arg(&out).args(QUICK).args(args));
+    out
+}
+
+/// Tensor names and shapes as `inspect` sees them.
+fn shapes(tmp: &Path, dir: &Path) -> (serde_json::Value, BTreeMap<String, String>) {
+    let out = ok(lowbit(tmp).args(["--quiet", "--json", "inspect"]).arg(dir));
+    let v: serde_json::Value = serde_json::from_slice(&out.stdout).unwrap();
+    let tensors = v["tensors"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|t| (t["name"].as_str().unwrap().to_string(), t["shape"].to_string()))
+        .collect();
+    (v, tensors)
+}
+
+#[test]
+fn run_writes_everything_and_resumes() {
+    let tmp = tempfile::tempdir().unwrap();
+    let dir = tmp.path().join("out");
+    let run = |quiet: bool| {
+        let mut c = lowbit(tmp.path());
+        if quiet {
+            c.arg("--quiet");
+        }
+        c.arg("run").arg(demo()).arg("-o").arg(&dir).args(QUICK).args(["--no-bench", "--protocol", "gptq-256"]);
+        c.arg("--eval-text").arg(root().join("assets/demo-text/evaluation.txt"));
+        ok(c.args(["--limit", "4", "--kl-windows", "2"]))
+    };
+    let first = run(true);
+    assert!(first.stderr.is_empty(), "--quiet: {}", stderr(&first));
+    for record in ["plan.json", "quantize.json", "eval.json", "report.json"] {
+        assert!(json(&dir.join(record)).is_object(), "{record}");
+    }
+    assert!(!dir.join("bench.json").exists());
+    let eval = json(&dir.join("eval.json"));
+    let kl = eval["kl"]["mean"].as_f64().unwrap();
+    assert!(kl.is_finite() && kl > 0.0 && kl < 0.1, "KL {kl}");
+    assert_eq!(eval["kl"]["windows"], 2);
+    assert!(eval["perplexity"].as_f64().unwrap() > 1.0);
+    assert!(std::fs::read_to_string(dir.join("report.html")).unwrap().contains("<svg"));
+    assert!(std::fs::metadata(dir.join("report.md")).unwrap().len() > 0);
+
+    let weights = std::fs::metadata(dir.join("model/model.safetensors")).unwrap().modified().unwrap();
+    let text = stderr(&run(false));
+    assert!(text.contains("quantize: done before") && text.contains("eval: done before"), "{text}");
+    assert_eq!(std::fs::metadata(dir.join("model/model.safetensors")).unwrap().modified().unwrap(), weights);
+
+    ok(lowbit(tmp.path()).args(["--quiet", "verify"]).arg(dir.join("model")).arg("--original").arg(demo()));
+}
+
+#[test]
+fn threads_do_not_change_the_bytes() {
+    let tmp = tempfile::tempdir().unwrap();
+    let one = quantize(tmp.path(), "one", &["--threads", "1"]).join("model.safetensors");
+    let two = quantize(tmp.path(), "two", &["--threads", "2"]).join("model.safetensors");
+    assert!(std::fs::read(one).unwrap() == std::fs::read(two).unwrap(), "1 and 2 threads differ");
+}
+
+#[test]
+fn formats_convert_to_bf16() {
+    let tmp = tempfile::tempdir().unwrap();
+    let (_, original) = shapes(tmp.path(), &demo());
+    for (format, first) in [("gptq", "qweight"), ("compressed-tensors", "weight_packed")] {
+        let packed = quantize(tmp.path(), format, &["--format", format]);
+        let (found, names) = shapes(tmp.path(), &packed);
+        assert!(found["quantization"].is_object(), "{format}");
+        assert!(names.contains_key(&format!("model.layers.0.self_attn.q_proj.{first}")), "{format}");
+        ok(lowbit(tmp.path()).args(["--quiet", "verify"]).arg(&packed));
+        let dense = tmp.path().join(format!("{format}-bf16"));
+        ok(lowbit(tmp.path()).args(["--quiet", "convert", "--format", "bf16"]).arg(&packed).arg("-o").arg(&dense));
+        let (found, names) = shapes(tmp.path(), &dense);
+        assert!(found["quantization"].is_null(), "{format}: {}", found["quantization"]);
+        assert_eq!(names, original, "{format}");
+    }
+}
