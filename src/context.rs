@@ -15,6 +15,7 @@ pub struct Context {
     pub backend: Arc<dyn Backend>,
     pub progress: Bars,
     pub stop: Arc<AtomicBool>,
+    writing: Arc<AtomicBool>,
     pub json: bool,
     pub quiet: bool,
     pub threads: usize,
@@ -34,15 +35,31 @@ impl Context {
             Device::Scalar => Arc::new(ScalarBackend::new()),
         };
         let stop = Arc::new(AtomicBool::new(false));
-        let flag = stop.clone();
+        let writing = Arc::new(AtomicBool::new(false));
+        let (flag, busy) = (stop.clone(), writing.clone());
         ctrlc::set_handler(move || {
-            // A second Ctrl-C does not wait for the clean-up.
-            if flag.swap(true, Ordering::SeqCst) {
+            // With no output open there is nothing to clean up; a second Ctrl-C does not wait for the clean-up.
+            if flag.swap(true, Ordering::SeqCst) || !busy.load(Ordering::SeqCst) {
+                eprintln!("error: interrupted");
                 std::process::exit(130);
             }
         })
         .context("cannot watch for Ctrl-C")?;
-        Ok(Self { backend, progress: Bars::new(global.quiet), stop, json: global.json, quiet: global.quiet, threads })
+        Ok(Self {
+            backend,
+            progress: Bars::new(global.quiet),
+            stop,
+            writing,
+            json: global.json,
+            quiet: global.quiet,
+            threads,
+        })
+    }
+
+    /// While the guard lives an output is open: Ctrl-C waits for the writer to remove it.
+    pub fn writing(&self) -> Writing<'_> {
+        self.writing.store(true, Ordering::SeqCst);
+        Writing(&self.writing)
     }
 
     /// Talk on stderr.
@@ -65,5 +82,14 @@ impl Context {
     /// Fails when the user asked to stop.
     pub fn check_stop(&self) -> Result<()> {
         if self.stop.load(Ordering::Relaxed) { Err(lowbit_quantize::QuantizeError::Interrupted.into()) } else { Ok(()) }
+    }
+}
+
+/// See [`Context::writing`].
+pub struct Writing<'a>(&'a AtomicBool);
+
+impl Drop for Writing<'_> {
+    fn drop(&mut self) {
+        self.0.store(false, Ordering::SeqCst);
     }
 }

@@ -135,6 +135,7 @@ pub fn import_gguf(ctx: &Context, file: &Path, output: &Path, force: bool) -> Re
     let names = gguf.tensor_names();
     let declared =
         names.iter().map(|(n, s)| Declared { name: n.clone(), dtype: Dtype::BF16, shape: s.clone() }).collect();
+    let _writing = ctx.writing();
     let mut writer = CheckpointWriter::create(output, declared, DEFAULT_SHARD_BYTES, force)?;
     ctx.progress.stage("convert", names.len() as u64);
     for (name, _) in &names {

@@ -39,7 +39,7 @@ pub enum QuantizeError {
         event: String,
     },
     /// The user asked to stop.
-    #[error("interrupted: nothing was left behind")]
+    #[error("interrupted: no checkpoint was left behind")]
     Interrupted,
     /// The artefact is not what its config and record say.
     #[error("{} problems in {dir}:{}", problems.len(), problems.iter().map(|p| format!("\n  {p}")).collect::<String>())]

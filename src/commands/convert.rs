@@ -76,6 +76,7 @@ fn repack(ctx: &Context, ckpt: &Checkpoint, args: &ConvertArgs) -> Result<()> {
         let t = ckpt.store.get(name)?;
         declared.push(Declared { name: name.clone(), dtype: t.dtype, shape: t.shape.clone() });
     }
+    let _writing = ctx.writing();
     let mut writer = CheckpointWriter::create(&args.output, declared, DEFAULT_SHARD_BYTES, args.force)?;
     ctx.progress.stage("convert", (items.len() + copies.len()) as u64);
     for name in &copies {

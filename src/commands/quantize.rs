@@ -163,6 +163,7 @@ pub fn execute(
 ) -> Result<QuantizeRecord> {
     let start = Instant::now();
     let windows = if made.options.method == Method::Gptq { Some(calibration_windows(ctx, ckpt, q)?) } else { None };
+    let writing = ctx.writing();
     let outcome = lowbit_quantize::quantize(
         ckpt,
         ctx.backend.as_ref(),
@@ -173,6 +174,7 @@ pub fn execute(
         &ctx.progress,
         &ctx.stop,
     )?;
+    drop(writing);
     ctx.progress.clear();
     for l in &outcome.layers {
         for event in &l.events {

@@ -106,8 +106,7 @@ fn hostile_headers() {
 
     let tmp = tempfile::tempdir().unwrap();
     let dir = damaged(tmp.path(), |b| {
-        let header =
-            r#"{"lm_head.weight":{"dtype":"BF16","shape":[4294967296,4294967296,2],"data_offsets":[0,16]}}"#;
+        let header = r#"{"lm_head.weight":{"dtype":"BF16","shape":[4294967296,4294967296,2],"data_offsets":[0,16]}}"#;
         *b = [&(header.len() as u64).to_le_bytes()[..], header.as_bytes(), &[0; 16]].concat();
     });
     refused(tmp.path(), &dir, RTN, &["model.safetensors"], false);

@@ -34,8 +34,7 @@ fn ints(g: &SafeTensors<'_>, name: &str) -> Vec<u32> {
 fn distance(a: &[f32], b: &[f32]) -> f64 {
     assert_eq!(a.len(), b.len());
     let norm = |v: &mut dyn Iterator<Item = f64>| v.map(|x| x * x).sum::<f64>().sqrt();
-    norm(&mut a.iter().zip(b).map(|(x, y)| f64::from(*x) - f64::from(*y)))
-        / norm(&mut b.iter().map(|x| f64::from(*x)))
+    norm(&mut a.iter().zip(b).map(|(x, y)| f64::from(*x) - f64::from(*y))) / norm(&mut b.iter().map(|x| f64::from(*x)))
 }
 
 fn load(dir: &Path) -> Model {

@@ -48,10 +48,8 @@ pub fn copy(from: &Path, to: &Path) {
 
 /// Names in a folder, hidden ones too; none when it does not exist.
 pub fn names(dir: &Path) -> Vec<String> {
-    std::fs::read_dir(dir).map_or_else(
-        |_| Vec::new(),
-        |d| d.map(|e| e.unwrap().file_name().to_string_lossy().into_owned()).collect(),
-    )
+    std::fs::read_dir(dir)
+        .map_or_else(|_| Vec::new(), |d| d.map(|e| e.unwrap().file_name().to_string_lossy().into_owned()).collect())
 }
 
 /// A JSON file.
