@@ -111,6 +111,9 @@ pub struct QuantOptions {
     /// Draw random windows with this seed instead of the first ones.
     #[arg(long)]
     pub seed: Option<u64>,
+    /// Folder for the calibration activations (default: in memory).
+    #[arg(long, value_name = "DIR")]
+    pub offload: Option<PathBuf>,
     /// Any retry, fallback or surprise is an error.
     #[arg(long)]
     pub strict: bool,

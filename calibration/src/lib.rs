@@ -1,5 +1,6 @@
 //! What data says about each linear: a corpus becomes token windows, windows become statistics.
 
+pub mod carried;
 pub mod corpus;
 pub mod error;
 pub mod sequential;

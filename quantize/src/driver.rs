@@ -149,7 +149,8 @@ impl Run<'_> {
     fn gptq(&mut self, backend: &dyn Backend, windows: &Windows, progress: &dyn Progress) -> Result<()> {
         let prefix = decoder::prefix(self.ckpt)?;
         let embedding = Embedding::load(self.ckpt, backend)?;
-        let mut pass = SequentialPass::start(backend, &embedding, &windows.tokens)?;
+        let mut pass =
+            SequentialPass::start(backend, &embedding, &windows.tokens, self.plan.options.offload.as_deref())?;
         drop(embedding);
         let layers = self.ckpt.config.num_layers;
         progress.stage("quantize", layers as u64 * pass.ticks_per_block());

@@ -2,7 +2,7 @@
 //! with all offenders listed.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use lowbit_checkpoint::provenance::Provenance;
 use lowbit_checkpoint::quant_config::{PackFormat, WrittenGroup, write_compressed_tensors, write_gptq};
@@ -62,6 +62,8 @@ pub struct QuantizeOptions {
     pub strict: bool,
     /// Largest shard.
     pub shard_bytes: u64,
+    /// Folder for the carried activations; in memory when absent. Does not change the result.
+    pub offload: Option<PathBuf>,
 }
 
 impl QuantizeOptions {
@@ -79,6 +81,7 @@ impl QuantizeOptions {
             ignore: Vec::new(),
             strict: false,
             shard_bytes: DEFAULT_SHARD_BYTES,
+            offload: None,
         }
     }
 
@@ -401,7 +404,8 @@ fn assemble(
         provenance: Provenance::default(),
         before_bytes: tensors.iter().map(|t| t.before_bytes).sum(),
         after_bytes: tensors.iter().map(|t| t.after_bytes).sum(),
-        peak_memory_bytes: peak_memory(ckpt, tokens),
+        // Offloaded activations are resident one chunk at a time.
+        peak_memory_bytes: peak_memory(ckpt, if options.offload.is_some() { tokens.min(2048) } else { tokens }),
         quantized_linears: quantized,
         kept_linears: reasons.len(),
         sizes: sizes.into_values().collect(),

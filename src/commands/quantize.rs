@@ -56,6 +56,7 @@ pub fn options(q: &QuantOptions) -> Result<QuantizeOptions> {
         head_w8: q.head == HeadArg::W8,
         ignore: q.ignore.clone(),
         strict: q.strict,
+        offload: q.offload.clone(),
         shard_bytes: q.shard_mb.max(1).saturating_mul(1_000_000),
         ..QuantizeOptions::new(scheme)
     })

@@ -70,6 +70,17 @@ fn threads_do_not_change_the_bytes() {
 }
 
 #[test]
+fn offloaded_activations_give_the_same_bytes_and_leave_no_files() {
+    let tmp = tempfile::tempdir().unwrap();
+    let spill = tmp.path().join("spill");
+    let resident = quantize(tmp.path(), "resident", &[]).join("model.safetensors");
+    let offloaded = quantize(tmp.path(), "offloaded", &["--offload", spill.to_str().unwrap()]);
+    let offloaded = offloaded.join("model.safetensors");
+    assert!(std::fs::read(resident).unwrap() == std::fs::read(offloaded).unwrap(), "the bytes differ");
+    assert_eq!(std::fs::read_dir(&spill).unwrap().count(), 0);
+}
+
+#[test]
 fn formats_convert_to_bf16() {
     let tmp = tempfile::tempdir().unwrap();
     let (_, original) = shapes(tmp.path(), &demo());
