@@ -447,12 +447,16 @@ fn written_config(
                 static_act_order: options.act_order && options.method == Method::Gptq,
             }];
             match head {
-                Some(h) => groups.push(WrittenGroup {
-                    scheme: h.scheme,
-                    targets: vec![h.module.clone()],
-                    observer,
-                    static_act_order: false,
-                }),
+                // The narrow target first: loaders take the first rule that matches.
+                Some(h) => groups.insert(
+                    0,
+                    WrittenGroup {
+                        scheme: h.scheme,
+                        targets: vec![h.module.clone()],
+                        observer,
+                        static_act_order: false,
+                    },
+                ),
                 None => ignore.push(head_module.into()),
             }
             write_compressed_tensors(&groups, &ignore)
