@@ -6,7 +6,7 @@ use lowbit_kernels::{QuantizedMatrix, Scheme};
 use safetensors::Dtype;
 
 use crate::error::{CheckpointError, Result};
-use crate::quant_config::{PackFormat, QuantConfig};
+use crate::quant_config::{Layout, PackFormat, QuantConfig};
 use crate::store::{StoredTensor, TensorStore};
 use crate::writer::Declared;
 
@@ -230,17 +230,17 @@ pub fn pack_matrix(q: &QuantizedMatrix) -> lowbit_kernels::Result<PackedWeight> 
 pub fn declare(
     module: &str,
     scheme: Scheme,
-    format: PackFormat,
+    layout: Layout,
     out: usize,
     n: usize,
 ) -> lowbit_kernels::Result<Vec<Declared>> {
     let groups = scheme.groups(n)?;
     let t = |suffix: &str, dtype, shape: Vec<usize>| Declared { name: format!("{module}.{suffix}"), dtype, shape };
-    Ok(match format {
+    Ok(match layout.format {
         PackFormat::CompressedTensors => {
             let mut v = vec![
                 t("weight_packed", Dtype::I32, vec![out, pack::words_for(n, scheme.bits)]),
-                t("weight_scale", Dtype::BF16, vec![out, groups]),
+                t("weight_scale", layout.scale_dtype(), vec![out, groups]),
                 t("weight_shape", Dtype::I64, vec![2]),
             ];
             if !scheme.symmetric {
@@ -251,23 +251,23 @@ pub fn declare(
         _ => vec![
             t("qweight", Dtype::I32, vec![pack::words_for(n, scheme.bits), out]),
             t("qzeros", Dtype::I32, vec![groups, pack::words_for(out, scheme.bits)]),
-            t("scales", Dtype::F16, vec![groups, out]),
+            t("scales", layout.scale_dtype(), vec![groups, out]),
             t("g_idx", Dtype::I32, vec![n]),
         ],
     })
 }
 
 /// The bytes of each tensor [`declare`] lists, in the same order.
-pub fn encode(q: &QuantizedMatrix, format: PackFormat) -> lowbit_kernels::Result<Vec<Vec<u8>>> {
+pub fn encode(q: &QuantizedMatrix, layout: Layout) -> lowbit_kernels::Result<Vec<Vec<u8>>> {
     q.validate()?;
     let (out, n, bits) = (q.out_features, q.in_features, q.scheme.bits);
     let groups = q.scheme.groups(n)?;
     let le = |w: Vec<u32>| -> Vec<u8> { w.iter().flat_map(|w| w.to_le_bytes()).collect() };
-    match format {
+    match layout.format {
         PackFormat::CompressedTensors => {
             let mut v = vec![
                 le(pack::pack_rows(&q.codes, out, n, bits)?),
-                q.scales.iter().flat_map(|s| half::bf16::from_f32(*s).to_le_bytes()).collect(),
+                layout.scale_bytes(q.scales.iter().copied()),
                 [out as i64, n as i64].iter().flat_map(|d| d.to_le_bytes()).collect(),
             ];
             if let Some(z) = &q.zeros {
@@ -278,7 +278,7 @@ pub fn encode(q: &QuantizedMatrix, format: PackFormat) -> lowbit_kernels::Result
         _ => {
             let mid = vec![q.scheme.mid_code(); out * groups];
             let zeros = q.zeros.as_ref().unwrap_or(&mid);
-            let shift = u8::from(format == PackFormat::GptqV1);
+            let shift = u8::from(layout.format == PackFormat::GptqV1);
             let stored: Vec<u8> = transpose(zeros, out, groups)
                 .into_iter()
                 .map(|z| z.wrapping_sub(shift) & q.scheme.max_code())
@@ -287,7 +287,7 @@ pub fn encode(q: &QuantizedMatrix, format: PackFormat) -> lowbit_kernels::Result
             Ok(vec![
                 le(pack::pack_columns(&transpose(&q.codes, out, n), n, out, bits)?),
                 le(pack::pack_rows(&stored, groups, out, bits)?),
-                transpose(&q.scales, out, groups).iter().flat_map(|s| half::f16::from_f32(*s).to_le_bytes()).collect(),
+                layout.scale_bytes(transpose(&q.scales, out, groups).into_iter()),
                 (0..n).flat_map(|i| ((i / cols) as i32).to_le_bytes()).collect(),
             ])
         }

@@ -4,7 +4,9 @@
 
 use std::path::Path;
 
-use lowbit_kernels::{GroupSize, Scheme};
+use lowbit_kernels::backend::FloatType;
+use lowbit_kernels::{GroupSize, ScaleType, Scheme};
+use safetensors::Dtype;
 use serde_json::{Value, json};
 
 use crate::error::{CheckpointError, Result};
@@ -27,6 +29,42 @@ impl PackFormat {
             PackFormat::CompressedTensors => "compressed-tensors",
             PackFormat::GptqV1 => "gptq",
             PackFormat::GptqV2 => "gptq_v2",
+        }
+    }
+}
+
+/// How a packed linear is written: the layout and the dtype of its scales.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Layout {
+    /// Tensor names and packing.
+    pub format: PackFormat,
+    /// Dtype of the scales; solvers round to it before they compute an error.
+    pub scales: ScaleType,
+}
+
+impl Layout {
+    /// GPTQ stores f16 scales; compressed-tensors the model's dtype (bf16 for f32 models, which lose nothing the codes
+    /// would have kept).
+    pub fn new(format: PackFormat, model: FloatType) -> Self {
+        let half = format != PackFormat::CompressedTensors || model == FloatType::F16;
+        Self { format, scales: if half { ScaleType::F16 } else { ScaleType::Bf16 } }
+    }
+
+    /// On disk.
+    pub fn scale_dtype(self) -> Dtype {
+        match self.scales {
+            ScaleType::F16 => Dtype::F16,
+            ScaleType::Bf16 => Dtype::BF16,
+            ScaleType::F32 => Dtype::F32,
+        }
+    }
+
+    /// Little-endian bytes of scales.
+    pub fn scale_bytes(self, scales: impl Iterator<Item = f32>) -> Vec<u8> {
+        match self.scales {
+            ScaleType::F16 => scales.flat_map(|s| half::f16::from_f32(s).to_le_bytes()).collect(),
+            ScaleType::Bf16 => scales.flat_map(|s| half::bf16::from_f32(s).to_le_bytes()).collect(),
+            ScaleType::F32 => scales.flat_map(|s| s.to_le_bytes()).collect(),
         }
     }
 }

@@ -98,6 +98,9 @@ pub fn linear_shapes(c: &ModelConfig) -> Vec<LinearShape> {
     v
 }
 
+/// Called with the full name of a linear and its input `[T, in]`.
+pub type Tap<'a> = dyn FnMut(&str, &Buffer) -> Result<()> + 'a;
+
 /// A decoder block.
 pub struct Block {
     /// Index.
@@ -260,13 +263,33 @@ impl Block {
         b.add_assign(x, &y).at("residual")
     }
 
-    /// All six stages.
-    pub fn forward(&self, b: &dyn Backend, x: &mut Buffer, segments: &[Segment], cache: &mut KvBuffer) -> Result<()> {
+    /// All six stages; `tap` sees the input of every linear by its full module name.
+    pub fn forward(
+        &self,
+        b: &dyn Backend,
+        x: &mut Buffer,
+        segments: &[Segment],
+        cache: &mut KvBuffer,
+        tap: &mut Tap<'_>,
+    ) -> Result<()> {
         let input = self.attention_input(b, x)?;
+        self.show(LinearGroup::Attention, &input, tap)?;
         let attended = self.attend(b, &input, segments, cache)?;
+        self.show(LinearGroup::Output, &attended, tap)?;
         self.attention_residual(b, x, &attended)?;
         let input = self.mlp_input(b, x)?;
+        self.show(LinearGroup::Mlp, &input, tap)?;
         let activated = self.mlp_activation(b, &input)?;
+        self.show(LinearGroup::Down, &activated, tap)?;
         self.mlp_residual(b, x, &activated)
+    }
+
+    fn show(&self, group: LinearGroup, input: &Buffer, tap: &mut Tap<'_>) -> Result<()> {
+        for (shape, linear) in self.shapes.iter().zip(&self.linears) {
+            if shape.group == group {
+                tap(&linear.module, input)?;
+            }
+        }
+        Ok(())
     }
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use lowbit_checkpoint::{Checkpoint, ModelConfig};
 use lowbit_kernels::backend::{Backend, Buffer, KvBuffer, Segment, WeightHandle};
 
-use crate::block::{Block, Linear};
+use crate::block::{Block, Linear, Tap};
 use crate::error::{At, ModelError, Result};
 
 /// Where a checkpoint keeps its decoder: `model.` or, inside multimodal folders, `language_model.model.`.
@@ -133,6 +133,17 @@ impl Model {
 
     /// Runs `ids` (all segments' tokens, concatenated) through the blocks and the final norm: `[T, hidden]`.
     pub fn forward(&self, ids: &[u32], segments: &[Segment], cache: &mut KvCache) -> Result<Buffer> {
+        self.forward_tapped(ids, segments, cache, &mut |_, _| Ok(()))
+    }
+
+    /// [`Self::forward`] with a tap on the input of every linear of the blocks.
+    pub fn forward_tapped(
+        &self,
+        ids: &[u32],
+        segments: &[Segment],
+        cache: &mut KvCache,
+        tap: &mut Tap<'_>,
+    ) -> Result<Buffer> {
         let total: usize = segments.iter().map(|s| s.tokens).sum();
         if total != ids.len() {
             return Err(ModelError::Argument(format!("segments hold {total} tokens, ids {}", ids.len())));
@@ -146,7 +157,7 @@ impl Model {
         let b = self.backend.as_ref();
         let mut x = self.embedding.apply(b, ids)?;
         for (block, kv) in self.blocks.iter().zip(&mut cache.layers) {
-            block.forward(b, &mut x, segments, kv)?;
+            block.forward(b, &mut x, segments, kv, tap)?;
         }
         self.head.norm(b, &x)
     }

@@ -98,7 +98,7 @@ pub fn quantize(
             None
         }
     };
-    run.head(progress)?;
+    run.tables(progress)?;
     let mut skip = vec!["config.json", "recipe.yaml"];
     skip.push("quantize_config.json");
     run.writer.carry_over(&ckpt.dir, &skip)?;
@@ -201,7 +201,7 @@ impl Run<'_> {
             let Some(planned) = plan.linears.iter().find(|l| l.module == module) else { continue };
             self.check_stop()?;
             let start = Instant::now();
-            let opts = plan.options.solver(planned.scheme);
+            let opts = plan.options.solver(planned.scheme, plan.layout.scales);
             let solve = |source: SolveError| QuantizeError::Solve { module: module.clone(), source };
             if factor.is_none() {
                 factor = Some(factorize(&stats.hessian, stats.n, &opts).map_err(solve)?);
@@ -251,20 +251,22 @@ impl Run<'_> {
         Ok(())
     }
 
-    fn head(&mut self, progress: &dyn Progress) -> Result<()> {
+    fn tables(&mut self, progress: &dyn Progress) -> Result<()> {
         let start = Instant::now();
-        if let Some(l) = self.plan.linears.iter().find(|l| l.block.is_none()).cloned() {
+        let tables: Vec<PlannedLinear> = self.plan.linears.iter().filter(|l| l.block.is_none()).cloned().collect();
+        for l in &tables {
+            self.check_stop()?;
             progress.detail(&l.module);
-            self.round(&l)?;
+            self.round(l)?;
         }
-        self.time("head", start, ());
+        self.time("embedding and head", start, ());
         Ok(())
     }
 
     fn round(&mut self, l: &PlannedLinear) -> Result<()> {
         let start = Instant::now();
         // Without data the Hessian is the identity: act-order and damping have no meaning.
-        let opts = SolverOptions { act_order: false, ..self.plan.options.solver(l.scheme) };
+        let opts = SolverOptions { act_order: false, ..self.plan.options.solver(l.scheme, self.plan.layout.scales) };
         let w = self.dense(l)?;
         let solve = |source| QuantizeError::Solve { module: l.module.clone(), source };
         let q = quantize_rtn(&w, l.out_features, l.in_features, None, &opts).map_err(solve)?;
@@ -316,9 +318,9 @@ impl Run<'_> {
             return Err(QuantizeError::Strict { module: l.module.clone(), event: event.clone() });
         }
         let kernel = |source| QuantizeError::Kernel { module: l.module.clone(), source };
-        let format = self.plan.options.format;
-        let names = linear::declare(&l.module, l.scheme, format, l.out_features, l.in_features).map_err(kernel)?;
-        for (d, bytes) in names.iter().zip(linear::encode(q, format).map_err(kernel)?) {
+        let layout = self.plan.layout;
+        let names = linear::declare(&l.module, l.scheme, layout, l.out_features, l.in_features).map_err(kernel)?;
+        for (d, bytes) in names.iter().zip(linear::encode(q, layout).map_err(kernel)?) {
             self.writer.write(&d.name, &bytes)?;
         }
         self.layers.push(record);

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use lowbit_checkpoint::provenance::Provenance;
-use lowbit_checkpoint::quant_config::{PackFormat, WrittenGroup, write_compressed_tensors, write_gptq};
+use lowbit_checkpoint::quant_config::{Layout, PackFormat, WrittenGroup, write_compressed_tensors, write_gptq};
 use lowbit_checkpoint::writer::{DEFAULT_SHARD_BYTES, Declared};
 use lowbit_checkpoint::{Checkpoint, CheckpointError, linear};
 use lowbit_kernels::backend::FloatType;
@@ -56,6 +56,8 @@ pub struct QuantizeOptions {
     pub signed_scales: bool,
     /// Quantize lm_head to 8 bits by rounding (it is untied when it shares the embedding's matrix).
     pub head_w8: bool,
+    /// Quantize the token embedding to 8 bits by rounding. With a tied head this needs `head_w8`: both then carry the same codes.
+    pub embedding_w8: bool,
     /// Modules to leave alone: exact names, or `re:` patterns.
     pub ignore: Vec<String>,
     /// Any event is an error.
@@ -78,6 +80,7 @@ impl QuantizeOptions {
             scale_search: ScaleSearch::Hessian,
             signed_scales: true,
             head_w8: false,
+            embedding_w8: false,
             ignore: Vec::new(),
             strict: false,
             shard_bytes: DEFAULT_SHARD_BYTES,
@@ -85,10 +88,8 @@ impl QuantizeOptions {
         }
     }
 
-    /// Solver settings for a scheme.
-    pub fn solver(&self, scheme: Scheme) -> SolverOptions {
-        // GPTQ checkpoints store f16 scales, compressed-tensors the model's bf16.
-        let scale_type = if self.format == PackFormat::CompressedTensors { ScaleType::Bf16 } else { ScaleType::F16 };
+    /// Solver settings for a scheme whose scales are stored as `scale_type`.
+    pub fn solver(&self, scheme: Scheme, scale_type: ScaleType) -> SolverOptions {
         SolverOptions {
             damp_frac: self.damp_frac,
             act_order: self.act_order && self.method == Method::Gptq,
@@ -112,6 +113,7 @@ impl QuantizeOptions {
         );
         m.insert("signed_scales".into(), self.signed_scales.into());
         m.insert("head".into(), if self.head_w8 { "w8" } else { "keep" }.into());
+        m.insert("embedding".into(), if self.embedding_w8 { "w8" } else { "keep" }.into());
         m.insert("ignore".into(), self.ignore.clone().into());
         m.insert("strict".into(), self.strict.into());
         m.insert("shard_bytes".into(), self.shard_bytes.into());
@@ -146,6 +148,8 @@ pub struct Plan {
     pub copies: Vec<String>,
     /// Tensors of the output.
     pub declared: Vec<Declared>,
+    /// Layout of the packed linears.
+    pub layout: Layout,
     /// `config.json` of the output.
     pub config: Value,
     /// The record (provenance still empty).
@@ -260,17 +264,29 @@ pub fn make(
     let head_module = if prefix == "model" { "lm_head" } else { "language_model.lm_head" };
     let head_ignored = ignore.hit(head_module).is_some();
     let untie = options.head_w8 && !head_ignored && c.tie_word_embeddings;
+    // One scale per 64 columns adds 3 % to the codes and is what 8-bit kernels like.
+    let group = if c.hidden_size.is_multiple_of(64) { GroupSize::Cols(64) } else { GroupSize::PerChannel };
+    let table = |module: String, source: String| PlannedLinear {
+        module,
+        source,
+        block: None,
+        scheme: Scheme { bits: 8, symmetric: true, group },
+        out_features: c.vocab_size,
+        in_features: c.hidden_size,
+    };
+    let embedding = format!("{prefix}.embed_tokens");
+    if options.embedding_w8 {
+        if c.tie_word_embeddings && !untie {
+            return Err(QuantizeError::Plan {
+                summary: "lm_head shares the embedding's matrix: an 8-bit embedding would quantize it too".into(),
+                offenders: vec![],
+                hint: Some("add --head w8".into()),
+            });
+        }
+        linears.push(table(embedding.clone(), embedding.clone()));
+    }
     if options.head_w8 && !head_ignored {
-        // Half the group of 64 would cost 0.25 bits a weight; one scale per 64 columns costs 3 % and is what 8-bit kernels like.
-        let group = if c.hidden_size.is_multiple_of(64) { GroupSize::Cols(64) } else { GroupSize::PerChannel };
-        linears.push(PlannedLinear {
-            module: head_module.into(),
-            source: if c.tie_word_embeddings { format!("{prefix}.embed_tokens") } else { head_module.into() },
-            block: None,
-            scheme: Scheme { bits: 8, symmetric: true, group },
-            out_features: c.vocab_size,
-            in_features: c.hidden_size,
-        });
+        linears.push(table(head_module.into(), if c.tie_word_embeddings { embedding } else { head_module.into() }));
     }
     let unused: Vec<String> =
         ignore.rules.iter().filter(|r| !r.2).map(|r| format!("--ignore {} matches no linear", r.0)).collect();
@@ -284,7 +300,8 @@ pub fn make(
         });
     }
     if options.format != PackFormat::CompressedTensors
-        && (options.head_w8 || linears.iter().any(|l| !(l.out_features * l.scheme.bits as usize).is_multiple_of(32)))
+        && (linears.iter().any(|l| l.block.is_none())
+            || linears.iter().any(|l| !(l.out_features * l.scheme.bits as usize).is_multiple_of(32)))
     {
         return Err(QuantizeError::Plan {
             summary: "the GPTQ format holds one bit width, and rows · bits must be a multiple of 32".into(),
@@ -332,10 +349,13 @@ fn assemble(
     let mut declared = Vec::new();
     let mut copies = Vec::new();
     let mut tensors = Vec::new();
+    let model_dtype =
+        linears.first().and_then(|l| ckpt.store.find(&format!("{}.weight", l.source))).and_then(|t| t.float_type());
+    let layout = Layout::new(options.format, model_dtype.unwrap_or(FloatType::Bf16));
     let by_weight: BTreeMap<String, &PlannedLinear> =
         linears.iter().map(|l| (format!("{}.weight", l.module), l)).collect();
     let packed_bytes = |l: &PlannedLinear| -> Result<(Vec<Declared>, u64)> {
-        let d = linear::declare(&l.module, l.scheme, options.format, l.out_features, l.in_features)
+        let d = linear::declare(&l.module, l.scheme, layout, l.out_features, l.in_features)
             .map_err(|source| QuantizeError::Kernel { module: l.module.clone(), source })?;
         let bytes = d.iter().map(Declared::bytes).sum();
         Ok((d, bytes))
@@ -360,7 +380,7 @@ fn assemble(
             declared.extend(d);
             row.action = "quantize".into();
             row.scheme = Some(l.scheme.full_name());
-            row.reason = options.method.name().into();
+            row.reason = if l.block.is_some() { options.method.name() } else { "rtn" }.into();
             row.after_bytes = bytes;
         } else {
             row.action = if reasons.contains_key(name) { "keep".into() } else { "copy".into() };
@@ -411,7 +431,7 @@ fn assemble(
         sizes: sizes.into_values().collect(),
         tensors,
     };
-    Ok(Plan { options: options.clone(), linears, copies, declared, config, record })
+    Ok(Plan { options: options.clone(), linears, copies, declared, layout, config, record })
 }
 
 /// Estimate: carried activations, the widest group's Hessian with its factors, and one block in f32.
@@ -434,7 +454,7 @@ fn written_config(
     untie: bool,
 ) -> Value {
     let mut config = ckpt.raw_config.clone();
-    let head = linears.iter().find(|l| l.block.is_none());
+    let tables: Vec<&PlannedLinear> = linears.iter().filter(|l| l.block.is_none()).collect();
     let mut ignore: Vec<String> = reasons.keys().map(|k| k.trim_end_matches(".weight").to_string()).collect();
     let head_module = if ckpt.has_weight("model.embed_tokens") { "lm_head" } else { "language_model.lm_head" };
     let q = match options.format {
@@ -446,24 +466,26 @@ fn written_config(
                 observer,
                 static_act_order: options.act_order && options.method == Method::Gptq,
             }];
-            match head {
-                // The narrow target first: loaders take the first rule that matches.
-                Some(h) => groups.insert(
+            if let Some(first) = tables.first() {
+                // The narrow targets first: loaders take the first rule that matches.
+                groups.insert(
                     0,
                     WrittenGroup {
-                        scheme: h.scheme,
-                        targets: vec![h.module.clone()],
+                        scheme: first.scheme,
+                        targets: tables.iter().map(|t| t.module.clone()).collect(),
                         observer,
                         static_act_order: false,
                     },
-                ),
-                None => ignore.push(head_module.into()),
+                );
+            }
+            if !tables.iter().any(|t| t.module == head_module) {
+                ignore.push(head_module.into());
             }
             write_compressed_tensors(&groups, &ignore)
         }
         _ => {
             let damp = (options.method == Method::Gptq).then_some(options.damp_frac);
-            write_gptq(options.scheme, damp, head.is_some(), &ignore)
+            write_gptq(options.scheme, damp, false, &ignore)
         }
     };
     if let Some(map) = config.as_object_mut() {

@@ -3,11 +3,11 @@
 use std::path::Path;
 
 use anyhow::{Result, bail};
-use lowbit_checkpoint::quant_config::{PackFormat, WrittenGroup, write_compressed_tensors, write_gptq};
+use lowbit_checkpoint::quant_config::{Layout, PackFormat, WrittenGroup, write_compressed_tensors, write_gptq};
 use lowbit_checkpoint::writer::{CheckpointWriter, DEFAULT_SHARD_BYTES, Declared};
 use lowbit_checkpoint::{Checkpoint, CheckpointError, Dtype, linear};
 use lowbit_kernels::Scheme;
-use lowbit_kernels::backend::HostWeight;
+use lowbit_kernels::backend::{FloatType, HostWeight};
 use lowbit_model::block::linear_shapes;
 use lowbit_model::decoder;
 use lowbit_quantize::Progress;
@@ -35,6 +35,15 @@ pub fn convert(ctx: &Context, args: &ConvertArgs) -> Result<()> {
     ctx.print(&serde_json::json!({"output": args.output}), || format!("wrote {}", args.output.display()))
 }
 
+/// The dtype of what is not packed: the norms tell.
+fn model_dtype(ckpt: &Checkpoint) -> FloatType {
+    ckpt.store
+        .iter()
+        .filter(|(n, _)| n.ends_with("norm.weight"))
+        .find_map(|(_, t)| t.float_type())
+        .unwrap_or(FloatType::Bf16)
+}
+
 struct Item {
     module: String,
     out: usize,
@@ -49,14 +58,15 @@ fn repack(ctx: &Context, ckpt: &Checkpoint, args: &ConvertArgs) -> Result<()> {
     };
     let target = match args.format {
         FormatArg::Bf16 => None,
-        FormatArg::CompressedTensors => Some(PackFormat::CompressedTensors),
-        FormatArg::Gptq => Some(PackFormat::GptqV1),
+        FormatArg::CompressedTensors => Some(Layout::new(PackFormat::CompressedTensors, model_dtype(ckpt))),
+        FormatArg::Gptq => Some(Layout::new(PackFormat::GptqV1, FloatType::F16)),
     };
-    if target.is_some() && target.map(PackFormat::name) == Some(q.format.name()) {
+    let format = target.map(|t| t.format);
+    if format == Some(q.format) {
         bail!("{} is in that format already", ckpt.dir.display());
     }
     let (items, dense) = collect(ckpt, target)?;
-    if target == Some(PackFormat::GptqV1)
+    if format == Some(PackFormat::GptqV1)
         && let Some(other) = items.iter().find(|i| items.first().is_some_and(|f| f.scheme != i.scheme))
     {
         bail!(
@@ -93,24 +103,15 @@ fn repack(ctx: &Context, ckpt: &Checkpoint, args: &ConvertArgs) -> Result<()> {
                     matrix.dequantize()?.iter().flat_map(|w| half::bf16::from_f32(*w).to_le_bytes()).collect();
                 writer.write(&format!("{}.weight", item.module), &bytes)?;
             }
-            Some(format) => {
-                if format != PackFormat::CompressedTensors
-                    && matrix.scales.iter().any(|s| half::f16::from_f32(*s).to_f32() != *s)
-                {
+            Some(layout) => {
+                if let Some(s) = matrix.scales.iter().find(|s| layout.scales.round(**s) != **s) {
                     bail!(
-                        "`{}` has scales that f16 does not hold exactly: the GPTQ format would change the weights\nhint: quantize the original with --format gptq",
-                        item.module
+                        "`{}` has the scale {s}, which {:?} does not hold exactly: the format would change the weights\nhint: quantize the original with the other --format",
+                        item.module,
+                        layout.scales
                     );
                 }
-                if format == PackFormat::CompressedTensors
-                    && matrix.scales.iter().any(|s| half::bf16::from_f32(*s).to_f32() != *s)
-                {
-                    bail!(
-                        "`{}` has f16 scales that bf16 does not hold exactly: compressed-tensors would change the weights\nhint: quantize the original again",
-                        item.module
-                    );
-                }
-                for (d, bytes) in item.declared.iter().zip(linear::encode(&matrix, format)?) {
+                for (d, bytes) in item.declared.iter().zip(linear::encode(&matrix, layout)?) {
                     writer.write(&d.name, &bytes)?;
                 }
             }
@@ -122,7 +123,7 @@ fn repack(ctx: &Context, ckpt: &Checkpoint, args: &ConvertArgs) -> Result<()> {
     if let Some(map) = config.as_object_mut() {
         map.remove("quantization_config");
         map.remove("compression_config");
-        let written = match target {
+        let written = match format {
             None => None,
             Some(PackFormat::CompressedTensors) => {
                 let groups: Vec<WrittenGroup<'_>> = q
@@ -142,7 +143,7 @@ fn repack(ctx: &Context, ckpt: &Checkpoint, args: &ConvertArgs) -> Result<()> {
                 .map(|i| write_gptq(i.scheme, None, items.iter().any(|i| i.module.ends_with("lm_head")), &dense)),
         };
         if let Some(w) = written {
-            if target != Some(PackFormat::CompressedTensors) {
+            if format != Some(PackFormat::CompressedTensors) {
                 writer.write_file("quantize_config.json", format!("{w:#}\n").as_bytes())?;
             }
             map.insert("quantization_config".into(), w);
@@ -153,7 +154,7 @@ fn repack(ctx: &Context, ckpt: &Checkpoint, args: &ConvertArgs) -> Result<()> {
     Ok(())
 }
 
-fn collect(ckpt: &Checkpoint, target: Option<PackFormat>) -> Result<(Vec<Item>, Vec<String>)> {
+fn collect(ckpt: &Checkpoint, target: Option<Layout>) -> Result<(Vec<Item>, Vec<String>)> {
     let c = &ckpt.config;
     let prefix = decoder::prefix(ckpt)?;
     let mut modules: Vec<(String, usize, usize)> = Vec::new();

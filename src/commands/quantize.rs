@@ -54,6 +54,7 @@ pub fn options(q: &QuantOptions) -> Result<QuantizeOptions> {
         scale_search: if q.minmax_scales { ScaleSearch::MinMax } else { ScaleSearch::Hessian },
         signed_scales: !q.unsigned_scales,
         head_w8: q.head == HeadArg::W8,
+        embedding_w8: q.embedding == HeadArg::W8,
         ignore: q.ignore.clone(),
         strict: q.strict,
         offload: q.offload.clone(),

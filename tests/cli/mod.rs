@@ -7,6 +7,7 @@ mod architecture;
 mod errors;
 mod golden;
 mod pipeline;
+mod snapshots;
 
 /// The repository.
 pub fn root() -> PathBuf {
