@@ -96,7 +96,7 @@ pub struct QuantOptions {
     /// `w8`: quantize lm_head to 8 bits (untied when it shares the embedding's matrix); `keep` leaves it.
     #[arg(long, value_enum, default_value_t = HeadArg::Keep)]
     pub head: HeadArg,
-    /// `w8`: quantize the token embedding to 8 bits (a tied one needs --head w8 as well); `keep` leaves it.
+    /// `w8`: quantize the token embedding to 8 bits (a tied one needs --head w8 as well); lowbit reads it, transformers 5.17 does not. `keep` leaves it.
     #[arg(long, value_enum, default_value_t = HeadArg::Keep)]
     pub embedding: HeadArg,
     /// Modules to leave alone: names, or `re:` patterns.
