@@ -16,8 +16,8 @@ pub struct Cli {
 
 #[derive(Args, Debug, Clone)]
 pub struct Global {
-    /// Where to compute.
-    #[arg(long, global = true, value_enum, default_value_t = Device::Auto)]
+    /// Where to compute: auto, cpu, cuda, cuda:N, emulated (the CUDA kernels on the host), scalar (the slow reference).
+    #[arg(long, global = true, default_value = "auto", value_parser = parse_device)]
     pub device: Device,
     /// Print one JSON document on stdout instead of text.
     #[arg(long, global = true)]
@@ -30,14 +30,33 @@ pub struct Global {
     pub threads: Option<usize>,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+/// See `--device`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Device {
-    /// The best there is.
+    /// A GPU where there is one, else the CPU.
     Auto,
     /// Rayon and SIMD.
     Cpu,
+    /// A GPU by ordinal.
+    Cuda(usize),
+    /// The CUDA kernels compiled for the host.
+    Emulated,
     /// The slow reference, for checking.
     Scalar,
+}
+
+fn parse_device(text: &str) -> Result<Device, String> {
+    match text {
+        "auto" => Ok(Device::Auto),
+        "cpu" => Ok(Device::Cpu),
+        "cuda" => Ok(Device::Cuda(0)),
+        "emulated" => Ok(Device::Emulated),
+        "scalar" => Ok(Device::Scalar),
+        _ => match text.strip_prefix("cuda:").map(str::parse) {
+            Some(Ok(n)) => Ok(Device::Cuda(n)),
+            _ => Err("expected auto, cpu, cuda, cuda:N, emulated or scalar".into()),
+        },
+    }
 }
 
 #[derive(Subcommand, Debug)]

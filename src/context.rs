@@ -1,18 +1,24 @@
 //! What every command needs: backend, progress, the stop flag, and where text goes.
 
-use std::sync::Arc;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use anyhow::{Context as _, Result};
 use lowbit_kernels::backend::Backend;
 use lowbit_kernels::cpu::{CpuBackend, ScalarBackend};
+use lowbit_kernels::cuda::GpuBackend;
+use lowbit_kernels::cuda::device as gpu;
+use lowbit_kernels::cuda::nvrtc::DeviceOptions;
 
 use crate::args::{Device, Global};
+use crate::models;
 use crate::progress::Bars;
 
 /// Everything a command gets.
 pub struct Context {
-    pub backend: Arc<dyn Backend>,
+    device: Device,
+    opened: OnceLock<Opened>,
     pub progress: Bars,
     pub stop: Arc<AtomicBool>,
     writing: Arc<AtomicBool>,
@@ -30,10 +36,6 @@ impl Context {
             .num_threads(threads)
             .build_global()
             .context("cannot start the worker threads")?;
-        let backend: Arc<dyn Backend> = match global.device {
-            Device::Auto | Device::Cpu => Arc::new(CpuBackend::new()),
-            Device::Scalar => Arc::new(ScalarBackend::new()),
-        };
         let stop = Arc::new(AtomicBool::new(false));
         let writing = Arc::new(AtomicBool::new(false));
         let (flag, busy) = (stop.clone(), writing.clone());
@@ -46,7 +48,8 @@ impl Context {
         })
         .context("cannot watch for Ctrl-C")?;
         Ok(Self {
-            backend,
+            device: global.device,
+            opened: OnceLock::new(),
             progress: Bars::new(global.quiet),
             stop,
             writing,
@@ -54,6 +57,24 @@ impl Context {
             quiet: global.quiet,
             threads,
         })
+    }
+
+    /// The backend, opened on first use: a command that computes nothing needs no device.
+    pub fn backend(&self) -> Result<Arc<dyn Backend>> {
+        Ok(self.opened()?.backend.clone())
+    }
+
+    /// Product name of the GPU in use.
+    pub fn gpu(&self) -> Result<Option<String>> {
+        Ok(self.opened()?.gpu.clone())
+    }
+
+    fn opened(&self) -> Result<&Opened> {
+        if let Some(o) = self.opened.get() {
+            return Ok(o);
+        }
+        let made = open_device(self.device, self.threads, self.quiet)?;
+        Ok(self.opened.get_or_init(|| made))
     }
 
     /// While the guard lives an output is open: Ctrl-C waits for the writer to remove it.
@@ -82,6 +103,46 @@ impl Context {
     /// Fails when the user asked to stop.
     pub fn check_stop(&self) -> Result<()> {
         if self.stop.load(Ordering::Relaxed) { Err(lowbit_quantize::QuantizeError::Interrupted.into()) } else { Ok(()) }
+    }
+}
+
+/// The backend, and the GPU's name where it is one.
+struct Opened {
+    backend: Arc<dyn Backend>,
+    gpu: Option<String>,
+}
+
+fn open_device(device: Device, threads: usize, quiet: bool) -> Result<Opened> {
+    let host = |backend: Arc<dyn Backend>| Ok(Opened { backend, gpu: None });
+    let gpu = |ordinal: usize| -> Result<Opened> {
+        let device = gpu::Device::cuda(ordinal, &device_options())?;
+        let product = device.as_cuda().map(|c| c.product()).transpose()?;
+        Ok(Opened { backend: Arc::new(GpuBackend::new(Arc::new(device))), gpu: product })
+    };
+    match device {
+        Device::Cpu => host(Arc::new(CpuBackend::new())),
+        Device::Scalar => host(Arc::new(ScalarBackend::new())),
+        Device::Emulated => host(Arc::new(GpuBackend::new(Arc::new(gpu::Device::emulated(threads)?)))),
+        Device::Cuda(n) => gpu(n),
+        Device::Auto => match gpu(0) {
+            Ok(found) => Ok(found),
+            Err(e) => {
+                if !quiet {
+                    eprintln!("device: cpu ({e})");
+                }
+                host(Arc::new(CpuBackend::new()))
+            }
+        },
+    }
+}
+
+/// Where NVRTC may be and where compiled kernels are kept, from the environment.
+fn device_options() -> DeviceOptions {
+    let var = |k: &str| std::env::var_os(k).filter(|v| !v.is_empty()).map(PathBuf::from);
+    DeviceOptions {
+        nvrtc: var("LOWBIT_NVRTC"),
+        cache_dir: models::cache_dir().join("cubin"),
+        search: ["CUDA_HOME", "CUDA_PATH", "VIRTUAL_ENV"].iter().filter_map(|k| var(k)).collect(),
     }
 }
 

@@ -4,6 +4,7 @@ use std::process::ExitCode;
 
 use lowbit_calibration::CalibrationError;
 use lowbit_checkpoint::CheckpointError;
+use lowbit_kernels::KernelError;
 use lowbit_model::ModelError;
 use lowbit_quantize::QuantizeError;
 
@@ -55,6 +56,9 @@ fn hint_of(cause: &(dyn std::error::Error + 'static)) -> Option<String> {
         Some(QuantizeError::Model(ModelError::Checkpoint(e))) => return e.hint(),
         Some(QuantizeError::Calibration(CalibrationError::Checkpoint(e))) => return e.hint(),
         _ => {}
+    }
+    if let Some(e) = cause.downcast_ref::<KernelError>() {
+        return e.hint();
     }
     if let Some(CalibrationError::Checkpoint(e)) = cause.downcast_ref::<CalibrationError>() {
         return e.hint();

@@ -41,7 +41,7 @@ impl Located {
     /// Opens and loads it.
     pub fn load(&self, ctx: &Context) -> Result<(Checkpoint, Model)> {
         let ckpt = self.open()?;
-        let model = Model::load(&ckpt, ctx.backend.clone())?;
+        let model = Model::load(&ckpt, ctx.backend()?)?;
         Ok((ckpt, model))
     }
 }
@@ -79,7 +79,8 @@ fn looks_like_hub_id(model: &str) -> bool {
     parts.len() == 2 && parts.iter().all(|p| !p.is_empty() && !p.starts_with('.')) && !Path::new(model).exists()
 }
 
-fn cache_dir() -> PathBuf {
+/// Where converted models, the demo and compiled kernels are kept.
+pub fn cache_dir() -> PathBuf {
     let var = |k: &str| std::env::var_os(k).filter(|v| !v.is_empty()).map(PathBuf::from);
     var("LOWBIT_CACHE")
         .or_else(|| var("XDG_CACHE_HOME").map(|d| d.join("lowbit")))

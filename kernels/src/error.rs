@@ -27,6 +27,22 @@ pub enum KernelError {
     /// A handle made by another backend was passed in.
     #[error("a {what} of another backend was given to {backend}")]
     ForeignHandle { backend: &'static str, what: &'static str },
+    /// A kernel could not be launched, or was found at fault while it ran.
+    #[error("kernel {kernel} ({launch}): {problem}")]
+    Launch { kernel: &'static str, launch: String, problem: String },
+    /// A device cannot be used.
+    #[error("device {device}: {problem}")]
+    Device { device: &'static str, problem: String, hint: Option<String> },
+}
+
+impl KernelError {
+    /// What the user can do about it.
+    pub fn hint(&self) -> Option<String> {
+        match self {
+            KernelError::Device { hint, .. } => hint.clone(),
+            _ => None,
+        }
+    }
 }
 
 /// Result of this crate.

@@ -2,6 +2,8 @@
 
 pub mod backend;
 pub mod cpu;
+#[cfg(any(feature = "emulated", feature = "cuda"))]
+pub mod cuda;
 pub mod error;
 pub mod pack;
 pub mod qdq;

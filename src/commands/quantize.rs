@@ -168,7 +168,7 @@ pub fn execute(
     let writing = ctx.writing();
     let outcome = lowbit_quantize::quantize(
         ckpt,
-        ctx.backend.as_ref(),
+        ctx.backend()?.as_ref(),
         made,
         windows.as_ref(),
         output,
@@ -244,7 +244,7 @@ fn calibration_windows(ctx: &Context, ckpt: &Checkpoint, q: &QuantOptions) -> Re
 
 /// Text the model writes itself, sampled at temperature 1 from its start token: for users with no data.
 fn self_generated(ctx: &Context, ckpt: &Checkpoint, q: &QuantOptions) -> Result<Windows> {
-    let model = Model::load(ckpt, ctx.backend.clone())?;
+    let model = Model::load(ckpt, ctx.backend()?)?;
     let tokenizer = Tokenizer::load(&ckpt.dir)?;
     let first = tokenizer.bos_id().or(tokenizer.eos_ids().first().copied()).unwrap_or(0);
     let seed = q.seed.unwrap_or(0);

@@ -7,7 +7,7 @@ use super::{lowbit, stderr};
 /// Runs and snapshots status, stdout and stderr.
 fn check(name: &str, args: &[&str]) {
     let tmp = tempfile::tempdir().unwrap();
-    let out = lowbit(tmp.path()).args(args).output().unwrap();
+    let out = lowbit(tmp.path()).args(["--device", "cpu"]).args(args).output().unwrap();
     let text = format!(
         "$ lowbit {}\nstatus: {}\n--- stdout\n{}--- stderr\n{}",
         args.join(" "),

@@ -6,7 +6,7 @@
 
 mod attention;
 mod bandwidth;
-mod checks;
+pub(crate) mod checks;
 mod dense;
 mod elementwise;
 mod hessian;

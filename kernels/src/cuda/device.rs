@@ -1,0 +1,258 @@
+//! One launch interface, two devices: CUDA, and the emulator that runs the same kernel sources on the host.
+//!
+//! Memory is bytes; what they mean is the launcher's business. Kernels are named as in their `.cu` files, and take
+//! their arguments in the order written there, so that grids, shared sizes and argument lists of the host side are
+//! tested on the emulator before a GPU sees them.
+
+use std::fmt;
+use std::ops::Range;
+
+#[cfg(feature = "cuda")]
+use super::driver::{CudaDevice, CudaMemory};
+#[cfg(feature = "emulated")]
+pub use super::emulated::EmulatorOptions;
+#[cfg(feature = "emulated")]
+use super::emulated::{EmulatedDevice, EmulatedMemory};
+#[cfg(feature = "cuda")]
+use super::nvrtc::DeviceOptions;
+use crate::error::{KernelError, Result};
+
+/// Threads a block may have, on every device.
+pub const MAX_BLOCK_THREADS: u64 = 1024;
+
+/// Shared memory a block may ask for at launch: 227 KiB, the most of any device here (Hopper).
+pub const MAX_SHARED_BYTES: u32 = 227 << 10;
+
+/// Where kernels run.
+pub struct Device {
+    inner: Inner,
+}
+
+enum Inner {
+    #[cfg(feature = "emulated")]
+    Emulated(EmulatedDevice),
+    #[cfg(feature = "cuda")]
+    Cuda(CudaDevice),
+}
+
+/// Memory of one device, freed when dropped.
+pub struct Memory {
+    inner: Allocation,
+}
+
+enum Allocation {
+    #[cfg(feature = "emulated")]
+    Emulated(EmulatedMemory),
+    #[cfg(feature = "cuda")]
+    Cuda(CudaMemory),
+}
+
+/// The shape of a launch, in blocks, threads and bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Launch {
+    /// Blocks along x, y, z.
+    pub grid: [u32; 3],
+    /// Threads of a block along x, y, z; at most [`MAX_BLOCK_THREADS`] together.
+    pub block: [u32; 3],
+    /// Dynamic shared memory of a block; at most [`MAX_SHARED_BYTES`].
+    pub shared_bytes: u32,
+}
+
+impl fmt::Display for Launch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let ([gx, gy, gz], [bx, by, bz]) = (self.grid, self.block);
+        write!(f, "grid {gx}x{gy}x{gz}, block {bx}x{by}x{bz}, {} bytes shared", self.shared_bytes)
+    }
+}
+
+/// A kernel argument.
+#[derive(Clone, Copy)]
+pub enum Arg<'a> {
+    /// Memory the kernel only reads: the checking emulator refuses a write.
+    In(&'a Memory),
+    /// Memory the kernel writes, and may read.
+    Out(&'a Memory),
+    /// Memory from a byte offset on; read or written.
+    InAt(&'a Memory, usize),
+    /// A null pointer, where the kernel allows one.
+    Null,
+    /// `int`.
+    I32(i32),
+    /// `unsigned`.
+    U32(u32),
+    /// `float`.
+    F32(f32),
+}
+
+impl Device {
+    /// The kernels compiled for the host, blocks spread over `threads` OS threads. Out-of-bounds accesses that reach
+    /// a page outside the buffer, stray writes beside it and divergent barriers are errors; see
+    /// [`EmulatorOptions::checked`] for the complete check. Results do not depend on `threads`.
+    #[cfg(feature = "emulated")]
+    pub fn emulated(threads: usize) -> Result<Self> {
+        Self::emulated_with(EmulatorOptions { threads, ..EmulatorOptions::default() })
+    }
+
+    /// The emulator with its checks chosen.
+    #[cfg(feature = "emulated")]
+    pub fn emulated_with(options: EmulatorOptions) -> Result<Self> {
+        Ok(Self { inner: Inner::Emulated(EmulatedDevice::new(options)?) })
+    }
+
+    /// GPU `ordinal`; an error, never a panic, where there is no driver or no such GPU.
+    #[cfg(feature = "cuda")]
+    pub fn cuda(ordinal: usize, options: &DeviceOptions) -> Result<Self> {
+        Ok(Self { inner: Inner::Cuda(CudaDevice::open(ordinal, options)?) })
+    }
+
+    /// `emulated` or `cuda`.
+    pub fn name(&self) -> &'static str {
+        match &self.inner {
+            #[cfg(feature = "emulated")]
+            Inner::Emulated(d) => d.name(),
+            #[cfg(feature = "cuda")]
+            Inner::Cuda(d) => d.name(),
+        }
+    }
+
+    /// The GPU behind it, for what only CUDA has (product name, free memory); `None` on the emulator.
+    #[cfg(feature = "cuda")]
+    pub fn as_cuda(&self) -> Option<&CudaDevice> {
+        match &self.inner {
+            Inner::Cuda(d) => Some(d),
+            #[cfg(feature = "emulated")]
+            Inner::Emulated(_) => None,
+        }
+    }
+
+    /// Memory with undefined contents (NaN bytes on the emulator). Aligned to 256 bytes on CUDA; to 16 on the
+    /// emulator, where the end lies as close as that allows to a page that must not be touched.
+    pub fn alloc(&self, bytes: usize) -> Result<Memory> {
+        let inner = match &self.inner {
+            #[cfg(feature = "emulated")]
+            Inner::Emulated(d) => Allocation::Emulated(d.alloc(bytes)?),
+            #[cfg(feature = "cuda")]
+            Inner::Cuda(d) => Allocation::Cuda(d.alloc(bytes)?),
+        };
+        Ok(Memory { inner })
+    }
+
+    /// Memory of zero bytes.
+    pub fn alloc_zeroed(&self, bytes: usize) -> Result<Memory> {
+        let inner = match &self.inner {
+            #[cfg(feature = "emulated")]
+            Inner::Emulated(d) => Allocation::Emulated(d.alloc_zeroed(bytes)?),
+            #[cfg(feature = "cuda")]
+            Inner::Cuda(d) => Allocation::Cuda(d.alloc_zeroed(bytes)?),
+        };
+        Ok(Memory { inner })
+    }
+
+    /// A copy of `bytes`.
+    pub fn upload(&self, bytes: &[u8]) -> Result<Memory> {
+        let mut m = self.alloc(bytes.len())?;
+        self.write(&mut m, 0, bytes)?;
+        Ok(m)
+    }
+
+    /// Copies `bytes` to `offset`.
+    pub fn write(&self, m: &mut Memory, offset: usize, bytes: &[u8]) -> Result<()> {
+        match (&self.inner, &mut m.inner) {
+            #[cfg(feature = "emulated")]
+            (Inner::Emulated(d), Allocation::Emulated(m)) => d.write(m, offset, bytes),
+            #[cfg(feature = "cuda")]
+            (Inner::Cuda(d), Allocation::Cuda(m)) => d.write(m, offset, bytes),
+            #[cfg(all(feature = "emulated", feature = "cuda"))]
+            _ => Err(self.foreign()),
+        }
+    }
+
+    /// Copies `range` back, after everything launched before.
+    pub fn read(&self, m: &Memory, range: Range<usize>) -> Result<Vec<u8>> {
+        match (&self.inner, &m.inner) {
+            #[cfg(feature = "emulated")]
+            (Inner::Emulated(d), Allocation::Emulated(m)) => d.read(m, range),
+            #[cfg(feature = "cuda")]
+            (Inner::Cuda(d), Allocation::Cuda(m)) => d.read(m, range),
+            #[cfg(all(feature = "emulated", feature = "cuda"))]
+            _ => Err(self.foreign()),
+        }
+    }
+
+    /// Runs `kernel`. The emulator has finished when this returns, and checks the argument list against the kernel's
+    /// own; CUDA may report a failure at the next copy.
+    pub fn launch(&self, kernel: &'static str, l: Launch, args: &[Arg<'_>]) -> Result<()> {
+        let threads: u64 = l.block.iter().map(|n| u64::from(*n)).product();
+        let refuse = |problem: String| Err(KernelError::Launch { kernel, launch: l.to_string(), problem });
+        if l.grid.contains(&0) || threads == 0 {
+            return refuse("an empty launch".to_string());
+        }
+        if threads > MAX_BLOCK_THREADS || l.block[2] > 64 || l.grid[1].max(l.grid[2]) > 65535 {
+            return refuse("more blocks or threads than a device takes".to_string());
+        }
+        if l.shared_bytes > MAX_SHARED_BYTES {
+            return refuse(format!("more shared memory than {MAX_SHARED_BYTES} bytes"));
+        }
+        for arg in args {
+            if let Arg::InAt(m, offset) = arg
+                && *offset > m.bytes()
+            {
+                return refuse(format!("an argument starts at byte {offset} of {}", m.bytes()));
+            }
+        }
+        match &self.inner {
+            #[cfg(feature = "emulated")]
+            Inner::Emulated(d) => d.launch(kernel, &l, args),
+            #[cfg(feature = "cuda")]
+            Inner::Cuda(d) => {
+                let mut words = args.iter().map(|a| self.word(a)).collect::<Result<Vec<u64>>>()?;
+                d.launch(kernel, &l, &mut words)
+            }
+        }
+    }
+
+    /// The argument in the low bytes of a word.
+    #[cfg(feature = "cuda")]
+    fn word(&self, arg: &Arg<'_>) -> Result<u64> {
+        let address = |m: &Memory, offset: usize| match &m.inner {
+            Allocation::Cuda(m) => Ok(m.address() + offset as u64),
+            #[cfg(feature = "emulated")]
+            Allocation::Emulated(_) => Err(self.foreign()),
+        };
+        Ok(match *arg {
+            Arg::In(m) | Arg::Out(m) => address(m, 0)?,
+            Arg::InAt(m, offset) => address(m, offset)?,
+            Arg::Null => 0,
+            Arg::I32(v) => u64::from(v as u32),
+            Arg::U32(v) => u64::from(v),
+            Arg::F32(v) => u64::from(v.to_bits()),
+        })
+    }
+
+    #[cfg(all(feature = "emulated", feature = "cuda"))]
+    fn foreign(&self) -> KernelError {
+        KernelError::ForeignHandle { backend: self.name(), what: "memory" }
+    }
+}
+
+impl Memory {
+    /// Bytes asked for.
+    pub fn bytes(&self) -> usize {
+        match &self.inner {
+            #[cfg(feature = "emulated")]
+            Allocation::Emulated(m) => m.bytes(),
+            #[cfg(feature = "cuda")]
+            Allocation::Cuda(m) => m.bytes(),
+        }
+    }
+
+    /// The emulator's own view; `None` for memory of a GPU.
+    #[cfg(feature = "emulated")]
+    pub(super) fn as_emulated(&self) -> Option<&EmulatedMemory> {
+        match &self.inner {
+            Allocation::Emulated(m) => Some(m),
+            #[cfg(feature = "cuda")]
+            Allocation::Cuda(_) => None,
+        }
+    }
+}

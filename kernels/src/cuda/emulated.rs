@@ -1,0 +1,219 @@
+//! The emulated device: the kernels compiled for the host by `build.rs`, behind the C interface of
+//! `emulator/registry.cpp`.
+
+use std::ffi::{CStr, CString, c_char, c_int};
+use std::ops::Range;
+use std::ptr::NonNull;
+use std::slice;
+
+use super::device::{Arg, Launch};
+use crate::error::{KernelError, Result};
+
+const NAME: &str = "emulated";
+
+/// Bytes of the C side's message buffer.
+const MESSAGE_BYTES: usize = 1024;
+
+/// How the emulator runs kernels.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct EmulatorOptions {
+    /// OS threads a launch's blocks are spread over. A checked launch uses one.
+    pub threads: usize,
+    /// Look at every access of every kernel: bounds to the byte, writes to read-only arguments, races between the
+    /// threads of a block (shared and global memory) and between blocks. Several times slower.
+    pub checked: bool,
+    /// 0 runs the threads of a block in order; anything else in a random order drawn from it.
+    pub seed: u64,
+}
+
+impl Default for EmulatorOptions {
+    fn default() -> Self {
+        Self { threads: 1, checked: false, seed: 0 }
+    }
+}
+
+/// A kernel argument as `emulator/runtime.h` declares it.
+#[repr(C)]
+struct RawArg {
+    /// The value or address.
+    value: u64,
+    /// First byte of the memory it points into.
+    base: *mut u8,
+    /// Size of that memory.
+    bytes: u64,
+    /// `r` read-only memory, `w` writable memory, `0` null, `i` integer, `f` float.
+    kind: u32,
+}
+
+unsafe extern "C" {
+    fn emu_checks_available() -> c_int;
+    fn emu_alloc(bytes: u64, fill: c_int) -> *mut u8;
+    fn emu_free(base: *mut u8);
+    fn emu_launch(
+        kernel: *const c_char,
+        grid: *const u32,
+        block: *const u32,
+        shared_bytes: u32,
+        args: *const RawArg,
+        count: u32,
+        threads: u32,
+        checked: c_int,
+        seed: u64,
+        message: *mut c_char,
+        message_bytes: u64,
+    ) -> c_int;
+}
+
+fn device_error(problem: &str, hint: &str) -> KernelError {
+    KernelError::Device { device: NAME, problem: problem.to_string(), hint: Some(hint.to_string()) }
+}
+
+/// Host memory between pages that must not be touched.
+pub struct EmulatedMemory {
+    base: NonNull<u8>,
+    bytes: usize,
+}
+
+// SAFETY: plain memory owned by this value; it is written through `&mut`, or by kernels, see `EmulatedDevice::launch`.
+unsafe impl Send for EmulatedMemory {}
+// SAFETY: as above.
+unsafe impl Sync for EmulatedMemory {}
+
+impl EmulatedMemory {
+    /// Bytes asked for.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+}
+
+impl Drop for EmulatedMemory {
+    fn drop(&mut self) {
+        // SAFETY: `base` came from `emu_alloc` and is freed once; launches are over when they return.
+        unsafe { emu_free(self.base.as_ptr()) }
+    }
+}
+
+/// The host as a device.
+pub struct EmulatedDevice {
+    options: EmulatorOptions,
+}
+
+impl EmulatedDevice {
+    /// Fails where the kernels, compiled with AVX2, FMA and F16C on x86-64, cannot run.
+    pub fn new(options: EmulatorOptions) -> Result<Self> {
+        #[cfg(target_arch = "x86_64")]
+        if !(is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")) {
+            return Err(device_error(
+                "the emulated kernels were compiled for a processor with AVX2, FMA and F16C",
+                "run with another device",
+            ));
+        }
+        // SAFETY: takes nothing, reads a constant.
+        if options.checked && unsafe { emu_checks_available() } == 0 {
+            return Err(device_error(
+                "the C++ compiler of this build cannot instrument memory accesses (-fsanitize=thread)",
+                "build with GCC or Clang, or leave the checks off",
+            ));
+        }
+        if options.threads == 0 {
+            return Err(device_error("0 threads", "give at least 1"));
+        }
+        Ok(Self { options })
+    }
+
+    /// `emulated`.
+    pub fn name(&self) -> &'static str {
+        NAME
+    }
+
+    /// Memory of NaN bytes.
+    pub fn alloc(&self, bytes: usize) -> Result<EmulatedMemory> {
+        Self::allocate(bytes, 0xff)
+    }
+
+    /// Memory of zero bytes.
+    pub fn alloc_zeroed(&self, bytes: usize) -> Result<EmulatedMemory> {
+        Self::allocate(bytes, 0)
+    }
+
+    fn allocate(bytes: usize, fill: c_int) -> Result<EmulatedMemory> {
+        // SAFETY: any size may be asked for; null says that there is no memory.
+        let base = NonNull::new(unsafe { emu_alloc(bytes as u64, fill) });
+        match base {
+            Some(base) => Ok(EmulatedMemory { base, bytes }),
+            None => Err(device_error(&format!("no memory for {bytes} bytes"), "use a smaller batch")),
+        }
+    }
+
+    /// Copies `bytes` to `offset`.
+    pub fn write(&self, m: &mut EmulatedMemory, offset: usize, bytes: &[u8]) -> Result<()> {
+        within(m, &(offset..offset.saturating_add(bytes.len())))?;
+        // SAFETY: the range was checked, `m` is borrowed exclusively, and `bytes` is other memory.
+        unsafe { m.base.as_ptr().add(offset).copy_from_nonoverlapping(bytes.as_ptr(), bytes.len()) };
+        Ok(())
+    }
+
+    /// Copies `range` back.
+    pub fn read(&self, m: &EmulatedMemory, range: Range<usize>) -> Result<Vec<u8>> {
+        within(m, &range)?;
+        // SAFETY: the range was checked, every byte was filled at allocation, and no launch is running on `m`: the
+        // launchers hold what they write exclusively.
+        Ok(unsafe { slice::from_raw_parts(m.base.as_ptr().add(range.start), range.len()) }.to_vec())
+    }
+
+    /// Runs a kernel to its end.
+    pub fn launch(&self, kernel: &'static str, l: &Launch, args: &[Arg<'_>]) -> Result<()> {
+        let raw = args.iter().map(raw_arg).collect::<Result<Vec<RawArg>>>()?;
+        let error = |problem: String| KernelError::Launch { kernel, launch: l.to_string(), problem };
+        let name = CString::new(kernel).map_err(|_| error("a NUL in the kernel's name".to_string()))?;
+        let mut message = [0u8; MESSAGE_BYTES];
+        // SAFETY: the pointers are to live values of the stated counts; memory named by `args` is alive for the call.
+        // The C side checks count and kinds of the arguments against the kernel's own, and throws nothing.
+        let status = unsafe {
+            emu_launch(
+                name.as_ptr(),
+                l.grid.as_ptr(),
+                l.block.as_ptr(),
+                l.shared_bytes,
+                raw.as_ptr(),
+                raw.len() as u32,
+                u32::try_from(self.options.threads).unwrap_or(u32::MAX),
+                c_int::from(self.options.checked),
+                self.options.seed,
+                message.as_mut_ptr().cast(),
+                MESSAGE_BYTES as u64,
+            )
+        };
+        if status == 0 {
+            return Ok(());
+        }
+        let text = CStr::from_bytes_until_nul(&message).map(|m| m.to_string_lossy().into_owned());
+        Err(error(text.unwrap_or_default()))
+    }
+}
+
+fn within(m: &EmulatedMemory, range: &Range<usize>) -> Result<()> {
+    if range.start > range.end || range.end > m.bytes {
+        return Err(KernelError::Length { what: "device memory", expected: m.bytes, found: range.end });
+    }
+    Ok(())
+}
+
+fn raw_arg(arg: &Arg<'_>) -> Result<RawArg> {
+    let pointer = |m: &super::device::Memory, offset: usize, kind: char| {
+        let m = m.as_emulated().ok_or(KernelError::ForeignHandle { backend: NAME, what: "memory" })?;
+        let base = m.base.as_ptr();
+        Ok(RawArg { value: base as u64 + offset as u64, base, bytes: m.bytes as u64, kind: kind as u32 })
+    };
+    let value =
+        |v: u32, kind: char| RawArg { value: u64::from(v), base: std::ptr::null_mut(), bytes: 0, kind: kind as u32 };
+    Ok(match *arg {
+        Arg::In(m) => pointer(m, 0, 'r')?,
+        Arg::Out(m) => pointer(m, 0, 'w')?,
+        Arg::InAt(m, offset) => pointer(m, offset, 'w')?,
+        Arg::Null => value(0, '0'),
+        Arg::I32(v) => value(v as u32, 'i'),
+        Arg::U32(v) => value(v, 'i'),
+        Arg::F32(v) => value(v.to_bits(), 'f'),
+    })
+}

@@ -1,0 +1,305 @@
+//! The GPU backend: one set of kernels and launchers over a [`Device`] that is a CUDA GPU or its emulation.
+//!
+//! The kernels under `src/` are compiled by NVRTC for the GPU and by the host's C++ compiler for the emulator.
+//! Activations, caches and weights stay on the device; the host sends token ids, targets and, once a forward pass,
+//! the slot and position of each row. The device finishes what it was given only when something is copied back.
+//!
+//! Results do not depend on the rest of the batch, with two limits: a product of more than eight tokens, and
+//! attention in a call of more than single tokens, may round differently from smaller ones.
+
+pub mod device;
+#[cfg(feature = "cuda")]
+pub mod driver;
+#[cfg(feature = "emulated")]
+mod emulated;
+#[cfg(feature = "cuda")]
+pub mod nvrtc;
+mod ops_attention;
+mod ops_elementwise;
+mod ops_embed;
+mod ops_hessian;
+mod ops_linear;
+mod ops_norm;
+mod ops_rope;
+mod ops_score;
+mod rows;
+mod weights;
+
+use std::ops::Range;
+use std::sync::{Arc, Mutex, PoisonError};
+
+pub use device::{Arg, Device, Launch, Memory};
+#[cfg(feature = "emulated")]
+pub use emulated::EmulatorOptions;
+#[cfg(feature = "cuda")]
+pub use nvrtc::{Compiled, DeviceOptions, compile};
+
+use self::ops_embed::PackedTable;
+use self::ops_rope::CacheView;
+use self::rows::{RowTable, bytes_of, floats_of};
+use self::weights::{DeviceWeight, Layout};
+use crate::backend::{
+    Activation, AttentionShape, Backend, Buffer, HostWeight, KvBuffer, Segment, TokenScore, WeightHandle,
+};
+use crate::cpu::checks;
+use crate::error::{KernelError, Result, check_len};
+
+/// f32 elements on the device.
+pub struct GpuBuffer {
+    /// `len` f32.
+    pub memory: Memory,
+}
+
+/// Keys and values, f32 `[slots, kv_heads, capacity, head_dim]` each.
+struct Cache {
+    keys: Memory,
+    values: Memory,
+    kv_heads: usize,
+    head_dim: usize,
+}
+
+/// Every operation as a kernel launch on one [`Device`].
+pub struct GpuBackend {
+    device: Arc<Device>,
+    /// Slots and positions of the last call: every layer of a forward pass asks for the same.
+    rows: Mutex<Option<Arc<RowTable>>>,
+    /// Rotary frequencies of the last call, likewise.
+    frequencies: Mutex<Option<Arc<Frequencies>>>,
+}
+
+struct Frequencies {
+    host: Vec<f32>,
+    memory: Memory,
+}
+
+impl GpuBackend {
+    /// On a device, which other backends may share.
+    pub fn new(device: Arc<Device>) -> Self {
+        Self { device, rows: Mutex::new(None), frequencies: Mutex::new(None) }
+    }
+
+    /// The device.
+    pub fn device(&self) -> &Arc<Device> {
+        &self.device
+    }
+
+    /// `len` elements with undefined contents.
+    fn new_buffer(&self, len: usize) -> Result<Buffer> {
+        Ok(buffer(len, self.device.alloc(checks::product("buffer", len, 4)?)?))
+    }
+
+    fn foreign(&self, what: &'static str) -> KernelError {
+        KernelError::ForeignHandle { backend: self.device.name(), what }
+    }
+
+    fn mem<'a>(&self, x: &'a Buffer) -> Result<&'a Memory> {
+        Ok(&x.memory.downcast_ref::<GpuBuffer>().ok_or_else(|| self.foreign("buffer"))?.memory)
+    }
+
+    fn weight<'a>(&self, w: &'a WeightHandle) -> Result<&'a DeviceWeight> {
+        w.memory.downcast_ref().ok_or_else(|| self.foreign("weight"))
+    }
+
+    fn cache<'a>(&self, kv: &'a KvBuffer) -> Result<CacheView<'a>> {
+        let c: &Cache = kv.memory.downcast_ref().ok_or_else(|| self.foreign("cache"))?;
+        Ok(CacheView {
+            keys: &c.keys,
+            values: &c.values,
+            kv_heads: c.kv_heads,
+            capacity: kv.capacity,
+            head_dim: c.head_dim,
+        })
+    }
+
+    /// Slots and positions of a call's rows, on the device.
+    fn rows(&self, segments: &[Segment], total: usize) -> Result<Arc<RowTable>> {
+        let mut last = self.rows.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(table) = last.as_ref().filter(|t| t.is_of(segments, total)) {
+            return Ok(table.clone());
+        }
+        let table = Arc::new(RowTable::new(&self.device, segments, total)?);
+        *last = Some(table.clone());
+        Ok(table)
+    }
+
+    fn frequencies(&self, inv_freq: &[f32]) -> Result<Arc<Frequencies>> {
+        let mut last = self.frequencies.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(f) = last.as_ref().filter(|f| f.host == inv_freq) {
+            return Ok(f.clone());
+        }
+        let memory = self.device.upload(&bytes_of(inv_freq))?;
+        let f = Arc::new(Frequencies { host: inv_freq.to_vec(), memory });
+        *last = Some(f.clone());
+        Ok(f)
+    }
+}
+
+/// Wraps device storage.
+fn buffer(len: usize, memory: Memory) -> Buffer {
+    Buffer { len, memory: Box::new(GpuBuffer { memory }) }
+}
+
+impl Backend for GpuBackend {
+    fn name(&self) -> &'static str {
+        self.device.name()
+    }
+
+    fn upload(&self, data: &[f32]) -> Result<Buffer> {
+        Ok(buffer(data.len(), self.device.upload(&bytes_of(data))?))
+    }
+
+    fn zeros(&self, len: usize) -> Result<Buffer> {
+        Ok(buffer(len, self.device.alloc_zeroed(checks::product("buffer", len, 4)?)?))
+    }
+
+    fn download(&self, x: &Buffer) -> Result<Vec<f32>> {
+        self.download_range(x, 0..x.len)
+    }
+
+    fn download_range(&self, x: &Buffer, range: Range<usize>) -> Result<Vec<f32>> {
+        let memory = self.mem(x)?;
+        if range.start > range.end || range.end > x.len {
+            return Err(KernelError::Length { what: "download range", expected: x.len, found: range.end });
+        }
+        Ok(floats_of(&self.device.read(memory, range.start * 4..range.end * 4)?))
+    }
+
+    fn upload_weight(&self, w: &HostWeight) -> Result<WeightHandle> {
+        let (out_features, in_features) = w.dims();
+        let memory = Box::new(DeviceWeight::upload(&self.device, w)?);
+        Ok(WeightHandle { out_features, in_features, stored_bytes: w.stored_bytes(), memory })
+    }
+
+    fn embed(&self, table: &WeightHandle, ids: &[u32], scale: f32) -> Result<Buffer> {
+        let (w, d) = (self.weight(table)?, &self.device);
+        let (vocab, hidden) = (w.out_features, w.in_features);
+        let y = self.new_buffer(checks::product("embeddings", ids.len(), hidden)?)?;
+        match &w.layout {
+            Layout::Dense { raw, dtype } => {
+                ops_embed::embed_dense(d, raw, *dtype, vocab, hidden, ids, scale, self.mem(&y)?)?;
+            }
+            Layout::Packed { words, scales, zeros, bits, group_cols } => {
+                let table = PackedTable { words, scales, zeros, vocab, hidden, group_cols: *group_cols, bits: *bits };
+                ops_embed::embed_packed(d, &table, ids, scale, self.mem(&y)?)?;
+            }
+        }
+        Ok(y)
+    }
+
+    fn rms_norm(&self, x: &Buffer, weight: &Buffer, width: usize, eps: f32, offset: f32) -> Result<Buffer> {
+        let rows = checks::rows("norm input", x.len, width)?;
+        check_len("norm weight", width, weight.len)?;
+        let y = self.new_buffer(x.len)?;
+        let (x, weight, to) = (self.mem(x)?, self.mem(weight)?, self.mem(&y)?);
+        ops_norm::rms_norm(&self.device, x, weight, to, rows, width, eps, offset)?;
+        Ok(y)
+    }
+
+    fn linear(&self, x: &Buffer, w: &WeightHandle, bias: Option<&Buffer>) -> Result<Buffer> {
+        let tokens = checks::rows("linear input", x.len, w.in_features)?;
+        let weight = self.weight(w)?;
+        let bias = bias.map(|b| self.mem(b)).transpose()?;
+        let y = self.new_buffer(checks::product("linear output", tokens, w.out_features)?)?;
+        ops_linear::linear(&self.device, self.mem(x)?, weight, bias, self.mem(&y)?, tokens)?;
+        Ok(y)
+    }
+
+    fn rope(
+        &self,
+        x: &mut Buffer,
+        heads: usize,
+        head_dim: usize,
+        inv_freq: &[f32],
+        mscale: f32,
+        segments: &[Segment],
+    ) -> Result<()> {
+        let total = checks::rotary(self.name(), x.len, heads, head_dim, inv_freq.len())?;
+        checks::segments(self.name(), "rope", segments, total)?;
+        let (x, rows, f) = (self.mem(x)?, self.rows(segments, total)?, self.frequencies(inv_freq)?);
+        ops_rope::rope(&self.device, x, &f.memory, &rows, total, heads, head_dim, inv_freq.len(), mscale)
+    }
+
+    fn kv_cache(&self, slots: usize, capacity: usize, kv_heads: usize, head_dim: usize) -> Result<KvBuffer> {
+        let width = checks::product("cache", kv_heads, head_dim)?;
+        let len = checks::product("cache", checks::product("cache", slots, capacity)?, width)?;
+        let zeros = || self.device.alloc_zeroed(checks::product("cache", len, 4)?);
+        let memory = Cache { keys: zeros()?, values: zeros()?, kv_heads, head_dim };
+        Ok(KvBuffer { slots, capacity, width, memory: Box::new(memory) })
+    }
+
+    fn kv_append(&self, cache: &mut KvBuffer, k: &Buffer, v: &Buffer, segments: &[Segment]) -> Result<()> {
+        check_len("values", k.len, v.len)?;
+        let total = checks::rows("keys", k.len, cache.width)?;
+        checks::segments(self.name(), "kv_append", segments, total)?;
+        checks::cached(self.name(), "kv_append", segments, cache)?;
+        let (view, rows) = (self.cache(cache)?, self.rows(segments, total)?);
+        ops_rope::kv_append(&self.device, view, self.mem(k)?, self.mem(v)?, &rows, segments, total)
+    }
+
+    fn attention(&self, q: &Buffer, kv: &KvBuffer, shape: &AttentionShape, segments: &[Segment]) -> Result<Buffer> {
+        let view = self.cache(kv)?;
+        checks::shape(self.name(), shape, kv.width)?;
+        check_len("cache heads", view.kv_heads, shape.kv_heads)?;
+        let width = checks::product("query width", shape.heads, shape.head_dim)?;
+        let total = checks::rows("queries", q.len, width)?;
+        checks::segments(self.name(), "attention", segments, total)?;
+        checks::cached(self.name(), "attention", segments, kv)?;
+        let (y, rows) = (self.new_buffer(q.len)?, self.rows(segments, total)?);
+        ops_attention::attention(&self.device, self.mem(q)?, view, self.mem(&y)?, &rows, segments, total, shape)?;
+        Ok(y)
+    }
+
+    fn activation_mul(&self, gate: &Buffer, up: &Buffer, act: Activation) -> Result<Buffer> {
+        check_len("up", gate.len, up.len)?;
+        let y = self.new_buffer(gate.len)?;
+        ops_elementwise::activation_mul(&self.device, self.mem(gate)?, self.mem(up)?, self.mem(&y)?, y.len, act)?;
+        Ok(y)
+    }
+
+    fn add_assign(&self, x: &mut Buffer, y: &Buffer) -> Result<()> {
+        check_len("addend", x.len, y.len)?;
+        ops_elementwise::add_assign(&self.device, self.mem(x)?, self.mem(y)?, y.len)
+    }
+
+    fn gather_rows(&self, x: &Buffer, width: usize, rows: &[usize]) -> Result<Buffer> {
+        let total = checks::rows("gather input", x.len, width)?;
+        let y = self.new_buffer(checks::product("gathered rows", rows.len(), width)?)?;
+        ops_elementwise::gather_rows(&self.device, self.mem(x)?, total, width, rows, self.mem(&y)?)?;
+        Ok(y)
+    }
+
+    fn slice_columns(&self, x: &Buffer, width: usize, range: Range<usize>) -> Result<Buffer> {
+        let rows = checks::rows("slice input", x.len, width)?;
+        if range.start > range.end || range.end > width {
+            return Err(KernelError::Length { what: "column range", expected: width, found: range.end });
+        }
+        let y = self.new_buffer(rows * range.len())?;
+        let (from, to) = (self.mem(x)?, self.mem(&y)?);
+        ops_elementwise::slice_columns(&self.device, from, to, rows, width, range.start, range.len())?;
+        Ok(y)
+    }
+
+    fn soft_cap(&self, x: &mut Buffer, cap: f32) -> Result<()> {
+        ops_elementwise::soft_cap(&self.device, self.mem(x)?, x.len, cap)
+    }
+
+    fn score(&self, logits: &Buffer, vocab: usize, targets: &[u32]) -> Result<Vec<TokenScore>> {
+        checks::targets(self.name(), logits.len, vocab, targets)?;
+        ops_score::score(&self.device, self.mem(logits)?, vocab, targets)
+    }
+
+    fn argmax(&self, logits: &Buffer, vocab: usize) -> Result<Vec<u32>> {
+        let rows = checks::rows("logits", logits.len, vocab)?;
+        ops_score::argmax(&self.device, self.mem(logits)?, rows, vocab)
+    }
+
+    fn hessian_update(&self, h: &mut Buffer, x: &Buffer, n: usize) -> Result<()> {
+        let tokens = checks::rows("hessian input", x.len, n)?;
+        check_len("hessian", checks::product("hessian", n, n)?, h.len)?;
+        ops_hessian::hessian_update(&self.device, self.mem(h)?, self.mem(x)?, tokens, n)
+    }
+
+    fn abs_max(&self, x: &Buffer) -> Result<f32> {
+        ops_elementwise::abs_max(&self.device, self.mem(x)?, x.len)
+    }
+}

@@ -1,0 +1,36 @@
+//! Launcher of `norm.cu`.
+
+use super::device::{Arg, Device, Memory};
+use super::ops_elementwise::{floats, per_row, product};
+use super::rows::size;
+use crate::error::Result;
+
+/// Root-mean-square norm of each row of x `[rows, width]` into y, scaled by `offset + weight`.
+pub fn rms_norm(
+    d: &Device,
+    x: &Memory,
+    weight: &Memory,
+    y: &Memory,
+    rows: usize,
+    width: usize,
+    eps: f32,
+    offset: f32,
+) -> Result<()> {
+    let n = product("norm", rows, width)?;
+    floats("norm input", x, n)?;
+    floats("norm weight", weight, width)?;
+    floats("norm", y, n)?;
+    if n == 0 {
+        return Ok(());
+    }
+    let args = [
+        Arg::In(x),
+        Arg::In(weight),
+        Arg::Out(y),
+        Arg::I32(size("rows", rows)?),
+        Arg::I32(size("width", width)?),
+        Arg::F32(eps),
+        Arg::F32(offset),
+    ];
+    d.launch("rms_norm", per_row(rows, width.div_ceil(4), 0)?, &args)
+}

@@ -1,0 +1,187 @@
+// matrix.cpp: ldmatrix, mma.sync and wgmma, with the PTX manual's fragment layouts. Sums of products run along k in
+// f32; the hardware's own order and rounding differ within the same error bound.
+#include "runtime.h"
+
+namespace emu {
+typedef float v8 __attribute__((vector_size(32)));
+
+struct Rows {
+  u32* r;
+  const u8* row;
+};
+struct RowsKind {
+  u32 matrices;
+  bool transposed;
+};
+void ldmatrix(u32* r, const void* row, u32 matrices, bool transposed) {
+  Rows mine = {r, static_cast<const u8*>(row)};
+  RowsKind common = {matrices, transposed};
+  bool used = fiber->lane < matrices * 8;
+  if (used && (uintptr_t)row & 15) fail("ldmatrix: a row address is not aligned to 16 bytes");
+  if (used && shared_offset(row) >= SHARED_LIMIT) fail("ldmatrix: a row address is not in shared memory");
+  warp_meet(0xffffffffu, &mine, [](void** args, const void* common) {
+    const RowsKind& k = *static_cast<const RowsKind*>(common);
+    Fiber* first = &block->fibers[fiber->warp * 32];
+    for (u32 m = 0; m < k.matrices; m++) {
+      u16 tile[8][8];
+      for (u32 i = 0; i < 8; i++) {
+        const u8* p = static_cast<Rows*>(args[m * 8 + i])->row;
+        // Every lane gets a part of every row: on behalf of the lane that names it and of another.
+        touch_as(first[m * 8 + i], p, 16, READ);
+        touch_as(first[(m * 8 + i + 1) & 31], p, 16, READ);
+        memcpy(tile[i], p, 16);
+      }
+      for (u32 l = 0; l < 32; l++) {
+        u32 g = l >> 2, t = (l & 3) * 2;
+        static_cast<Rows*>(args[l])->r[m] =
+            k.transposed ? tile[t][g] | (u32)tile[t + 1][g] << 16 : tile[g][t] | (u32)tile[g][t + 1] << 16;
+      }
+    }
+  }, &common);
+}
+
+static inline float widen(u16 h, Type type) { return type == BF16 ? bf16_to_float(h) : half_to_float(h); }
+
+struct Fragments {
+  void* d;
+  const u32 *a, *b;
+};
+void mma_16816(float* d, const u32* a, const u32* b, Type type) {
+  Fragments mine = {d, a, b};
+  WarpOp op = [](void** args, const void* common) {
+    Type type = *static_cast<const Type*>(common);
+    alignas(64) float A[16][16], B[16][8], C[16][8];
+    for (u32 l = 0; l < 32; l++) {
+      const Fragments& m = *static_cast<Fragments*>(args[l]);
+      u32 g = l >> 2, t = (l & 3) * 2;
+      const float* d = static_cast<const float*>(m.d);
+      for (u32 i = 0; i < 4; i++) {
+        u32 row = g + (i & 1) * 8, column = t + (i >> 1) * 8;
+        A[row][column] = widen((u16)m.a[i], type);
+        A[row][column + 1] = widen((u16)(m.a[i] >> 16), type);
+      }
+      for (u32 i = 0; i < 2; i++) {
+        B[t + i * 8][g] = widen((u16)m.b[i], type);
+        B[t + i * 8 + 1][g] = widen((u16)(m.b[i] >> 16), type);
+      }
+      C[g][t] = d[0];
+      C[g][t + 1] = d[1];
+      C[g + 8][t] = d[2];
+      C[g + 8][t + 1] = d[3];
+    }
+    for (u32 row = 0; row < 16; row++) {
+      v8 sum, b;
+      memcpy(&sum, C[row], 32);
+      for (u32 k = 0; k < 16; k++) {
+        memcpy(&b, B[k], 32);
+        sum += A[row][k] * b;
+      }
+      memcpy(C[row], &sum, 32);
+    }
+    for (u32 l = 0; l < 32; l++) {
+      u32 g = l >> 2, t = (l & 3) * 2;
+      float* d = static_cast<float*>(static_cast<Fragments*>(args[l])->d);
+      d[0] = C[g][t];
+      d[1] = C[g][t + 1];
+      d[2] = C[g + 8][t];
+      d[3] = C[g + 8][t + 1];
+    }
+  };
+  warp_meet(0xffffffffu, &mine, op, &type);
+}
+
+void mma_16832_s8(int* d, const u32* a, const u32* b) {
+  Fragments mine = {d, a, b};
+  warp_meet(0xffffffffu, &mine, [](void** args, const void*) {
+    int8_t A[16][32], B[8][32];
+    for (u32 l = 0; l < 32; l++) {
+      const Fragments& m = *static_cast<Fragments*>(args[l]);
+      u32 g = l >> 2, t = (l & 3) * 4;
+      for (u32 i = 0; i < 4; i++) memcpy(&A[g + (i & 1) * 8][t + (i >> 1) * 16], &m.a[i], 4);
+      for (u32 i = 0; i < 2; i++) memcpy(&B[g][t + i * 16], &m.b[i], 4);
+    }
+    for (u32 l = 0; l < 32; l++) {
+      u32 g = l >> 2, t = (l & 3) * 2;
+      int* d = static_cast<int*>(static_cast<Fragments*>(args[l])->d);
+      for (u32 i = 0; i < 4; i++)
+        for (u32 k = 0; k < 32; k++) d[i] += A[g + (i >> 1) * 8][k] * B[t + (i & 1)][k];
+    }
+  }, nullptr);
+}
+
+// ---- wgmma: carried out at the wait, so that a missing wait, or an operand overwritten too early, shows in the result.
+u64 wgmma_desc(const void* p) {
+  u32 at = shared_offset(p);
+  if (at >= SHARED_LIMIT || at & 15) fail("wgmma: a descriptor address is not in shared memory or not aligned");
+  return (u64)((at & 0x3ffff) >> 4) | (u64)1 << 16 | (u64)(1024 >> 4) << 32 | (u64)1 << 62;
+}
+
+// Element (row, k) of a K-major tile: rows of 128 bytes, groups of 8 rows apart by the descriptor's stride.
+static const u8* element(u64 desc, u32 row, u32 k) {
+  u32 start = (u32)(desc & 0x3fff) << 4, stride = (u32)(desc >> 32 & 0x3fff) << 4;
+  u32 at = start + (row & 7) * 128 + (row >> 3) * stride + k * 2;
+  if (desc >> 62 == 1) at ^= (at >> 7 & 7) << 4;
+  if (at + 2 > SHARED_LIMIT) fail("wgmma: a tile reaches past shared memory");
+  return block->shared + at;
+}
+struct Issue {
+  float* d;
+  u64 a, b;
+  Type type;
+};
+void wgmma_64x64(float* d, u64 a, u64 b, Type type) {
+  Issue mine = {d, a, b, type};
+  group_meet(&mine, [](Group& group, void** args, u32) {
+    const Issue& first = *static_cast<Issue*>(args[0]);
+    Product p;
+    p.a = first.a;
+    p.b = first.b;
+    p.type = first.type;
+    for (u32 i = 0; i < 128; i++) {
+      const Issue& x = *static_cast<Issue*>(args[i]);
+      if (x.a != p.a || x.b != p.b || x.type != p.type) fail("wgmma: operands differ within the warpgroup");
+      p.d[i] = x.d;
+    }
+    group.open.push_back(p);
+  });
+}
+void wgmma_commit() {
+  group_meet(nullptr, [](Group& group, void**, u32) {
+    group.committed.push_back(std::move(group.open));
+    group.open.clear();
+  });
+}
+static void multiply(const Product& p) {
+  static thread_local float A[64][16], B[16][64];
+  for (u32 k = 0; k < 16; k++)
+    for (u32 row = 0; row < 64; row++) {
+      const u8 *a = element(p.a, row, k), *b = element(p.b, row, k);
+      touch(a, 2, READ);
+      touch(b, 2, READ);
+      u16 h;
+      memcpy(&h, a, 2);
+      A[row][k] = widen(h, p.type);
+      memcpy(&h, b, 2);
+      B[k][row] = widen(h, p.type);
+    }
+  for (u32 t = 0; t < 128; t++)
+    for (u32 i = 0; i < 2; i++) {
+      u32 row = t / 32 * 16 + (t % 32) / 4 + i * 8;
+      for (u32 j = 0; j < 8; j++)
+        for (u32 c = 0; c < 2; c++) {
+          float sum = 0;
+          for (u32 k = 0; k < 16; k++) sum += A[row][k] * B[k][j * 8 + t % 4 * 2 + c];
+          p.d[t][j * 4 + i * 2 + c] += sum;
+        }
+    }
+}
+void wgmma_wait(u32 left) {
+  group_meet(&left, [](Group& group, void** args, u32) {
+    u32 left = *static_cast<u32*>(args[0]);
+    size_t done = group.committed.size() > left ? group.committed.size() - left : 0;
+    for (size_t i = 0; i < done; i++)
+      for (const Product& p : group.committed[i]) multiply(p);
+    group.committed.erase(group.committed.begin(), group.committed.begin() + done);
+  });
+}
+}  // namespace emu

@@ -1,0 +1,79 @@
+// registry.cpp: every kernel by its name. One translation unit for all, as NVRTC compiles them. build.rs compiles this
+// file twice: plain, and with EMU_CHECKED, where the compiler reports every access; the namespace keeps them apart.
+#include "runtime.h"
+
+#include <utility>
+
+#ifdef EMU_CHECKED
+#define EMU_SIDE checked_side
+#define EMU_TABLE emu_checked
+#else
+#define EMU_SIDE plain_side
+#define EMU_TABLE emu_plain
+#endif
+
+namespace EMU_SIDE {
+#include "../cuda/src/gpu.h"
+
+#include "../cuda/src/elementwise.cu"
+#include "../cuda/src/norm.cu"
+#include "../cuda/src/rope.cu"
+#include "../cuda/src/score.cu"
+#include "../cuda/src/embed.cu"
+#include "../cuda/src/attention.cu"
+#include "../cuda/src/linear_gemv.cu"
+#include "../cuda/src/linear_gemm.cu"
+#include "../cuda/src/hessian.cu"
+
+#include "planted.cu"
+
+// The argument's kind, and its value from the launch's list.
+template <class A> struct Read;
+template <class T> struct Read<T*> {
+  static const char kind = 'p';
+  static T* from(const emu::Arg& a) { return reinterpret_cast<T*>(a.value); }
+};
+template <> struct Read<int> {
+  static const char kind = 'i';
+  static int from(const emu::Arg& a) { return (int)a.value; }
+};
+template <> struct Read<u32> {
+  static const char kind = 'i';
+  static u32 from(const emu::Arg& a) { return (u32)a.value; }
+};
+template <> struct Read<float> {
+  static const char kind = 'f';
+  static float from(const emu::Arg& a) { return __uint_as_float((u32)a.value); }
+};
+
+template <class F> struct Call;
+template <class... A> struct Call<void (*)(A...)> {
+  static constexpr char signature[sizeof...(A) + 1] = {Read<A>::kind..., 0};
+  template <void (*kernel)(A...), size_t... I>
+  __attribute__((no_sanitize("thread"))) static void spread(const emu::Arg* args, std::index_sequence<I...>) {
+    kernel(Read<A>::from(args[I])...);
+  }
+  template <void (*kernel)(A...)> static void enter(const emu::Arg* args) {
+    spread<kernel>(args, std::index_sequence_for<A...>{});
+  }
+};
+}  // namespace EMU_SIDE
+
+#define CALL(name) EMU_SIDE::Call<decltype(&EMU_SIDE::name)>
+#define K(name) {#name, CALL(name)::signature, CALL(name)::enter<EMU_SIDE::name>}
+// clang-format off
+const emu::Kernel EMU_TABLE[] = {
+    K(rms_norm),
+    K(activation_mul), K(add_assign), K(soft_cap), K(gather_rows), K(slice_columns), K(abs_max),
+    K(embed_dense), K(embed_packed),
+    K(rope), K(kv_append),
+    K(attention_prefill), K(attention_decode), K(attention_decode_merge),
+    K(score), K(argmax),
+    K(gemv_dense), K(gemv_w4), K(gemv_w8), K(gemm_dense), K(gemm_packed),
+    K(hessian_update),
+    K(planted_clean), K(planted_read_past_end), K(planted_write_past_end), K(planted_write_beside),
+    K(planted_write_input), K(planted_race), K(planted_race_global), K(planted_race_of_blocks),
+    K(planted_divergent_barrier), K(planted_two_barriers), K(planted_mask), K(planted_shared_overrun),
+    K(planted_missing_wait), K(planted_matrix), K(planted_null), K(planted_stack),
+    {nullptr, nullptr, nullptr},
+};
