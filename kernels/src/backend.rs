@@ -198,6 +198,10 @@ pub trait Backend: Send + Sync {
     fn rms_norm(&self, x: &Buffer, weight: &Buffer, width: usize, eps: f32, offset: f32) -> Result<Buffer>;
     /// `y = x · Wᵀ (+ bias)`: x `[T, in]`, y `[T, out]`.
     fn linear(&self, x: &Buffer, w: &WeightHandle, bias: Option<&Buffer>) -> Result<Buffer>;
+    /// [`Self::linear`] for weights that read the same x (q/k/v, gate/up), in one pass where the backend has one.
+    fn linears(&self, x: &Buffer, weights: &[(&WeightHandle, Option<&Buffer>)]) -> Result<Vec<Buffer>> {
+        weights.iter().map(|(w, bias)| self.linear(x, w, *bias)).collect()
+    }
     /// Rotates q `[T, heads·head_dim]` in place, half-split pairing (`x[i], x[i+d/2]`); `inv_freq` `[rot/2]`, angle = position · inv_freq, cos and sin multiplied by `mscale`.
     fn rope(
         &self,

@@ -10,7 +10,8 @@ const SIZES: Sizes<'_> =
     Sizes { tokens: &[1, 2, 3, 15, 16, 17, 64], widths: &[32, 64, 96, 576], rows: &[1, 15, 17, 64] };
 
 fn backends() -> Vec<CpuBackend> {
-    let mut list: Vec<CpuBackend> = [Level::Portable, Level::Avx2, Level::Avx512].map(CpuBackend::with_level).into();
+    let mut list: Vec<CpuBackend> =
+        [Level::Portable, Level::Avx2, Level::Avx512].map(|l| CpuBackend::with_level(l).exact(true)).into();
     list.dedup_by_key(|b| b.level());
     list
 }
@@ -53,7 +54,7 @@ fn a_token_scores_the_same_alone_and_beside_three_others() {
 fn the_number_of_threads_changes_nothing() {
     let mut noise = Noise(3);
     let (n, k) = (700, 576);
-    let cpu = CpuBackend::new();
+    let cpu = CpuBackend::new().exact(true);
     let pool = |threads| rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
     for (name, w) in cases::weights(&mut noise, n, k) {
         for t in [1, 3, 33] {

@@ -185,6 +185,16 @@ impl Block {
             .ok_or_else(|| ModelError::Argument(format!("block {} has no `{suffix}`", self.index)))
     }
 
+    /// Linears that read the same input, in one call.
+    fn apply_all<const N: usize>(&self, b: &dyn Backend, suffixes: [&str; N], x: &Buffer) -> Result<[Buffer; N]> {
+        let linears = suffixes.iter().map(|s| self.linear(s)).collect::<Result<Vec<_>>>()?;
+        let weights: Vec<_> = linears.iter().map(|l| (&l.weight, l.bias.as_ref())).collect();
+        let place = linears.first().map_or("", |l| l.module.as_str());
+        let ys = b.linears(x, &weights).at(place)?;
+        ys.try_into()
+            .map_err(|_| ModelError::Argument(format!("{place}: the backend returned another number of results")))
+    }
+
     fn norm(&self, b: &dyn Backend, x: &Buffer, weight: &Buffer, width: usize, place: &str) -> Result<Buffer> {
         b.rms_norm(x, weight, width, self.config.rms_norm_eps, self.config.norm_offset).at(place)
     }
@@ -210,11 +220,8 @@ impl Block {
             let part = |r: std::ops::Range<usize>| b.slice_columns(&all, w, r).at("qkv_proj");
             (part(0..qw)?, part(qw..qw + kw)?, part(qw + kw..w)?)
         } else {
-            (
-                self.linear("self_attn.q_proj")?.apply(b, input)?,
-                self.linear("self_attn.k_proj")?.apply(b, input)?,
-                self.linear("self_attn.v_proj")?.apply(b, input)?,
-            )
+            let [q, k, v] = self.apply_all(b, ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], input)?;
+            (q, k, v)
         };
         if let Some(w) = &self.q_norm {
             q = self.norm(b, &q, w, c.head_dim, "q_norm")?;
@@ -249,7 +256,8 @@ impl Block {
             let all = self.linear("mlp.gate_up_proj")?.apply(b, input)?;
             (b.slice_columns(&all, 2 * m, 0..m).at("gate")?, b.slice_columns(&all, 2 * m, m..2 * m).at("up")?)
         } else {
-            (self.linear("mlp.gate_proj")?.apply(b, input)?, self.linear("mlp.up_proj")?.apply(b, input)?)
+            let [gate, up] = self.apply_all(b, ["mlp.gate_proj", "mlp.up_proj"], input)?;
+            (gate, up)
         };
         b.activation_mul(&gate, &up, self.config.activation).at("activation")
     }

@@ -3,10 +3,13 @@
 //! A block is cut by position inside its own segment, so a token's result does not depend on what else is in the
 //! batch; feeding a prompt in other pieces regroups blocks and agrees to rounding.
 
+use std::sync::{Mutex, PoisonError};
+
 use rayon::prelude::*;
 
 use super::elementwise::{Max, exp};
 use super::matmul::{View, matmul};
+use super::pool::Pool;
 use super::scalar;
 use super::simd::{Kernel, Lanes, Simd};
 use crate::backend::{AttentionShape, Segment};
@@ -52,6 +55,7 @@ struct Task<'a> {
 /// q `[T, heads · head_dim]`; segments checked to lie within q and the cache.
 pub fn attention(
     simd: Simd,
+    pool: &Pool,
     q: &[f32],
     cache: &Cache,
     shape: &AttentionShape,
@@ -64,7 +68,18 @@ pub fn attention(
             tasks.extend(starts.map(|first| Task { segment, head, first, count: BLOCK.min(segment.tokens - first) }));
         }
     }
-    let blocks: Vec<Vec<f32>> = tasks.par_iter().map(|t| task(simd, q, cache, shape, t)).collect::<Result<_>>()?;
+    let blocks: Vec<Vec<f32>> = if segments.iter().all(|s| s.tokens <= FEW) {
+        // Decode: too little work to wake a sleeping thread for.
+        let slots: Vec<Mutex<Option<Result<Vec<f32>>>>> = tasks.iter().map(|_| Mutex::new(None)).collect();
+        pool.run(tasks.len(), &|i| {
+            let y = task(simd, q, cache, shape, &tasks[i]);
+            *slots[i].lock().unwrap_or_else(PoisonError::into_inner) = Some(y);
+        });
+        let taken = slots.into_iter().map(|s| s.into_inner().unwrap_or_else(PoisonError::into_inner));
+        taken.map(|y| y.unwrap_or_else(|| Ok(Vec::new()))).collect::<Result<_>>()?
+    } else {
+        tasks.par_iter().map(|t| task(simd, q, cache, shape, t)).collect::<Result<_>>()?
+    };
     let (d, width) = (shape.head_dim, shape.heads * shape.head_dim);
     let mut out = vec![0f32; q.len()];
     for (t, block) in tasks.iter().zip(&blocks) {

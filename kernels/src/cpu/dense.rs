@@ -7,13 +7,11 @@
 
 use std::ops::Range;
 
-use half::{bf16, f16};
-use rayon::prelude::*;
-
 use super::matmul::by_panels;
 use super::simd::{Kernel, Lanes, Simd};
 use crate::backend::{Bytes, FloatType};
 use crate::error::{KernelError, Result, check_len};
+use half::{bf16, f16};
 
 /// Most tokens the matrix–vector loops take.
 pub const GEMV_TOKENS: usize = 4;
@@ -103,39 +101,19 @@ impl DenseWeight {
         }
     }
 
-    /// `y = x Wᵀ`: x `[t, cols]`, y `[t, rows]`.
-    pub fn linear(&self, simd: Simd, x: &[f32], t: usize, y: &mut [f32]) -> Result<()> {
+    /// `y = x Wᵀ` for many tokens: x `[t, cols]`, y `[t, rows]`.
+    pub fn panels(&self, simd: Simd, x: &[f32], t: usize, y: &mut [f32]) -> Result<()> {
         check_len("x", t * self.cols, x.len())?;
-        if t > GEMV_TOKENS {
-            return by_panels(y, x, (t, self.rows, self.cols), |rows, out| self.widen(simd, rows, out));
-        }
-        gemv(y, t, self.rows, |rows, out| {
-            let (bytes, k) = (self.row_bytes(rows), self.cols);
-            match self.dtype {
-                FloatType::F32 => simd.run(Gemv { bytes, x, k, t, out, element: F32 }),
-                FloatType::F16 => simd.run(Gemv { bytes, x, k, t, out, element: F16 }),
-                FloatType::Bf16 => simd.run(Gemv { bytes, x, k, t, out, element: Bf16 }),
-            }
-        });
-        Ok(())
+        by_panels(y, x, (t, self.rows, self.cols), |rows, out| self.widen(simd, rows, out))
     }
-}
 
-/// Splits rows over tasks; `chunk(rows, out)` fills `out` `[rows, t]`. The result is turned into y `[t, n]`.
-pub fn gemv<F>(y: &mut [f32], t: usize, n: usize, chunk: F)
-where
-    F: Fn(Range<usize>, &mut [f32]) + Sync,
-{
-    let each = |(i, out): (usize, &mut [f32])| chunk(i * GEMV_ROWS..i * GEMV_ROWS + out.len() / t, out);
-    if t == 1 {
-        y.par_chunks_mut(GEMV_ROWS).enumerate().for_each(each);
-        return;
-    }
-    let mut by_row = vec![0f32; n * t];
-    by_row.par_chunks_mut(GEMV_ROWS * t).enumerate().for_each(each);
-    for (row, values) in by_row.chunks_exact(t).enumerate() {
-        for (token, v) in values.iter().enumerate() {
-            y[token * n + row] = *v;
+    /// `out[r][t] = W[r] · x[t]` for some rows and few tokens: x `[t, cols]`, out `[rows, t]`.
+    pub fn rows(&self, simd: Simd, x: &[f32], t: usize, rows: Range<usize>, out: &mut [f32]) {
+        let (bytes, k) = (self.row_bytes(rows), self.cols);
+        match self.dtype {
+            FloatType::F32 => simd.run(Gemv { bytes, x, k, t, out, element: F32 }),
+            FloatType::F16 => simd.run(Gemv { bytes, x, k, t, out, element: F16 }),
+            FloatType::Bf16 => simd.run(Gemv { bytes, x, k, t, out, element: Bf16 }),
         }
     }
 }

@@ -76,6 +76,11 @@ impl Kernel for ActivationMul<'_> {
 /// `act(gate) · up`.
 pub fn activation_mul(simd: Simd, gate: &[f32], up: &[f32], act: Activation) -> Vec<f32> {
     let mut y = gate.to_vec();
+    if y.len() <= CHUNK {
+        // One chunk: handing it to another thread costs more than it takes.
+        simd.run(ActivationMul(&mut y, up, act));
+        return y;
+    }
     y.par_chunks_mut(CHUNK).zip(up.par_chunks(CHUNK)).for_each(|(y, up)| simd.run(ActivationMul(y, up, act)));
     y
 }
@@ -110,6 +115,10 @@ impl Kernel for NormRow<'_> {
 /// Root-mean-square norm of each row of `width > 0`.
 pub fn rms_norm(simd: Simd, x: &[f32], weight: &[f32], width: usize, eps: f32, offset: f32) -> Vec<f32> {
     let mut y = vec![0f32; x.len()];
+    if y.len() <= CHUNK {
+        y.chunks_mut(width).zip(x.chunks(width)).for_each(|(out, x)| simd.run(NormRow { x, weight, out, eps, offset }));
+        return y;
+    }
     let rows = (CHUNK / width).max(1);
     y.par_chunks_mut(width)
         .zip(x.par_chunks(width))
@@ -142,7 +151,7 @@ pub fn rope(
     mscale: f32,
     positions: &[Option<usize>],
 ) {
-    x.par_chunks_mut(width).zip(positions).with_min_len((CHUNK / 8 / width).max(1)).for_each(|(row, position)| {
+    let turn_row = |(row, position): (&mut [f32], &Option<usize>)| {
         let Some(position) = position else { return };
         // Computed once a row and shared by its heads.
         let turn = |f: &f32| {
@@ -151,11 +160,20 @@ pub fn rope(
         };
         let turns: Vec<(f32, f32)> = inv_freq.iter().map(turn).collect();
         row.chunks_exact_mut(head_dim).for_each(|head| simd.run(RotateHead(head, &turns)));
-    });
+    };
+    if x.len() <= CHUNK {
+        x.chunks_mut(width).zip(positions).for_each(turn_row);
+    } else {
+        x.par_chunks_mut(width).zip(positions).with_min_len((CHUNK / 8 / width).max(1)).for_each(turn_row);
+    }
 }
 
 /// `x += y`.
 pub fn add_assign(x: &mut [f32], y: &[f32]) {
+    if x.len() <= CHUNK {
+        x.iter_mut().zip(y).for_each(|(x, y)| *x += y);
+        return;
+    }
     x.par_chunks_mut(CHUNK).zip(y.par_chunks(CHUNK)).for_each(|(x, y)| x.iter_mut().zip(y).for_each(|(x, y)| *x += y));
 }
 

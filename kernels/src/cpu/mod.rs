@@ -9,9 +9,12 @@ mod bandwidth;
 pub(crate) mod checks;
 mod dense;
 mod elementwise;
+mod gemv;
 mod hessian;
+mod int8;
 mod matmul;
 mod packed;
+mod pool;
 mod reference;
 mod scalar;
 mod simd;
@@ -20,6 +23,7 @@ use std::ops::Range;
 
 pub use bandwidth::read_bandwidth;
 use checks::{buffer, host, host_mut};
+use pool::Pool;
 pub use reference::ScalarBackend;
 pub use simd::Level;
 use simd::Simd;
@@ -34,9 +38,11 @@ use crate::error::{KernelError, Result, check_len};
 
 const NAME: &str = "cpu";
 
-/// Rayon over rows, AVX-512, AVX2 or portable inner loops.
+/// Threads and SIMD: AVX-512, AVX2 or portable inner loops.
 pub struct CpuBackend {
     simd: Simd,
+    pool: Pool,
+    exact: bool,
 }
 
 enum Weight {
@@ -61,7 +67,14 @@ impl CpuBackend {
 
     /// With no more than `most` (and no more than the machine has).
     pub fn with_level(most: Level) -> Self {
-        Self { simd: Simd::up_to(most) }
+        Self { simd: Simd::up_to(most), pool: Pool::new(rayon::current_num_threads()), exact: false }
+    }
+
+    /// Keeps activations in f32 where decode would round them to int8 (products of packed weights with few tokens).
+    #[must_use]
+    pub fn exact(mut self, exact: bool) -> Self {
+        self.exact = exact;
+        self
     }
 
     /// The instruction set in use.
@@ -143,9 +156,16 @@ impl Backend for CpuBackend {
         if y.is_empty() {
             return Ok(buffer(y));
         }
-        match weight(w)? {
-            Weight::Dense(w) => w.linear(self.simd, x, t, &mut y)?,
-            Weight::Packed(w) => w.linear(self.simd, x, t, &mut y)?,
+        let inner = weight(w)?;
+        if gemv::takes(&[inner], t) {
+            let mut ys = [y];
+            gemv::gemv(self.simd, &self.pool, self.exact, x, t, &[inner], &mut ys);
+            [y] = ys;
+        } else {
+            match inner {
+                Weight::Dense(w) => w.panels(self.simd, x, t, &mut y)?,
+                Weight::Packed(w) => w.panels(self.simd, x, t, &mut y)?,
+            }
         }
         if let Some(bias) = bias {
             let bias = host(NAME, bias)?;
@@ -153,6 +173,20 @@ impl Backend for CpuBackend {
             y.chunks_exact_mut(n).for_each(|row| elementwise::add_assign(row, bias));
         }
         Ok(buffer(y))
+    }
+
+    fn linears(&self, x: &Buffer, weights: &[(&WeightHandle, Option<&Buffer>)]) -> Result<Vec<Buffer>> {
+        let Some((first, _)) = weights.first() else { return Ok(Vec::new()) };
+        let t = checks::rows("linear input", x.len, first.in_features)?;
+        let inner = weights.iter().map(|(w, _)| weight(w)).collect::<Result<Vec<_>>>()?;
+        let alike = weights.iter().all(|(w, bias)| bias.is_none() && w.in_features == first.in_features);
+        if t == 0 || !alike || !gemv::takes(&inner, t) {
+            return weights.iter().map(|(w, bias)| self.linear(x, w, *bias)).collect();
+        }
+        let lengths = weights.iter().map(|(w, _)| checks::product("linear output", t, w.out_features));
+        let mut ys = lengths.map(|n| n.map(|n| vec![0f32; n])).collect::<Result<Vec<_>>>()?;
+        gemv::gemv(self.simd, &self.pool, self.exact, host(NAME, x)?, t, &inner, &mut ys);
+        Ok(ys.into_iter().map(buffer).collect())
     }
 
     fn rope(
@@ -196,7 +230,7 @@ impl Backend for CpuBackend {
         let width = checks::product("query width", shape.heads, shape.head_dim)?;
         checks::segments(NAME, "attention", segments, checks::rows("queries", q.len(), width)?)?;
         checks::cached(NAME, "attention", segments, kv)?;
-        Ok(buffer(attention::attention(self.simd, q, memory, shape, segments)?))
+        Ok(buffer(attention::attention(self.simd, &self.pool, q, memory, shape, segments)?))
     }
 
     fn activation_mul(&self, gate: &Buffer, up: &Buffer, act: Activation) -> Result<Buffer> {

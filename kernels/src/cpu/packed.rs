@@ -11,7 +11,7 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::dense::{GEMV_TOKENS, gemv};
+use super::int8::{self, Int8Rows};
 use super::matmul::by_panels;
 use super::simd::{Kernel, Lanes, Simd};
 use crate::backend::{Bytes, PackedWeight};
@@ -98,53 +98,96 @@ impl PackedMatrix {
         }
     }
 
-    /// `y = x Wᵀ`: x `[t, cols]`, y `[t, rows]`.
-    pub fn linear(&self, simd: Simd, x: &[f32], t: usize, y: &mut [f32]) -> Result<()> {
+    /// `y = x Wᵀ` for many tokens: x `[t, cols]`, y `[t, rows]`.
+    pub fn panels(&self, simd: Simd, x: &[f32], t: usize, y: &mut [f32]) -> Result<()> {
         check_len("x", t * self.cols, x.len())?;
+        by_panels(y, x, (t, self.rows, self.cols), |rows, out| self.widen(simd, rows, out))
+    }
+
+    /// Whether few tokens have a loop of their own; else they go through panels too.
+    pub fn has_rows(&self) -> bool {
         // The group kernels step whole registers of 16 lanes over nibble pairs, hence 32.
-        let grouped = self.group_index.is_none() && self.group_cols.is_multiple_of(32);
-        if t > GEMV_TOKENS || !grouped {
-            return by_panels(y, x, (t, self.rows, self.cols), |rows, out| self.widen(simd, rows, out));
+        self.group_index.is_none() && self.group_cols.is_multiple_of(32)
+    }
+
+    /// Activations in the form the row loops read; `exact` keeps them in f32.
+    pub fn prepare(&self, simd: Simd, x: &[f32], exact: bool) -> Prepared {
+        let nibbles = matches!(self.codes, Codes::Nibbles(_));
+        // One-byte codes count from 128 there, so the zero point must be the middle.
+        let int8 = !exact
+            && int8::available()
+            && self.group_cols.is_multiple_of(int8::BLOCK)
+            && (nibbles || (self.mid == 128 && self.zeros.is_none()));
+        if int8 {
+            return Prepared::Int8(Int8Rows::new(x, self.cols, self.group_cols, nibbles));
         }
-        let sums: Vec<f32> = x.chunks_exact(self.group_cols).map(|g| simd.run(Sum(g))).collect();
-        match &self.codes {
-            Codes::Nibbles(bytes) => {
-                // Byte j holds columns 2j and 2j+1: with x parted the same way, a register of low nibbles meets a
-                // plain load of the even columns.
-                let half = self.cols / 2;
-                let mut parted = vec![0f32; x.len()];
-                for (row, x) in parted.chunks_exact_mut(self.cols).zip(x.chunks_exact(self.cols)) {
-                    let (even, odd) = row.split_at_mut(half);
-                    for ((pair, e), o) in x.chunks_exact(2).zip(even).zip(odd) {
-                        (*e, *o) = (pair[0], pair[1]);
+        let sums = x.chunks_exact(self.group_cols).map(|g| simd.run(Sum(g))).collect();
+        if !nibbles {
+            return Prepared::Float { x: x.to_vec(), sums };
+        }
+        // Byte j holds columns 2j and 2j+1: with x parted the same way, a register of low nibbles meets a plain load of
+        // the even columns.
+        let half = self.cols / 2;
+        let mut parted = vec![0f32; x.len()];
+        for (row, x) in parted.chunks_exact_mut(self.cols).zip(x.chunks_exact(self.cols)) {
+            let (even, odd) = row.split_at_mut(half);
+            for ((pair, e), o) in x.chunks_exact(2).zip(even).zip(odd) {
+                (*e, *o) = (pair[0], pair[1]);
+            }
+        }
+        Prepared::Float { x: parted, sums }
+    }
+
+    /// Whether two matrices read the same [`Prepared`].
+    pub fn shares(&self, other: &Self) -> bool {
+        let kind = |m: &Self| (matches!(m.codes, Codes::Nibbles(_)), m.cols, m.group_cols, m.mid, m.zeros.is_some());
+        kind(self) == kind(other)
+    }
+
+    /// `out[r][t] = W[r] · x[t]` for some rows and few tokens; out `[rows, t]`.
+    pub fn rows(&self, simd: Simd, x: &Prepared, t: usize, rows: Range<usize>, out: &mut [f32]) {
+        let (bytes, nibbles) = match &self.codes {
+            Codes::Nibbles(b) => (b.as_slice(), true),
+            Codes::Bytes(b) => (b.as_slice(), false),
+        };
+        match x {
+            Prepared::Int8(x) => {
+                let codes = int8::Codes {
+                    bytes,
+                    stride: self.row_stride,
+                    scales: &self.scales,
+                    groups: self.groups,
+                    group_cols: self.group_cols,
+                    nibbles,
+                };
+                let done = int8::gemv(codes, x, rows.clone(), out);
+                debug_assert!(done, "prepare chose int8 for a shape it does not take");
+                if nibbles {
+                    for (i, row) in rows.enumerate() {
+                        let cells = row * self.groups..(row + 1) * self.groups;
+                        for token in 0..t {
+                            let sums = &x.sums[token * self.groups..(token + 1) * self.groups];
+                            out[i * t + token] -= shift(self, cells.clone(), sums);
+                        }
                     }
                 }
-                gemv(y, t, self.rows, |rows, out| {
-                    simd.run(GroupGemv::<true> {
-                        m: self,
-                        bytes: bytes.as_slice(),
-                        first: rows.start,
-                        x: &parted,
-                        sums: &sums,
-                        t,
-                        out,
-                    });
-                });
             }
-            Codes::Bytes(bytes) => gemv(y, t, self.rows, |rows, out| {
-                simd.run(GroupGemv::<false> {
-                    m: self,
-                    bytes: bytes.as_slice(),
-                    first: rows.start,
-                    x,
-                    sums: &sums,
-                    t,
-                    out,
-                });
-            }),
+            Prepared::Float { x, sums } if nibbles => {
+                simd.run(GroupGemv::<true> { m: self, bytes, first: rows.start, x, sums, t, out });
+            }
+            Prepared::Float { x, sums } => {
+                simd.run(GroupGemv::<false> { m: self, bytes, first: rows.start, x, sums, t, out });
+            }
         }
-        Ok(())
     }
+}
+
+/// Activations for the row loops.
+pub enum Prepared {
+    /// f32, parted into even and odd columns for 4-bit codes, with the sums of each group.
+    Float { x: Vec<f32>, sums: Vec<f32> },
+    /// Rounded to int8.
+    Int8(Int8Rows),
 }
 
 fn check_weight(w: &PackedWeight) -> Result<()> {

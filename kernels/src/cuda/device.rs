@@ -105,6 +105,12 @@ impl Device {
         Ok(Self { inner: Inner::Cuda(CudaDevice::open(ordinal, options)?) })
     }
 
+    /// As [`Device::cuda`] from the embedded PTX, whether there is an NVRTC or not.
+    #[cfg(feature = "cuda")]
+    pub fn cuda_from_ptx(ordinal: usize) -> Result<Self> {
+        Ok(Self { inner: Inner::Cuda(CudaDevice::open_from_ptx(ordinal)?) })
+    }
+
     /// `emulated` or `cuda`.
     pub fn name(&self) -> &'static str {
         match &self.inner {

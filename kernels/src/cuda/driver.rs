@@ -14,7 +14,8 @@ use cudarc::driver::sys::{self, CUfunction_attribute_enum as FunctionAttribute};
 use cudarc::driver::{CudaContext, CudaStream, DriverError, result};
 
 use super::device::Launch;
-use super::nvrtc::{self, DeviceOptions};
+use super::module::{self, Images};
+use super::nvrtc::DeviceOptions;
 use crate::error::{KernelError, Result};
 
 const NAME: &str = "cuda";
@@ -25,11 +26,11 @@ const PLAIN_SHARED_BYTES: u32 = 48 << 10;
 /// Allocations are rounded up to this and aligned to it.
 const ALIGN: usize = 256;
 
-fn failed(doing: &str, e: DriverError) -> KernelError {
+pub(super) fn failed(doing: &str, e: DriverError) -> KernelError {
     KernelError::Device { device: NAME, problem: format!("{doing}: {:?}", e.0), hint: None }
 }
 
-fn absent(problem: String, hint: &str) -> KernelError {
+pub(super) fn absent(problem: String, hint: &str) -> KernelError {
     KernelError::Device { device: NAME, problem, hint: Some(hint.to_string()) }
 }
 
@@ -128,11 +129,22 @@ impl Drop for CudaMemory {
 pub struct CudaDevice {
     shared: Arc<Shared>,
     arch: String,
+    image: &'static str,
 }
 
 impl CudaDevice {
-    /// Opens GPU `ordinal`, compiles the kernels for it (or takes them from the cache) and checks that memory works.
+    /// Opens GPU `ordinal`, compiles the kernels for it (or takes them from the cache; or, without NVRTC, has the driver
+    /// compile the embedded PTX) and checks that memory works.
     pub fn open(ordinal: usize, options: &DeviceOptions) -> Result<Self> {
+        Self::open_with(ordinal, Images::Any(options))
+    }
+
+    /// As [`CudaDevice::open`] where there is no NVRTC.
+    pub fn open_from_ptx(ordinal: usize) -> Result<Self> {
+        Self::open_with(ordinal, Images::Ptx)
+    }
+
+    fn open_with(ordinal: usize, images: Images<'_>) -> Result<Self> {
         // SAFETY: only tries to load the library; its initialisers are the driver's own.
         if !unsafe { sys::is_culib_present() } {
             return Err(absent(
@@ -141,12 +153,12 @@ impl CudaDevice {
             ));
         }
         // cudarc panics where the driver lacks a symbol (stubs, very old drivers).
-        catch_unwind(AssertUnwindSafe(|| Self::start(ordinal, options))).unwrap_or_else(|_| {
+        catch_unwind(AssertUnwindSafe(|| Self::start(ordinal, images))).unwrap_or_else(|_| {
             Err(absent("the CUDA driver lacks a function this program needs".to_string(), "update the NVIDIA driver"))
         })
     }
 
-    fn start(ordinal: usize, options: &DeviceOptions) -> Result<Self> {
+    fn start(ordinal: usize, images: Images<'_>) -> Result<Self> {
         let context = CudaContext::new(ordinal).map_err(|e| failed(&format!("opening GPU {ordinal}"), e))?;
         let (major, minor) = context.compute_capability().map_err(|e| failed("compute capability", e))?;
         if major < 8 {
@@ -157,17 +169,14 @@ impl CudaDevice {
         }
         // From Hopper on the `a` architectures carry features that are not forward compatible.
         let arch = format!("sm_{major}{minor}{}", if major >= 9 { "a" } else { "" });
-        let cubin = nvrtc::compile_for_driver(&arch, options, driver_major()?)?.cubin;
         context.bind_to_thread().map_err(|e| failed("binding the context", e))?;
-        // SAFETY: the image is a whole cubin (checked by `nvrtc`), and outlives the call, which copies it.
-        let module = unsafe { result::module::load_data(cubin.as_ptr().cast::<c_void>()) }
-            .map_err(|e| failed(&format!("loading the kernels for {arch}"), e))?;
+        let (module, image) = module::load(&arch, images)?;
         let (stream, pooled) = (context.default_stream(), context.has_async_alloc());
         if pooled {
             keep_freed_memory(&context)?;
         }
         let shared = Shared { context, stream, module, launched: Mutex::default(), pooled };
-        let device = Self { shared: Arc::new(shared), arch };
+        let device = Self { shared: Arc::new(shared), arch, image };
         device.check_memory()?;
         Ok(device)
     }
@@ -185,9 +194,15 @@ impl CudaDevice {
         NAME
     }
 
-    /// The architecture the kernels were compiled for: `sm_90a`.
+    /// The GPU's architecture, for which NVRTC compiles: `sm_90a`.
     pub fn arch(&self) -> &str {
         &self.arch
+    }
+
+    /// Where the kernels came from: `nvrtc` (compiled now), `cache` (compiled before), or `ptx` (embedded, compiled by
+    /// the driver).
+    pub fn image(&self) -> &'static str {
+        self.image
     }
 
     /// The GPU's product name.
@@ -317,14 +332,6 @@ impl CudaDevice {
         }
         Ok(())
     }
-}
-
-/// Major CUDA version the driver supports: it loads cubins of that toolkit and of older ones.
-fn driver_major() -> Result<i32> {
-    let mut version = 0;
-    // SAFETY: writes one int.
-    unsafe { sys::cuDriverGetVersion(&mut version) }.result().map_err(|e| failed("driver version", e))?;
-    Ok(version / 1000)
 }
 
 /// By default the pool gives freed memory back at every synchronisation, which makes allocation slow.

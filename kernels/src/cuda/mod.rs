@@ -13,6 +13,8 @@ pub mod driver;
 #[cfg(feature = "emulated")]
 mod emulated;
 #[cfg(feature = "cuda")]
+mod module;
+#[cfg(feature = "cuda")]
 pub mod nvrtc;
 mod ops_attention;
 mod ops_elementwise;
@@ -22,6 +24,8 @@ mod ops_linear;
 mod ops_norm;
 mod ops_rope;
 mod ops_score;
+#[cfg(feature = "cuda")]
+pub mod ptx;
 mod rows;
 mod weights;
 

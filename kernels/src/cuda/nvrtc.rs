@@ -1,4 +1,5 @@
-//! Kernel sources to a cubin with NVRTC, found and loaded at run time, kept on disk.
+//! Kernel sources to a cubin with NVRTC, found and loaded at run time, kept on disk. Where there is none, `module.rs`
+//! takes the PTX made before (`ptx.rs`).
 //!
 //! No GPU and no CUDA header is needed: the sources include nothing from the toolkit. NVRTC is loaded by absolute
 //! path, together with its `builtins` library (it has no run path, so the loader must know that one already).
@@ -51,28 +52,25 @@ pub struct Compiled {
 
 /// Compiles all kernels for `arch` (`sm_80`, `sm_90a`), or takes them from the cache. Needs no GPU.
 pub fn compile(arch: &str, options: &DeviceOptions) -> Result<Compiled> {
-    compile_for_driver(arch, options, c_int::MAX)
+    Nvrtc::find(options, c_int::MAX)?.cubin(arch, options)
 }
 
-/// As [`compile`], with an NVRTC no newer than the driver's major version, or the driver could not load the result.
-pub(super) fn compile_for_driver(arch: &str, options: &DeviceOptions, driver_major: c_int) -> Result<Compiled> {
-    let nvrtc = Nvrtc::find(options, driver_major)?;
-    let flags = [
-        format!("--gpu-architecture={arch}"),
-        "-std=c++17".to_string(),
-        "-default-device".to_string(),
-        "--ptxas-options=-v".to_string(),
-    ];
-    let source = source();
-    let key = cache_key(&source, &flags, nvrtc.version);
-    let path = options.cache_dir.join(format!("{arch}-{key}.cubin"));
-    if let Some(found) = read_cache(&path) {
-        return Ok(found);
-    }
-    let (cubin, log) = nvrtc.compile(&source, &flags, arch)?;
-    // The cache only saves time: a folder that cannot be written costs half a second at the next start.
-    let _ = write_cache(&path, &cubin, &log);
-    Ok(Compiled { cubin, log, cached: false })
+/// PTX of all kernels for a virtual architecture (`compute_80`), never from the cache: what `ptx/` is made of.
+pub fn compile_ptx(arch: &str, options: &DeviceOptions) -> Result<String> {
+    let nvrtc = Nvrtc::find(options, c_int::MAX)?;
+    let (ptx, _) = nvrtc.compile(&source(), &flags(arch), arch, nvrtc.ptx_size, nvrtc.ptx)?;
+    String::from_utf8(ptx)
+        .map(|text| text.trim_end_matches('\0').to_string())
+        .map_err(|_| missing("NVRTC made no PTX".to_string(), "report this"))
+}
+
+/// SHA-256 of what is compiled, in hexadecimal.
+pub fn source_hash() -> String {
+    format!("{:x}", Sha256::digest(source()))
+}
+
+fn flags(arch: &str) -> Vec<String> {
+    vec![format!("--gpu-architecture={arch}"), "-std=c++17".to_string(), "-default-device".to_string()]
 }
 
 /// All sources as one, without the includes that join them on the host; errors name file and line.
@@ -131,10 +129,12 @@ fn missing(problem: String, hint: &str) -> KernelError {
 
 type Program = *mut std::ffi::c_void;
 type Status = c_int;
+type SizeFn = unsafe extern "C" fn(Program, *mut usize) -> Status;
+type CopyFn = unsafe extern "C" fn(Program, *mut c_char) -> Status;
 
 /// The functions of `nvrtc.h` used here. The library stays loaded for the life of the process: unloading a compiler
 /// that has run is not something its makers promise.
-struct Nvrtc {
+pub(super) struct Nvrtc {
     version: (c_int, c_int),
     error_string: unsafe extern "C" fn(Status) -> *const c_char,
     create: unsafe extern "C" fn(
@@ -147,15 +147,18 @@ struct Nvrtc {
     ) -> Status,
     compile: unsafe extern "C" fn(Program, c_int, *const *const c_char) -> Status,
     destroy: unsafe extern "C" fn(*mut Program) -> Status,
-    cubin_size: unsafe extern "C" fn(Program, *mut usize) -> Status,
-    cubin: unsafe extern "C" fn(Program, *mut c_char) -> Status,
-    log_size: unsafe extern "C" fn(Program, *mut usize) -> Status,
-    log: unsafe extern "C" fn(Program, *mut c_char) -> Status,
+    cubin_size: SizeFn,
+    cubin: CopyFn,
+    ptx_size: SizeFn,
+    ptx: CopyFn,
+    log_size: SizeFn,
+    log: CopyFn,
 }
 
 impl Nvrtc {
-    /// The first usable library of the searched folders.
-    fn find(options: &DeviceOptions, driver_major: c_int) -> Result<Self> {
+    /// The first usable library of the searched folders, no newer than the driver's major version: the driver could
+    /// not load the result.
+    pub(super) fn find(options: &DeviceOptions, driver_major: c_int) -> Result<Self> {
         let folders = match &options.nvrtc {
             Some(folder) => library_folders(folder),
             None => {
@@ -183,6 +186,25 @@ impl Nvrtc {
             format!("no NVRTC (libnvrtc.so) was found in {place}"),
             "pip install nvidia-cuda-nvrtc, or set LOWBIT_NVRTC to the folder that has libnvrtc.so",
         ))
+    }
+
+    /// All kernels for `arch`, compiled or from the cache.
+    pub(super) fn cubin(&self, arch: &str, options: &DeviceOptions) -> Result<Compiled> {
+        let mut flags = flags(arch);
+        flags.push("--ptxas-options=-v".to_string());
+        let source = source();
+        let key = cache_key(&source, &flags, self.version);
+        let path = options.cache_dir.join(format!("{arch}-{key}.cubin"));
+        if let Some(found) = read_cache(&path) {
+            return Ok(found);
+        }
+        let (cubin, log) = self.compile(&source, &flags, arch, self.cubin_size, self.cubin)?;
+        if !is_elf(&cubin) {
+            return Err(missing("NVRTC made no cubin".to_string(), "report this"));
+        }
+        // The cache only saves time: a folder that cannot be written costs half a second at the next start.
+        let _ = write_cache(&path, &cubin, &log);
+        Ok(Compiled { cubin, log, cached: false })
     }
 
     /// Loads the library of `folder` after its `builtins`; `None` when it is not there or not usable.
@@ -221,6 +243,8 @@ impl Nvrtc {
                 destroy: *library.get(b"nvrtcDestroyProgram\0").ok()?,
                 cubin_size: *library.get(b"nvrtcGetCUBINSize\0").ok()?,
                 cubin: *library.get(b"nvrtcGetCUBIN\0").ok()?,
+                ptx_size: *library.get(b"nvrtcGetPTXSize\0").ok()?,
+                ptx: *library.get(b"nvrtcGetPTX\0").ok()?,
                 log_size: *library.get(b"nvrtcGetProgramLogSize\0").ok()?,
                 log: *library.get(b"nvrtcGetProgramLog\0").ok()?,
             })
@@ -238,8 +262,15 @@ impl Nvrtc {
         Err(KernelError::Device { device: "cuda", problem: problem.trim_end().to_string(), hint: None })
     }
 
-    /// Cubin and log.
-    fn compile(&self, source: &str, flags: &[String], arch: &str) -> Result<(Vec<u8>, String)> {
+    /// The output that `size_of` and `copy` read, and the log.
+    fn compile(
+        &self,
+        source: &str,
+        flags: &[String],
+        arch: &str,
+        size_of: SizeFn,
+        copy: CopyFn,
+    ) -> Result<(Vec<u8>, String)> {
         let text =
             |s: &str| CString::new(s).map_err(|_| missing("a NUL in the kernels' source".to_string(), "rebuild"));
         let source = text(source)?;
@@ -255,26 +286,16 @@ impl Nvrtc {
         let log = self.fetch(program, self.log_size, self.log);
         let log = log.map(|l| String::from_utf8_lossy(&l).trim_end_matches('\0').to_string());
         let doing = format!("compiling for {arch}");
-        let result = self.check(&doing, status, log.as_deref().unwrap_or_default()).and_then(|()| {
-            let cubin = self.fetch(program, self.cubin_size, self.cubin)?;
-            if is_elf(&cubin) {
-                Ok((cubin, log?))
-            } else {
-                Err(missing("NVRTC made no cubin".to_string(), "report this"))
-            }
-        });
+        let result = self
+            .check(&doing, status, log.as_deref().unwrap_or_default())
+            .and_then(|()| Ok((self.fetch(program, size_of, copy)?, log?)));
         // SAFETY: created above, destroyed once; everything was copied out.
         unsafe { (self.destroy)(&mut program) };
         result
     }
 
     /// One of the outputs of a compiled program.
-    fn fetch(
-        &self,
-        program: Program,
-        size_of: unsafe extern "C" fn(Program, *mut usize) -> Status,
-        copy: unsafe extern "C" fn(Program, *mut c_char) -> Status,
-    ) -> Result<Vec<u8>> {
+    fn fetch(&self, program: Program, size_of: SizeFn, copy: CopyFn) -> Result<Vec<u8>> {
         let mut size = 0;
         // SAFETY: the program exists.
         self.check("reading a size", unsafe { size_of(program, &mut size) }, "")?;
