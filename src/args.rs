@@ -19,6 +19,9 @@ pub struct Global {
     /// Where to compute: auto, cpu, cuda, cuda:N, emulated (the CUDA kernels on the host), scalar (the slow reference).
     #[arg(long, global = true, default_value = "auto", value_parser = parse_device)]
     pub device: Device,
+    /// Keep decode activations in f32 on the CPU, where packed weights would meet them rounded to int8.
+    #[arg(long, global = true)]
+    pub exact: bool,
     /// Print one JSON document on stdout instead of text.
     #[arg(long, global = true)]
     pub json: bool,
@@ -81,6 +84,10 @@ pub enum Command {
     Generate(GenerateArgs),
     /// Write report.html, report.md and report.json from the records in a folder.
     Report(ReportArgs),
+    /// Check every operation of a device against the scalar reference, and time layer shapes of real models: what
+    /// bench/gpu-suite runs (docs/gpu.md).
+    #[command(hide = true)]
+    Suite(SuiteArgs),
 }
 
 #[derive(Args, Debug, Clone)]
@@ -342,4 +349,35 @@ pub struct GenerateArgs {
 pub struct ReportArgs {
     /// Folder with plan.json, quantize.json, eval.json, bench.json.
     pub dir: PathBuf,
+}
+
+#[derive(Args, Debug)]
+pub struct SuiteArgs {
+    /// List every row with its bytes and flops; run nothing.
+    #[arg(long)]
+    pub dry_run: bool,
+    /// One half of it.
+    #[arg(long, value_enum)]
+    pub only: Option<SuitePart>,
+    /// Start no row after this many seconds.
+    #[arg(long)]
+    pub limit_seconds: Option<u64>,
+    /// Write the record here.
+    #[arg(long, short)]
+    pub output: Option<PathBuf>,
+    /// Replace an existing record.
+    #[arg(long)]
+    pub force: bool,
+    /// Print a record as the Markdown tables of docs/gpu.md; run nothing.
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["dry_run", "only", "limit_seconds", "output", "force"])]
+    pub render: Option<PathBuf>,
+}
+
+/// Half of the suite.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum SuitePart {
+    /// The op table against the scalar reference.
+    Correctness,
+    /// Ceilings and timed rows.
+    Kernels,
 }

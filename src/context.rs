@@ -18,6 +18,7 @@ use crate::progress::Bars;
 /// Everything a command gets.
 pub struct Context {
     device: Device,
+    exact: bool,
     opened: OnceLock<Opened>,
     pub progress: Bars,
     pub stop: Arc<AtomicBool>,
@@ -49,6 +50,7 @@ impl Context {
         .context("cannot watch for Ctrl-C")?;
         Ok(Self {
             device: global.device,
+            exact: global.exact,
             opened: OnceLock::new(),
             progress: Bars::new(global.quiet),
             stop,
@@ -73,7 +75,7 @@ impl Context {
         if let Some(o) = self.opened.get() {
             return Ok(o);
         }
-        let made = open_device(self.device, self.threads, self.quiet)?;
+        let made = open_device(self.device, self.threads, self.exact, self.quiet)?;
         Ok(self.opened.get_or_init(|| made))
     }
 
@@ -112,7 +114,7 @@ struct Opened {
     gpu: Option<String>,
 }
 
-fn open_device(device: Device, threads: usize, quiet: bool) -> Result<Opened> {
+fn open_device(device: Device, threads: usize, exact: bool, quiet: bool) -> Result<Opened> {
     let host = |backend: Arc<dyn Backend>| Ok(Opened { backend, gpu: None });
     let gpu = |ordinal: usize| -> Result<Opened> {
         let device = gpu::Device::cuda(ordinal, &device_options())?;
@@ -120,7 +122,7 @@ fn open_device(device: Device, threads: usize, quiet: bool) -> Result<Opened> {
         Ok(Opened { backend: Arc::new(GpuBackend::new(Arc::new(device))), gpu: product })
     };
     match device {
-        Device::Cpu => host(Arc::new(CpuBackend::new())),
+        Device::Cpu => host(Arc::new(CpuBackend::new().exact(exact))),
         Device::Scalar => host(Arc::new(ScalarBackend::new())),
         Device::Emulated => host(Arc::new(GpuBackend::new(Arc::new(gpu::Device::emulated(threads)?)))),
         Device::Cuda(n) => gpu(n),
@@ -130,7 +132,7 @@ fn open_device(device: Device, threads: usize, quiet: bool) -> Result<Opened> {
                 if !quiet {
                     eprintln!("device: cpu ({e})");
                 }
-                host(Arc::new(CpuBackend::new()))
+                host(Arc::new(CpuBackend::new().exact(exact)))
             }
         },
     }

@@ -21,14 +21,21 @@ pub fn gather(
     options: BTreeMap<String, Value>,
 ) -> Result<Provenance> {
     Ok(Provenance {
-        tool: format!("lowbit {}", env!("CARGO_PKG_VERSION")),
-        commit: option_env!("LOWBIT_COMMIT").map(str::to_string),
-        command: std::env::args().collect::<Vec<_>>().join(" "),
-        unix_time: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs()),
         model: model.name.clone(),
         model_sha256: model_sha256(&model.dir)?,
         reference: reference.map(|r| r.name.clone()),
         reference_sha256: reference.map(|r| model_sha256(&r.dir)).transpose()?,
+        ..without_model(ctx, seed, options)?
+    })
+}
+
+/// Tool, command, machine and options: of a record that is about no model.
+pub fn without_model(ctx: &Context, seed: u64, options: BTreeMap<String, Value>) -> Result<Provenance> {
+    Ok(Provenance {
+        tool: format!("lowbit {}", env!("CARGO_PKG_VERSION")),
+        commit: option_env!("LOWBIT_COMMIT").map(str::to_string),
+        command: std::env::args().collect::<Vec<_>>().join(" "),
+        unix_time: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs()),
         device: ctx.backend()?.name().into(),
         cpu: cpu_model(),
         gpu: ctx.gpu()?,
@@ -36,6 +43,7 @@ pub fn gather(
         dtype: "weights as stored, activations f32".into(),
         seed,
         options,
+        ..Provenance::default()
     })
 }
 

@@ -1,4 +1,5 @@
 //! How fast a checkpoint decodes and how large it is, measured against a reference in the same process.
+//! [`suite`] checks and times single operations.
 //!
 //! Rates follow llama-bench: `pp{N}` processes N random tokens of one sequence from an empty cache and computes the
 //! logits of the last; `tg{N}` feeds N random tokens one at a time, logits every step, `batch` sequences at once.
@@ -11,6 +12,7 @@ pub mod memory;
 pub mod rates;
 pub mod record;
 pub mod stats;
+pub mod suite;
 
 use lowbit_checkpoint::provenance::Provenance;
 use lowbit_model::Model;

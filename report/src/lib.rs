@@ -4,6 +4,8 @@
 //! as they exist; [`html`], [`markdown`] and [`json`] render them; [`write`] does all of that and
 //! puts `report.html`, `report.md` and `report.json` next to the records.
 //!
+//! [`gpu`] makes the tables of `docs/gpu.md` from a record of `bench/gpu-suite`.
+//!
 //! The page fetches nothing: styles and charts are inline, and a content security policy forbids
 //! the rest. Whatever comes from a record is escaped.
 
@@ -12,6 +14,7 @@
 mod chart;
 mod chart_speed;
 mod format;
+pub mod gpu;
 mod load;
 mod markdown;
 mod output;

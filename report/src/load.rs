@@ -140,7 +140,8 @@ impl Records {
     }
 }
 
-fn read<T: DeserializeOwned>(path: PathBuf) -> Result<Option<T>, ReportError> {
+/// A record; `None` where there is no such file.
+pub(crate) fn read<T: DeserializeOwned>(path: PathBuf) -> Result<Option<T>, ReportError> {
     let text = match fs::read(&path) {
         Ok(text) => text,
         Err(source) if source.kind() == ErrorKind::NotFound => return Ok(None),

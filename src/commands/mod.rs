@@ -8,6 +8,7 @@ mod inspect;
 mod quantize;
 mod report;
 mod run;
+mod suite;
 mod table;
 mod verify;
 
@@ -29,5 +30,6 @@ pub fn dispatch(ctx: &Context, command: Command) -> Result<()> {
         Command::Bench(a) => bench::bench(ctx, &a),
         Command::Generate(a) => generate::generate(ctx, &a),
         Command::Report(a) => report::report(ctx, &a),
+        Command::Suite(a) => suite::suite(ctx, &a),
     }
 }

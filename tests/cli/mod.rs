@@ -8,6 +8,7 @@ mod errors;
 mod golden;
 mod pipeline;
 mod snapshots;
+mod suite;
 
 /// The repository.
 pub fn root() -> PathBuf {

@@ -1,0 +1,144 @@
+//! The rows: layer shapes of Llama-3.1-8B and Qwen3-32B, norms, decode attention, and the Hessians of GPTQ.
+
+use super::cost::{Format, Kernel, tokens};
+
+/// Tokens of a product: decode of so many sequences at once.
+pub const BATCHES: [usize; 6] = [1, 4, 8, 16, 64, 256];
+/// Tokens a Hessian is given at a time: one calibration window.
+const WINDOW: usize = 2048;
+
+/// One row of the table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Row {
+    /// Model the shape is of.
+    pub model: &'static str,
+    /// Which of its layers: `q, o`.
+    pub layers: &'static str,
+    /// What is timed.
+    pub kernel: Kernel,
+}
+
+impl Row {
+    /// The row in words: `llama-3.1-8b q, o: linear w4a16-g128 4096x4096, 16 tokens`.
+    pub fn name(&self) -> String {
+        let k = &self.kernel;
+        let format = k.format().map_or(String::new(), |f| format!("{} ", f.name()));
+        let (shape, tokens) = (k.shape(), tokens(k.tokens()));
+        format!("{} {}: {} {format}{shape}, {tokens}", self.model, self.layers, k.op())
+    }
+}
+
+struct Model {
+    name: &'static str,
+    hidden: usize,
+    heads: usize,
+    kv_heads: usize,
+    head_dim: usize,
+    /// Layers of one shape together; `(layers, out, in)`.
+    linears: &'static [(&'static str, usize, usize)],
+}
+
+const MODELS: [Model; 2] = [
+    Model {
+        name: "llama-3.1-8b",
+        hidden: 4096,
+        heads: 32,
+        kv_heads: 8,
+        head_dim: 128,
+        linears: &[
+            ("q, o", 4096, 4096),
+            ("k, v", 1024, 4096),
+            ("gate, up", 14336, 4096),
+            ("down", 4096, 14336),
+            ("head", 128_256, 4096),
+        ],
+    },
+    Model {
+        name: "qwen3-32b",
+        hidden: 5120,
+        heads: 64,
+        kv_heads: 8,
+        head_dim: 128,
+        linears: &[
+            ("q", 8192, 5120),
+            ("k, v", 1024, 5120),
+            ("o", 5120, 8192),
+            ("gate, up", 25600, 5120),
+            ("down", 5120, 25600),
+            ("head", 151_936, 5120),
+        ],
+    },
+];
+
+/// Every row, in the order of the run: all rows of a weight stand together, since it is made and uploaded for them.
+pub fn rows() -> Vec<Row> {
+    let mut rows = Vec::new();
+    for m in &MODELS {
+        for &(layers, out, cols) in m.linears {
+            for format in Format::ALL {
+                rows.extend(BATCHES.map(|tokens| {
+                    let kernel = Kernel::Linear { format, out, cols, tokens };
+                    Row { model: m.name, layers, kernel }
+                }));
+            }
+        }
+        rows.extend([1, 16, 256, 4096].map(|tokens| {
+            let kernel = Kernel::RmsNorm { tokens, width: m.hidden };
+            Row { model: m.name, layers: "norm", kernel }
+        }));
+        for context in [1024, 4096] {
+            rows.extend([1, 16].map(|batch| {
+                let (heads, kv_heads, head_dim) = (m.heads, m.kv_heads, m.head_dim);
+                let kernel = Kernel::AttentionDecode { batch, context, heads, kv_heads, head_dim };
+                Row { model: m.name, layers: "attention", kernel }
+            }));
+        }
+    }
+    rows.extend([("q, k, v, o, gate, up", 4096), ("down", 14336)].map(|(layers, n)| {
+        let kernel = Kernel::Hessian { tokens: WINDOW, n };
+        Row { model: MODELS[0].name, layers, kernel }
+    }));
+    rows
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_shape_is_there_once() {
+        let rows = rows();
+        let linears = (5 + 6) * 3 * BATCHES.len();
+        assert_eq!(rows.len(), linears + 2 * (4 + 4) + 2);
+        for (i, r) in rows.iter().enumerate() {
+            assert!(!rows[..i].contains(r), "{} twice", r.name());
+        }
+        // Groups of 128 divide every width: the packed rows are what their names say.
+        let widths = MODELS.iter().flat_map(|m| m.linears).map(|l| l.2);
+        assert!({ widths }.all(|cols| cols.is_multiple_of(super::super::cost::GROUP)));
+    }
+
+    #[test]
+    fn weights_add_up_to_the_models() {
+        // Layers of a shape times blocks; embeddings (as large as the head) and norms come on top.
+        let weights = |m: &Model, blocks: usize| -> usize {
+            let of = |l: &(&str, usize, usize)| {
+                let times = if l.0 == "head" { 1 } else { blocks * l.0.split(", ").count() };
+                times * l.1 * l.2
+            };
+            m.linears.iter().map(of).sum()
+        };
+        // 8,030,261,248 parameters: less the embedding, less 65 norms of 4096.
+        assert_eq!(weights(&MODELS[0], 32), 8_030_261_248 - 128_256 * 4096 - 65 * 4096);
+        // 32,762,123,264 parameters: less the embedding, 129 norms of 5120 and 64 · 2 head norms of 128.
+        assert_eq!(weights(&MODELS[1], 64), 32_762_123_264 - 151_936 * 5120 - 129 * 5120 - 64 * 2 * 128);
+    }
+
+    #[test]
+    fn names_say_what_runs() {
+        let rows = rows();
+        assert_eq!(rows[0].name(), "llama-3.1-8b q, o: linear bf16 4096x4096, 1 token");
+        let last = rows.last().map(Row::name);
+        assert_eq!(last.as_deref(), Some("llama-3.1-8b down: hessian_update 14336x14336, 2048 tokens"));
+    }
+}
