@@ -14,6 +14,9 @@ const SPINS: u32 = 20_000;
 /// Spins of the caller before it lets the scheduler run somebody else (an oversubscribed machine).
 const PATIENCE: u32 = 10_000;
 
+/// Bit of the gate: no job, or its tasks are all taken.
+const CLOSED: usize = 1 << (usize::BITS - 1);
+
 /// A job: a closure of the caller's, alive until [`Pool::run`] returns.
 type Job = *const (dyn Fn(usize) + Sync);
 
@@ -24,8 +27,8 @@ struct Shared {
     job: Mutex<Option<SendJob>>,
     tasks: AtomicUsize,
     next: AtomicUsize,
-    /// Workers that have finished this epoch.
-    done: AtomicUsize,
+    /// Workers inside the job, and [`CLOSED`] when no more may enter.
+    gate: AtomicUsize,
     panicked: AtomicBool,
     stop: AtomicBool,
     parked: Vec<AtomicBool>,
@@ -54,7 +57,7 @@ impl Pool {
             job: Mutex::new(None),
             tasks: AtomicUsize::new(0),
             next: AtomicUsize::new(0),
-            done: AtomicUsize::new(0),
+            gate: AtomicUsize::new(CLOSED),
             panicked: AtomicBool::new(false),
             stop: AtomicBool::new(false),
             parked: (0..count).map(|_| AtomicBool::new(false)).collect(),
@@ -78,13 +81,13 @@ impl Pool {
             return;
         };
         let s = &*self.shared;
-        // SAFETY: only the lifetime changes. Workers use the pointer between the epoch's change and their increment of
-        // `done`, and this function does not return (nor unwind: the closure's panics are caught) before all have.
+        // SAFETY: only the lifetime changes. Workers use the pointer only inside the gate, and this function closes it and
+        // waits until it is empty before it returns (nor does it unwind earlier: the closure's panics are caught).
         let job: Job = unsafe { std::mem::transmute::<*const (dyn Fn(usize) + Sync + '_), Job>(f) };
         *s.job.lock().unwrap_or_else(PoisonError::into_inner) = Some(SendJob(job));
         s.tasks.store(tasks, Ordering::Relaxed);
         s.next.store(0, Ordering::Relaxed);
-        s.done.store(0, Ordering::Relaxed);
+        s.gate.fetch_and(!CLOSED, Ordering::SeqCst);
         s.epoch.fetch_add(1, Ordering::SeqCst);
         for (i, t) in self.threads.iter().enumerate() {
             if s.parked[i].load(Ordering::SeqCst) {
@@ -92,8 +95,10 @@ impl Pool {
             }
         }
         let mine = catch_unwind(AssertUnwindSafe(|| pull(s, f)));
+        // A worker that never came (asleep, or its core is busy with somebody else's work) is not waited for.
+        s.gate.fetch_or(CLOSED, Ordering::SeqCst);
         let mut spins = 0;
-        while s.done.load(Ordering::Acquire) < self.workers.len() {
+        while s.gate.load(Ordering::SeqCst) != CLOSED {
             std::hint::spin_loop();
             spins += 1;
             if spins > PATIENCE {
@@ -152,18 +157,21 @@ fn work(s: &Shared, index: usize) {
         if s.stop.load(Ordering::SeqCst) {
             return;
         }
-        let job = *s.job.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(job) = job {
-            let result = catch_unwind(AssertUnwindSafe(|| {
-                // SAFETY: `run` posted this job before it changed the epoch and waits for `done` below.
-                let f = unsafe { &*job.0 };
-                pull(s, f);
-            }));
-            if result.is_err() {
-                s.panicked.store(true, Ordering::Relaxed);
+        if s.gate.fetch_add(1, Ordering::SeqCst) & CLOSED == 0 {
+            let job = *s.job.lock().unwrap_or_else(PoisonError::into_inner);
+            if let Some(job) = job {
+                let result = catch_unwind(AssertUnwindSafe(|| {
+                    // SAFETY: this worker entered while the gate was open: `run` posted the job before it opened the
+                    // gate and keeps the closure alive until the gate is empty.
+                    let f = unsafe { &*job.0 };
+                    pull(s, f);
+                }));
+                if result.is_err() {
+                    s.panicked.store(true, Ordering::Relaxed);
+                }
             }
         }
-        s.done.fetch_add(1, Ordering::Release);
+        s.gate.fetch_sub(1, Ordering::SeqCst);
     }
 }
 
