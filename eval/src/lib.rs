@@ -8,6 +8,7 @@ pub mod protocol;
 pub mod record;
 pub mod scorer;
 pub mod stats;
+pub mod tasks;
 pub mod text;
 pub mod windows;
 
@@ -21,4 +22,5 @@ pub use perplexity::evaluate_perplexity;
 pub use protocol::{Protocol, Setup, Window, WindowPlan};
 pub use record::{EvalRecord, Interval, KlRecord, PerplexityRecord};
 pub use scorer::{LogitRows, Scorer};
+pub use tasks::{Item, Request, RequestKind, Response};
 pub use text::Source;
