@@ -8,7 +8,8 @@ use std::any::Any;
 use std::ops::Range;
 use std::sync::Arc;
 
-use crate::error::Result;
+use crate::cpu::checks;
+use crate::error::{KernelError, Result};
 use crate::scheme::Scheme;
 
 /// f32 memory on the backend's device.
@@ -216,6 +217,22 @@ pub trait Backend: Send + Sync {
     fn kv_cache(&self, slots: usize, capacity: usize, kv_heads: usize, head_dim: usize) -> Result<KvBuffer>;
     /// Appends k and v `[T, kv_heads·head_dim]` at each segment's `past`.
     fn kv_append(&self, cache: &mut KvBuffer, k: &Buffer, v: &Buffer, segments: &[Segment]) -> Result<()>;
+    /// Slot `to` becomes a continuation of the first `tokens` tokens of slot `from`; what `to` held is forgotten. With
+    /// `from == to` the slot is cut to `tokens`. Backends that page their cache share whole pages and copy a partial last
+    /// one; either way neither slot sees what the other appends afterwards.
+    fn kv_fork(&self, cache: &mut KvBuffer, from: usize, tokens: usize, to: usize) -> Result<()> {
+        let _ = (cache, from, tokens, to);
+        let why = "this backend cannot copy a slot".to_string();
+        Err(KernelError::Unsupported { backend: self.name(), op: "kv_fork", why })
+    }
+    /// Forgets a slot's tokens, so that a paged cache gets their memory back.
+    fn kv_release(&self, cache: &mut KvBuffer, slot: usize) -> Result<()> {
+        checks::below(self.name(), "kv_release", "slot", slot, cache.slots)
+    }
+    /// Memory the cache holds now. A cache without pages counts each slot as one page, always held.
+    fn kv_usage(&self, cache: &KvBuffer) -> KvUsage {
+        KvUsage { page_tokens: cache.capacity, pages: cache.slots }
+    }
     /// Causal attention of q `[T, heads·head_dim]` over the cache (which already holds the new keys); result like q.
     fn attention(&self, q: &Buffer, cache: &KvBuffer, shape: &AttentionShape, segments: &[Segment]) -> Result<Buffer>;
     /// `act(gate) · up`, element by element.
@@ -238,6 +255,15 @@ pub trait Backend: Send + Sync {
     fn abs_max(&self, x: &Buffer) -> Result<f32> {
         Ok(self.download(x)?.iter().fold(0f32, |m, v| if v.is_nan() { f32::INFINITY } else { m.max(v.abs()) }))
     }
+}
+
+/// What a cache holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KvUsage {
+    /// Tokens of a page.
+    pub page_tokens: usize,
+    /// Pages held; one that several slots share counts once.
+    pub pages: usize,
 }
 
 /// Keys and values of one layer for every slot.

@@ -115,6 +115,11 @@ fn attention_agrees_for_ragged_batches_windows_and_caps() {
 }
 
 #[test]
+fn forks_equal_running_alone() {
+    each(cases::forks_equal_running_alone);
+}
+
+#[test]
 fn rope_agrees() {
     each(cases::rope_agrees);
 }

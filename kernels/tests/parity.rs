@@ -3,7 +3,7 @@
 mod cases;
 
 use cases::{Noise, Sizes};
-use lowbit_kernels::backend::{Backend, HostWeight};
+use lowbit_kernels::backend::{Backend, HostWeight, Segment};
 use lowbit_kernels::cpu::{CpuBackend, Level};
 
 const SIZES: Sizes<'_> =
@@ -73,6 +73,33 @@ fn embedding_is_exact_and_refuses_unknown_ids() {
 #[test]
 fn attention_agrees_for_ragged_batches_windows_and_caps() {
     each(cases::attention_agrees);
+}
+
+#[test]
+fn forks_equal_running_alone() {
+    each(cases::forks_equal_running_alone);
+}
+
+#[test]
+fn pages_are_shared_by_forks_and_freed_with_their_last_slot() {
+    let (cpu, mut noise) = (CpuBackend::new(), Noise(11));
+    let mut cache = cpu.kv_cache(3, 1000, 2, 8).unwrap();
+    let rows = cpu.upload(&noise.many(200 * 16)).unwrap();
+    let pages = |cache: &_| cpu.kv_usage(cache).pages;
+    assert_eq!((pages(&cache), cpu.kv_usage(&cache).page_tokens), (0, 64));
+    cpu.kv_append(&mut cache, &rows, &rows, &[Segment { slot: 0, row: 0, tokens: 200, past: 0 }]).unwrap();
+    assert_eq!(pages(&cache), 4);
+    cpu.kv_fork(&mut cache, 0, 128, 1).unwrap();
+    assert_eq!(pages(&cache), 4);
+    cpu.kv_fork(&mut cache, 0, 130, 2).unwrap();
+    assert_eq!(pages(&cache), 5);
+    cpu.kv_release(&mut cache, 0).unwrap();
+    assert_eq!(pages(&cache), 3);
+    cpu.kv_fork(&mut cache, 2, 64, 2).unwrap();
+    assert_eq!(pages(&cache), 2);
+    assert!(cpu.kv_fork(&mut cache, 0, 1, 2).is_err(), "a released slot holds nothing");
+    (1..3).for_each(|slot| cpu.kv_release(&mut cache, slot).unwrap());
+    assert_eq!(pages(&cache), 0);
 }
 
 #[test]

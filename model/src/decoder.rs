@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use lowbit_checkpoint::{Checkpoint, ModelConfig};
-use lowbit_kernels::backend::{Backend, Buffer, KvBuffer, Segment, WeightHandle};
+use lowbit_kernels::backend::{Backend, Buffer, KvBuffer, KvUsage, Segment, WeightHandle};
 
 use crate::block::{Block, Linear, Tap};
 use crate::error::{At, ModelError, Result};
@@ -88,6 +88,24 @@ pub struct KvCache {
     pub slots: usize,
     /// Tokens a slot can hold.
     pub capacity: usize,
+}
+
+impl KvCache {
+    /// Slot `to` becomes the first `tokens` tokens of slot `from` (see [`Backend::kv_fork`]).
+    pub fn fork(&mut self, backend: &dyn Backend, from: usize, tokens: usize, to: usize) -> Result<()> {
+        self.layers.iter_mut().try_for_each(|l| backend.kv_fork(l, from, tokens, to)).at("kv_fork")
+    }
+
+    /// Forgets a slot's tokens.
+    pub fn release(&mut self, backend: &dyn Backend, slot: usize) -> Result<()> {
+        self.layers.iter_mut().try_for_each(|l| backend.kv_release(l, slot)).at("kv_release")
+    }
+
+    /// What one layer holds; all layers hold the same.
+    pub fn usage(&self, backend: &dyn Backend) -> KvUsage {
+        let none = KvUsage { page_tokens: self.capacity, pages: 0 };
+        self.layers.first().map_or(none, |l| backend.kv_usage(l))
+    }
 }
 
 /// A loaded model.

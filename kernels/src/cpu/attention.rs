@@ -8,6 +8,7 @@ use std::sync::{Mutex, PoisonError};
 use rayon::prelude::*;
 
 use super::elementwise::{Max, exp};
+use super::kv::Cache;
 use super::matmul::{View, matmul};
 use super::pool::Pool;
 use super::scalar;
@@ -19,30 +20,6 @@ use crate::error::Result;
 const BLOCK: usize = 64;
 /// Up to this many queries, plain loops beat packing panels for a product.
 const FEW: usize = 4;
-
-/// Keys and values of every slot, `[slot][kv_head][capacity][head_dim]`: one head's keys are contiguous.
-pub struct Cache {
-    pub keys: Vec<f32>,
-    pub values: Vec<f32>,
-    pub kv_heads: usize,
-    pub head_dim: usize,
-    pub capacity: usize,
-}
-
-impl Cache {
-    /// Copies rows of k and v `[T, kv_heads · head_dim]` in; segments already checked.
-    pub fn append(&mut self, k: &[f32], v: &[f32], segments: &[Segment]) {
-        let (d, width) = (self.head_dim, self.kv_heads * self.head_dim);
-        for s in segments {
-            for (i, h) in (0..s.tokens).flat_map(|i| (0..self.kv_heads).map(move |h| (i, h))) {
-                let from = (s.row + i) * width + h * d;
-                let to = ((s.slot * self.kv_heads + h) * self.capacity + s.past + i) * d;
-                self.keys[to..to + d].copy_from_slice(&k[from..from + d]);
-                self.values[to..to + d].copy_from_slice(&v[from..from + d]);
-            }
-        }
-    }
-}
 
 /// One task: queries `first .. first + count` of a segment, for one head.
 struct Task<'a> {
@@ -95,23 +72,27 @@ pub fn attention(
 fn task(simd: Simd, q: &[f32], cache: &Cache, shape: &AttentionShape, t: &Task) -> Result<Vec<f32>> {
     let (d, width) = (shape.head_dim, shape.heads * shape.head_dim);
     let group = t.head / (shape.heads / shape.kv_heads);
-    let base = (t.segment.slot * cache.kv_heads + group) * cache.capacity;
     let position = t.segment.past + t.first;
     let begin = shape.window.map_or(0, |w| (position + 1).saturating_sub(w));
     let end = position + t.count;
-    let (keys, values) =
-        (&cache.keys[(base + begin) * d..(base + end) * d], &cache.values[(base + begin) * d..(base + end) * d]);
     let n = end - begin;
+    let runs = || cache.runs(t.segment.slot, group, begin..end);
     let mut scores = vec![0f32; t.count * n];
     let mut out = vec![0f32; t.count * d];
     let q = &q[(t.segment.row + t.first) * width + t.head * d..];
     let few = t.count <= FEW;
     if few {
         for (i, scores) in scores.chunks_exact_mut(n).enumerate() {
-            simd.run(Dots { q: &q[i * width..i * width + d], keys, scale: shape.scale, scores });
+            let mut rest = scores;
+            for (keys, _) in runs() {
+                let (scores, after) = rest.split_at_mut(keys.len() / d);
+                simd.run(Dots { q: &q[i * width..i * width + d], keys, scale: shape.scale, scores });
+                rest = after;
+            }
         }
     } else {
-        let (a, b) = (View { data: q, row: width, col: 1 }, View { data: keys, row: 1, col: d });
+        let keys = runs().map(|r| r.0).collect::<Vec<_>>().concat();
+        let (a, b) = (View { data: q, row: width, col: 1 }, View { data: &keys, row: 1, col: d });
         matmul(&mut scores, (n, 1), false, (t.count, n, d), a, b, shape.scale)?;
     }
     for (i, row) in scores.chunks_exact_mut(n).enumerate() {
@@ -127,10 +108,16 @@ fn task(simd: Simd, q: &[f32], cache: &Cache, shape: &AttentionShape, t: &Task) 
     }
     if few {
         for (weights, out) in scores.chunks_exact(n).zip(out.chunks_exact_mut(d)) {
-            simd.run(Mix { weights, values, out });
+            let mut rest = weights;
+            for (_, values) in runs() {
+                let (weights, after) = rest.split_at(values.len() / d);
+                simd.run(Mix { weights, values, out: &mut *out });
+                rest = after;
+            }
         }
     } else {
-        let (a, b) = (View { data: &scores, row: n, col: 1 }, View { data: values, row: d, col: 1 });
+        let values = runs().map(|r| r.1).collect::<Vec<_>>().concat();
+        let (a, b) = (View { data: &scores, row: n, col: 1 }, View { data: &values, row: d, col: 1 });
         matmul(&mut out, (d, 1), false, (t.count, d, n), a, b, 1.0)?;
     }
     Ok(out)

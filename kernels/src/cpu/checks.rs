@@ -70,6 +70,12 @@ pub fn cached(backend: &'static str, op: &'static str, list: &[Segment], cache: 
     Ok(())
 }
 
+/// A fork lies within the cache.
+pub fn fork(backend: &'static str, cache: &KvBuffer, from: usize, tokens: usize, to: usize) -> Result<()> {
+    below(backend, "kv_fork", "slot", from.max(to), cache.slots)?;
+    below(backend, "kv_fork", "tokens", tokens, cache.capacity + 1)
+}
+
 /// The shape is consistent and fits the cache's width.
 pub fn shape(backend: &'static str, shape: &AttentionShape, kv_width: usize) -> Result<()> {
     let bad = |why: &str| Err(KernelError::Unsupported { backend, op: "attention", why: why.to_string() });

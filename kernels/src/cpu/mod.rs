@@ -12,6 +12,7 @@ mod elementwise;
 mod gemv;
 mod hessian;
 mod int8;
+mod kv;
 mod matmul;
 mod packed;
 mod pool;
@@ -28,11 +29,11 @@ pub use reference::ScalarBackend;
 pub use simd::Level;
 use simd::Simd;
 
-use self::attention::Cache;
 use self::dense::DenseWeight;
+use self::kv::Cache;
 use self::packed::PackedMatrix;
 use crate::backend::{
-    Activation, AttentionShape, Backend, Buffer, HostWeight, KvBuffer, Segment, TokenScore, WeightHandle,
+    Activation, AttentionShape, Backend, Buffer, HostWeight, KvBuffer, KvUsage, Segment, TokenScore, WeightHandle,
 };
 use crate::error::{KernelError, Result, check_len};
 
@@ -91,10 +92,6 @@ impl Default for CpuBackend {
 
 fn weight(w: &WeightHandle) -> Result<&Weight> {
     w.memory.downcast_ref().ok_or(KernelError::ForeignHandle { backend: NAME, what: "weight" })
-}
-
-fn cache(c: &KvBuffer) -> Result<&Cache> {
-    c.memory.downcast_ref().ok_or(KernelError::ForeignHandle { backend: NAME, what: "cache" })
 }
 
 impl Backend for CpuBackend {
@@ -207,10 +204,7 @@ impl Backend for CpuBackend {
     }
 
     fn kv_cache(&self, slots: usize, capacity: usize, kv_heads: usize, head_dim: usize) -> Result<KvBuffer> {
-        let width = checks::product("cache", kv_heads, head_dim)?;
-        let len = checks::product("cache", checks::product("cache", slots, capacity)?, width)?;
-        let memory = Cache { keys: vec![0.0; len], values: vec![0.0; len], kv_heads, head_dim, capacity };
-        Ok(KvBuffer { slots, capacity, width, memory: Box::new(memory) })
+        Cache::buffer(slots, capacity, kv_heads, head_dim)
     }
 
     fn kv_append(&self, cache: &mut KvBuffer, k: &Buffer, v: &Buffer, segments: &[Segment]) -> Result<()> {
@@ -218,18 +212,39 @@ impl Backend for CpuBackend {
         check_len("values", k.len(), v.len())?;
         checks::segments(NAME, "kv_append", segments, checks::rows("keys", k.len(), cache.width)?)?;
         checks::cached(NAME, "kv_append", segments, cache)?;
-        let memory = cache.memory.downcast_mut::<Cache>();
-        memory.ok_or(KernelError::ForeignHandle { backend: NAME, what: "cache" })?.append(k, v, segments);
+        Cache::of_mut(NAME, cache)?.append(k, v, segments);
         Ok(())
     }
 
+    fn kv_fork(&self, cache: &mut KvBuffer, from: usize, tokens: usize, to: usize) -> Result<()> {
+        checks::fork(NAME, cache, from, tokens, to)?;
+        let memory = Cache::of_mut(NAME, cache)?;
+        if !memory.holds(from, tokens) {
+            let why = format!("slot {from} does not hold {tokens} tokens");
+            return Err(KernelError::Unsupported { backend: NAME, op: "kv_fork", why });
+        }
+        memory.fork(from, tokens, to);
+        Ok(())
+    }
+
+    fn kv_release(&self, cache: &mut KvBuffer, slot: usize) -> Result<()> {
+        checks::below(NAME, "kv_release", "slot", slot, cache.slots)?;
+        Cache::of_mut(NAME, cache)?.release(slot);
+        Ok(())
+    }
+
+    fn kv_usage(&self, cache: &KvBuffer) -> KvUsage {
+        Cache::of(NAME, cache).map_or(KvUsage { page_tokens: cache.capacity, pages: cache.slots }, Cache::usage)
+    }
+
     fn attention(&self, q: &Buffer, kv: &KvBuffer, shape: &AttentionShape, segments: &[Segment]) -> Result<Buffer> {
-        let (q, memory) = (host(NAME, q)?, cache(kv)?);
+        let (q, memory) = (host(NAME, q)?, Cache::of(NAME, kv)?);
         checks::shape(NAME, shape, kv.width)?;
         check_len("cache heads", memory.kv_heads, shape.kv_heads)?;
         let width = checks::product("query width", shape.heads, shape.head_dim)?;
         checks::segments(NAME, "attention", segments, checks::rows("queries", q.len(), width)?)?;
         checks::cached(NAME, "attention", segments, kv)?;
+        memory.check_held(NAME, segments)?;
         Ok(buffer(attention::attention(self.simd, &self.pool, q, memory, shape, segments)?))
     }
 

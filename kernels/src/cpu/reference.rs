@@ -150,6 +150,16 @@ impl Backend for ScalarBackend {
         Ok(())
     }
 
+    fn kv_fork(&self, cache: &mut KvBuffer, from: usize, tokens: usize, to: usize) -> Result<()> {
+        checks::fork(NAME, cache, from, tokens, to)?;
+        let (stride, len) = (cache.capacity * cache.width, tokens * cache.width);
+        let memory = cache.memory.downcast_mut::<Cache>();
+        let memory = memory.ok_or(KernelError::ForeignHandle { backend: NAME, what: "cache" })?;
+        memory.keys.copy_within(from * stride..from * stride + len, to * stride);
+        memory.values.copy_within(from * stride..from * stride + len, to * stride);
+        Ok(())
+    }
+
     fn attention(&self, q: &Buffer, kv: &KvBuffer, shape: &AttentionShape, segments: &[Segment]) -> Result<Buffer> {
         let q = host(NAME, q)?;
         let memory = kv.memory.downcast_ref::<Cache>();

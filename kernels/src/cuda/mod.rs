@@ -12,6 +12,7 @@ pub mod device;
 pub mod driver;
 #[cfg(feature = "emulated")]
 mod emulated;
+mod kv_fork;
 #[cfg(feature = "cuda")]
 mod module;
 #[cfg(feature = "cuda")]
@@ -238,6 +239,17 @@ impl Backend for GpuBackend {
         checks::cached(self.name(), "kv_append", segments, cache)?;
         let (view, rows) = (self.cache(cache)?, self.rows(segments, total)?);
         ops_rope::kv_append(&self.device, view, self.mem(k)?, self.mem(v)?, &rows, segments, total)
+    }
+
+    fn kv_fork(&self, cache: &mut KvBuffer, from: usize, tokens: usize, to: usize) -> Result<()> {
+        checks::fork(self.name(), cache, from, tokens, to)?;
+        let capacity = cache.capacity;
+        let memory = cache.memory.downcast_mut::<Cache>().ok_or_else(|| self.foreign("cache"))?;
+        let shape = kv_fork::Shape { kv_heads: memory.kv_heads, head_dim: memory.head_dim, capacity };
+        for half in [&mut memory.keys, &mut memory.values] {
+            kv_fork::copy_rows(&self.device, half, shape, from, tokens, to)?;
+        }
+        Ok(())
     }
 
     fn attention(&self, q: &Buffer, kv: &KvBuffer, shape: &AttentionShape, segments: &[Segment]) -> Result<Buffer> {

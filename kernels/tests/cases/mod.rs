@@ -194,6 +194,57 @@ pub fn attention_agrees(backends: &[(String, &dyn Backend)]) {
     }
 }
 
+/// A slot forked at any point and continued gives what a slot that went the same way alone gives, bit for bit, and
+/// does not disturb the slot it came from.
+pub fn forks_equal_running_alone(backends: &[(String, &dyn Backend)]) {
+    let mut noise = Noise(10);
+    let seg = |slot, tokens, past| vec![Segment { slot, row: 0, tokens, past }];
+    for (kv_heads, head_dim, window) in [(3, 64, None), (2, 20, Some(30))] {
+        let shape = AttentionShape { heads: 2 * kv_heads, kv_heads, head_dim, scale: 0.3, window, soft_cap: None };
+        let mut rows = |n: usize| [2 * kv_heads, kv_heads, kv_heads].map(|heads| noise.many(n * heads * head_dim));
+        let (start, left, right, more) = (rows(140), rows(9), rows(70), rows(1));
+        for (label, b) in backends {
+            let step = |cache: &mut _, [q, k, v]: &[Vec<f32>; 3], segments: &[Segment]| {
+                b.kv_append(cache, &b.upload(k).unwrap(), &b.upload(v).unwrap(), segments).unwrap();
+                b.download(&b.attention(&b.upload(q).unwrap(), cache, &shape, segments).unwrap()).unwrap()
+            };
+            let head = |at: usize| {
+                [2, 1, 1]
+                    .iter()
+                    .zip(&start)
+                    .map(|(g, x)| x[..at * g * kv_heads * head_dim].to_vec())
+                    .collect::<Vec<_>>()
+            };
+            let new = || b.kv_cache(3, 256, kv_heads, head_dim).unwrap();
+            for at in [1, 63, 64, 65, 128, 140] {
+                let head: [Vec<f32>; 3] = head(at).try_into().unwrap();
+                let mut forked = new();
+                step(&mut forked, &start, &seg(0, 140, 0));
+                b.kv_fork(&mut forked, 0, at, 2).unwrap();
+                let mut alone = new();
+                step(&mut alone, &head, &seg(1, at, 0));
+                let case = format!("{label} at {at}, head of {head_dim}");
+                // Both sides go on in turn from the shared page.
+                assert_eq!(step(&mut forked, &left, &seg(2, 9, at)), step(&mut alone, &left, &seg(1, 9, at)), "{case}");
+                step(&mut forked, &right, &seg(0, 70, 140));
+                let want = step(&mut alone, &more, &seg(1, 1, at + 9));
+                assert_eq!(step(&mut forked, &more, &seg(2, 1, at + 9)), want, "{case}");
+                let mut first = new();
+                step(&mut first, &start, &seg(0, 140, 0));
+                step(&mut first, &right, &seg(0, 70, 140));
+                assert_eq!(
+                    step(&mut forked, &more, &seg(0, 1, 210)),
+                    step(&mut first, &more, &seg(0, 1, 210)),
+                    "{case}"
+                );
+            }
+            let mut cache = new();
+            assert!(b.kv_fork(&mut cache, 0, 10, 3).is_err() && b.kv_fork(&mut cache, 0, 257, 1).is_err(), "{label}");
+            assert!(b.kv_release(&mut cache, 3).is_err(), "{label}");
+        }
+    }
+}
+
 /// Rotations of whole and half heads; rows outside the segments stay.
 pub fn rope_agrees(backends: &[(String, &dyn Backend)]) {
     let (scalar, mut noise) = (ScalarBackend::new(), Noise(6));
