@@ -12,7 +12,9 @@ fn main() {
 fn emulator() {
     let base = || {
         let mut build = cc::Build::new();
-        build.cpp(true).std("c++17").opt_level(2).debug(false).pic(true).flag_if_supported("-Wno-unknown-pragmas");
+        build.cpp(true).std("c++17").opt_level(3).debug(false).pic(true).flag_if_supported("-Wno-unknown-pragmas");
+        // The kernels say themselves what is fused (fmaf) and what is rounded twice.
+        build.flag("-ffp-contract=off");
         // Kernels look at memory as uint4 and as floats; device compilers do not mind.
         build.flag_if_supported("-fno-strict-aliasing");
         // A large local array must meet the page below the fiber's stack, not the neighbour's stack beyond it.

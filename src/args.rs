@@ -22,6 +22,10 @@ pub struct Global {
     /// Keep decode activations in f32 on the CPU, where packed weights would meet them rounded to int8.
     #[arg(long, global = true)]
     pub exact: bool,
+    /// Order of sums of the GPU kernels: `reproducible` is the CPU's, bit for bit, so that calibration gives the same codes; `fast`
+    /// uses tensor cores. Default: fast on cuda, reproducible on emulated. The CPU has one order only.
+    #[arg(long, global = true, value_enum)]
+    pub arithmetic: Option<ArithmeticArg>,
     /// Print one JSON document on stdout instead of text.
     #[arg(long, global = true)]
     pub json: bool,
@@ -31,6 +35,15 @@ pub struct Global {
     /// Threads to use (default: all cores).
     #[arg(long, global = true)]
     pub threads: Option<usize>,
+}
+
+/// See `--arithmetic`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum ArithmeticArg {
+    /// Tensor cores.
+    Fast,
+    /// The CPU's order.
+    Reproducible,
 }
 
 /// See `--device`.

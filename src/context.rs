@@ -7,11 +7,11 @@ use std::sync::{Arc, OnceLock};
 use anyhow::{Context as _, Result};
 use lowbit_kernels::backend::Backend;
 use lowbit_kernels::cpu::{CpuBackend, ScalarBackend};
-use lowbit_kernels::cuda::GpuBackend;
 use lowbit_kernels::cuda::device as gpu;
 use lowbit_kernels::cuda::nvrtc::DeviceOptions;
+use lowbit_kernels::cuda::{Arithmetic, GpuBackend};
 
-use crate::args::{Device, Global};
+use crate::args::{ArithmeticArg, Device, Global};
 use crate::models;
 use crate::progress::Bars;
 
@@ -19,6 +19,7 @@ use crate::progress::Bars;
 pub struct Context {
     device: Device,
     exact: bool,
+    arithmetic: Option<Arithmetic>,
     opened: OnceLock<Opened>,
     pub progress: Bars,
     pub stop: Arc<AtomicBool>,
@@ -51,6 +52,10 @@ impl Context {
         Ok(Self {
             device: global.device,
             exact: global.exact,
+            arithmetic: global.arithmetic.map(|a| match a {
+                ArithmeticArg::Fast => Arithmetic::Fast,
+                ArithmeticArg::Reproducible => Arithmetic::Reproducible,
+            }),
             opened: OnceLock::new(),
             progress: Bars::new(global.quiet),
             stop,
@@ -71,12 +76,45 @@ impl Context {
         Ok(self.opened()?.gpu.clone())
     }
 
+    /// The arithmetic of the GPU kernels in use, and where they came from.
+    pub fn kernels(&self) -> Result<Option<String>> {
+        Ok(self.opened()?.kernels.clone())
+    }
+
     fn opened(&self) -> Result<&Opened> {
         if let Some(o) = self.opened.get() {
             return Ok(o);
         }
-        let made = open_device(self.device, self.threads, self.exact, self.quiet)?;
+        let made = self.open()?;
         Ok(self.opened.get_or_init(|| made))
+    }
+
+    fn open(&self) -> Result<Opened> {
+        let host = |backend: Arc<dyn Backend>| Ok(Opened { backend, gpu: None, kernels: None });
+        let on = |device: gpu::Device, usual: Arithmetic| -> Result<Opened> {
+            let arithmetic = self.arithmetic.unwrap_or(usual);
+            let product = device.as_cuda().map(|c| c.product()).transpose()?;
+            let image = device.as_cuda().map_or("compiled for the host", |c| c.image());
+            let kernels = Some(format!("{}; {image}", arithmetic.name()));
+            let backend = Arc::new(GpuBackend::new(Arc::new(device)).with_arithmetic(arithmetic));
+            Ok(Opened { backend, gpu: product, kernels })
+        };
+        let gpu = |ordinal: usize| on(gpu::Device::cuda(ordinal, &device_options())?, Arithmetic::Fast);
+        match self.device {
+            Device::Cpu => host(Arc::new(CpuBackend::new().exact(self.exact))),
+            Device::Scalar => host(Arc::new(ScalarBackend::new())),
+            Device::Emulated => on(gpu::Device::emulated(self.threads)?, Arithmetic::Reproducible),
+            Device::Cuda(n) => gpu(n),
+            Device::Auto => match gpu(0) {
+                Ok(found) => Ok(found),
+                Err(e) => {
+                    if !self.quiet {
+                        eprintln!("device: cpu ({e})");
+                    }
+                    host(Arc::new(CpuBackend::new().exact(self.exact)))
+                }
+            },
+        }
     }
 
     /// While the guard lives an output is open: Ctrl-C waits for the writer to remove it.
@@ -108,34 +146,11 @@ impl Context {
     }
 }
 
-/// The backend, and the GPU's name where it is one.
+/// The backend, and of a GPU its name and kernels.
 struct Opened {
     backend: Arc<dyn Backend>,
     gpu: Option<String>,
-}
-
-fn open_device(device: Device, threads: usize, exact: bool, quiet: bool) -> Result<Opened> {
-    let host = |backend: Arc<dyn Backend>| Ok(Opened { backend, gpu: None });
-    let gpu = |ordinal: usize| -> Result<Opened> {
-        let device = gpu::Device::cuda(ordinal, &device_options())?;
-        let product = device.as_cuda().map(|c| c.product()).transpose()?;
-        Ok(Opened { backend: Arc::new(GpuBackend::new(Arc::new(device))), gpu: product })
-    };
-    match device {
-        Device::Cpu => host(Arc::new(CpuBackend::new().exact(exact))),
-        Device::Scalar => host(Arc::new(ScalarBackend::new())),
-        Device::Emulated => host(Arc::new(GpuBackend::new(Arc::new(gpu::Device::emulated(threads)?)))),
-        Device::Cuda(n) => gpu(n),
-        Device::Auto => match gpu(0) {
-            Ok(found) => Ok(found),
-            Err(e) => {
-                if !quiet {
-                    eprintln!("device: cpu ({e})");
-                }
-                host(Arc::new(CpuBackend::new().exact(exact)))
-            }
-        },
-    }
+    kernels: Option<String>,
 }
 
 /// Where NVRTC may be and where compiled kernels are kept, from the environment.

@@ -39,6 +39,7 @@ pub fn without_model(ctx: &Context, seed: u64, options: BTreeMap<String, Value>)
         device: ctx.backend()?.name().into(),
         cpu: cpu_model(),
         gpu: ctx.gpu()?,
+        kernels: ctx.kernels()?,
         threads: ctx.threads,
         dtype: "weights as stored, activations f32".into(),
         seed,

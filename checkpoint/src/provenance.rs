@@ -29,6 +29,9 @@ pub struct Provenance {
     pub cpu: String,
     /// GPU name where one was used.
     pub gpu: Option<String>,
+    /// On a GPU or its emulation: the order of sums (`fast`, `reproducible`) and what was compiled by whom.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kernels: Option<String>,
     /// Threads used.
     pub threads: usize,
     /// Activation dtype.

@@ -81,6 +81,28 @@ pub fn generate(
     Ok(out)
 }
 
+/// As many texts as `seeds`, each sampled at temperature 1 from `first` and `tokens` long with it; no token ends one.
+///
+/// The texts advance together, and every step is computed as a prompt is, never as a decode step: what comes out depends
+/// neither on how many there are nor, where prompts are computed alike, on the backend.
+pub fn write_texts(model: &Model, first: u32, tokens: usize, seeds: &[u64]) -> Result<Vec<Vec<u32>>> {
+    let mut texts = vec![vec![first]; seeds.len()];
+    let mut rngs: Vec<StdRng> = seeds.iter().map(|s| StdRng::seed_from_u64(*s)).collect();
+    let options = GenerateOptions { temperature: 1.0, ..GenerateOptions::default() };
+    let mut cache = model.new_cache(seeds.len(), tokens)?;
+    let vocab = model.config().vocab_size;
+    for past in 0..tokens.saturating_sub(1) {
+        let step: Vec<u32> = texts.iter().filter_map(|t| t.last().copied()).collect();
+        let segments: Vec<Segment> = (0..step.len()).map(|slot| Segment { slot, row: slot, tokens: 1, past }).collect();
+        let hidden = model.forward(&step, &segments, &mut cache)?;
+        let logits = model.backend().download(&model.logits(&hidden)?).at("logits")?;
+        for ((text, rng), row) in texts.iter_mut().zip(&mut rngs).zip(logits.chunks_exact(vocab)) {
+            text.push(sample(row, &options, rng));
+        }
+    }
+    Ok(texts)
+}
+
 /// Temperature, then top-k, then top-p, as transformers orders them.
 fn sample(logits: &[f32], o: &GenerateOptions, rng: &mut StdRng) -> u32 {
     let mut order: Vec<(u32, f32)> = logits.iter().enumerate().map(|(i, l)| (i as u32, l / o.temperature)).collect();

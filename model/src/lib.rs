@@ -8,4 +8,4 @@ pub mod rope;
 
 pub use decoder::{Embedding, Head, KvCache, Model};
 pub use error::{ModelError, Result};
-pub use generate::{GenerateOptions, Generation, generate};
+pub use generate::{GenerateOptions, Generation, generate, write_texts};

@@ -235,9 +235,10 @@ fn linears(r: &GpuRecord, rows: &[KernelRow], out: &mut String) {
         let lead = |weights: &str| -> Vec<Cell> {
             vec![row.model.as_str().into(), row.layers.as_str().into(), row.shape.as_str().into(), weights.into()]
         };
-        let torch = |t: usize| r.torch.iter().find(|p| p.shape == row.shape && p.tokens == t && p.format == "bf16");
-        if format == Format::Bf16 && tokens.iter().any(|t| torch(*t).is_some()) {
-            let mut cells = lead("bf16, torch");
+        let torch =
+            |t: usize| r.torch.iter().find(|p| p.shape == row.shape && p.tokens == t && p.format == format.name());
+        if tokens.iter().any(|t| torch(*t).is_some()) {
+            let mut cells = lead(&format!("{}, torch", format.name()));
             cells.extend(tokens.iter().map(|t| Cell::from(torch(*t).map_or(NONE.into(), |p| micros(p.median_ns)))));
             table.row(cells);
         }
@@ -339,7 +340,14 @@ mod tests {
             stages: vec![stage("memcheck", None), stage("kernels", Some(124))],
             correctness: Some(suite.clone()),
             kernels: Some(suite),
-            torch: vec![TorchRow { shape: "8x4".into(), tokens: 16, format: "bf16".into(), median_ns: 2000.0 }],
+            torch: [("bf16", 2000.0), ("w4a16-g128", 500.0)]
+                .map(|(format, median_ns)| TorchRow {
+                    shape: "8x4".into(),
+                    tokens: 16,
+                    format: format.into(),
+                    median_ns,
+                })
+                .to_vec(),
             ..GpuRecord::default()
         }
     }
@@ -354,6 +362,7 @@ mod tests {
             "no such kernel",
             "| Model | Layers | Shape | Weights | 1 | 16 |",
             "| bf16, torch | – | 2.00 µs |",
+            "| w4a16-g128, torch | – |",
             "| bf16 | 3.00 µs · 50 % | 4.00 µs · 50 % |",
             "| w4a16-g128 | 1.00 µs · 50 % · 3.00× | – |",
             "- last: out of memory",

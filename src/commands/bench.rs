@@ -3,6 +3,8 @@
 use std::collections::BTreeMap;
 
 use anyhow::Result;
+use lowbit_bench::suite::SuiteOptions;
+use lowbit_bench::suite::kernels::{CeilingSizes, copy_bandwidth};
 use lowbit_bench::{BenchOptions, BenchRecord};
 use lowbit_checkpoint::writer::write_atomic;
 use lowbit_kernels::cpu::read_bandwidth;
@@ -46,7 +48,15 @@ pub fn measure(
     let other = reference.map(|r| r.load(ctx)).transpose()?;
     ctx.progress.stage("bench", 0);
     ctx.progress.detail("memory bandwidth");
-    let bandwidth = read_bandwidth(ctx.threads);
+    let backend = ctx.backend()?;
+    let bandwidth = match backend.name() {
+        // The weights are in the card's memory.
+        "cuda" => {
+            let elements = CeilingSizes::for_device("cuda").elements;
+            copy_bandwidth(backend.as_ref(), elements, &SuiteOptions::default())?
+        }
+        _ => read_bandwidth(ctx.threads),
+    };
     let pair = reference.zip(other.as_ref()).map(|(r, l)| (r.name.as_str(), &l.1));
     let out =
         lowbit_bench::run((&candidate.name, &model), pair, options, bandwidth, &|text| ctx.progress.detail(text))?;
@@ -92,7 +102,13 @@ pub fn summary(r: &BenchRecord) -> String {
         })
         .collect();
     let mut out = vec![
-        format!("read bandwidth {:.1} GB/s with {} threads", r.bandwidth_bytes_per_second / 1e9, r.provenance.threads),
+        match &r.provenance.gpu {
+            Some(gpu) => format!("copy bandwidth {:.1} GB/s of {gpu}", r.bandwidth_bytes_per_second / 1e9),
+            None => {
+                let rate = r.bandwidth_bytes_per_second / 1e9;
+                format!("read bandwidth {rate:.1} GB/s with {} threads", r.provenance.threads)
+            }
+        },
         table(&["model", "test", "batch", "tok/s", "bytes/step", "of bandwidth"], &rows),
     ];
     for s in &r.speed_ups {

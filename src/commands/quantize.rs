@@ -12,7 +12,7 @@ use lowbit_checkpoint::tokenizer::Tokenizer;
 use lowbit_checkpoint::writer::write_atomic;
 use lowbit_checkpoint::{Checkpoint, CheckpointError};
 use lowbit_kernels::{GroupSize, Scheme};
-use lowbit_model::{GenerateOptions, Model};
+use lowbit_model::Model;
 use lowbit_quantize::plan::{self, Plan};
 use lowbit_quantize::record::{PlanRecord, QuantizeRecord};
 use lowbit_quantize::scale_search::ScaleSearch;
@@ -242,6 +242,9 @@ fn calibration_windows(ctx: &Context, ckpt: &Checkpoint, q: &QuantOptions) -> Re
     Ok(build_windows(&texts, &tokenizer, q.samples, q.seq_len, order)?.with_source(given))
 }
 
+/// Texts that [`self_generated`] writes in one batch; a fixed number, but what is written does not depend on it.
+const TEXTS_AT_ONCE: usize = 16;
+
 /// Text the model writes itself, sampled at temperature 1 from its start token: for users with no data.
 fn self_generated(ctx: &Context, ckpt: &Checkpoint, q: &QuantOptions) -> Result<Windows> {
     let model = Model::load(ckpt, ctx.backend()?)?;
@@ -249,19 +252,12 @@ fn self_generated(ctx: &Context, ckpt: &Checkpoint, q: &QuantOptions) -> Result<
     let first = tokenizer.bos_id().or(tokenizer.eos_ids().first().copied()).unwrap_or(0);
     let seed = q.seed.unwrap_or(0);
     ctx.progress.stage("write text", q.samples as u64);
+    let seeds: Vec<u64> = (0..q.samples as u64).map(|i| seed.wrapping_add(i)).collect();
     let mut tokens = Vec::with_capacity(q.samples);
-    for i in 0..q.samples {
+    for seeds in seeds.chunks(TEXTS_AT_ONCE) {
         ctx.check_stop()?;
-        let mut window = vec![first];
-        let o = GenerateOptions {
-            max_new_tokens: q.seq_len - 1,
-            temperature: 1.0,
-            seed: seed.wrapping_add(i as u64),
-            ..GenerateOptions::default()
-        };
-        window.extend(lowbit_model::generate(&model, &[first], &o, &mut |_| true)?.tokens);
-        tokens.push(window);
-        ctx.progress.advance(1);
+        tokens.extend(lowbit_model::write_texts(&model, first, q.seq_len, seeds)?);
+        ctx.progress.advance(seeds.len() as u64);
     }
     Ok(Windows::new(tokens, "self", seed))
 }

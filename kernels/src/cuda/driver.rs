@@ -129,7 +129,7 @@ impl Drop for CudaMemory {
 pub struct CudaDevice {
     shared: Arc<Shared>,
     arch: String,
-    image: &'static str,
+    image: String,
 }
 
 impl CudaDevice {
@@ -199,10 +199,10 @@ impl CudaDevice {
         &self.arch
     }
 
-    /// Where the kernels came from: `nvrtc` (compiled now), `cache` (compiled before), or `ptx` (embedded, compiled by
-    /// the driver).
-    pub fn image(&self) -> &'static str {
-        self.image
+    /// What kernels run and who compiled them: `cubin sm_90a, NVRTC 13.0` (with `, from the cache` when not now), or
+    /// `PTX compute_80, NVRTC 12.0.140, embedded`, which the driver compiles.
+    pub fn image(&self) -> &str {
+        &self.image
     }
 
     /// The GPU's product name.

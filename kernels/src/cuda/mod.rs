@@ -23,6 +23,7 @@ mod ops_embed;
 mod ops_hessian;
 mod ops_linear;
 mod ops_norm;
+mod ops_reproducible;
 mod ops_rope;
 mod ops_score;
 #[cfg(feature = "cuda")]
@@ -40,6 +41,7 @@ pub use emulated::EmulatorOptions;
 pub use nvrtc::{Compiled, DeviceOptions, compile};
 
 use self::ops_embed::PackedTable;
+use self::ops_reproducible::Turns;
 use self::ops_rope::CacheView;
 use self::rows::{RowTable, bytes_of, floats_of};
 use self::weights::{DeviceWeight, Layout};
@@ -63,13 +65,44 @@ struct Cache {
     head_dim: usize,
 }
 
+/// In which order the sums of the graph are taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Arithmetic {
+    /// Tensor cores and sums in parts: the fast kernels, equal to the CPU to rounding.
+    Fast,
+    /// The CPU backend's order of f32 operations (`reproducible.cu`): the same bits in products, norms, rotations,
+    /// attention, SiLU and Hessians, so that calibration gives the same codes. On the ordinary cores, so slower.
+    Reproducible,
+}
+
+impl Arithmetic {
+    /// As written on the command line and in records.
+    pub fn name(self) -> &'static str {
+        match self {
+            Arithmetic::Fast => "fast",
+            Arithmetic::Reproducible => "reproducible",
+        }
+    }
+}
+
 /// Every operation as a kernel launch on one [`Device`].
 pub struct GpuBackend {
     device: Arc<Device>,
+    arithmetic: Arithmetic,
     /// Slots and positions of the last call: every layer of a forward pass asks for the same.
     rows: Mutex<Option<Arc<RowTable>>>,
     /// Rotary frequencies of the last call, likewise.
     frequencies: Mutex<Option<Arc<Frequencies>>>,
+    /// Rotations of the last call, likewise; reproducible arithmetic only.
+    turns: Mutex<Option<Arc<RowTurns>>>,
+}
+
+/// What [`Turns`] were made of.
+struct RowTurns {
+    rows: Arc<RowTable>,
+    inv_freq: Vec<f32>,
+    mscale: f32,
+    turns: Turns,
 }
 
 struct Frequencies {
@@ -78,9 +111,26 @@ struct Frequencies {
 }
 
 impl GpuBackend {
-    /// On a device, which other backends may share.
+    /// On a device, which other backends may share, with fast arithmetic.
     pub fn new(device: Arc<Device>) -> Self {
-        Self { device, rows: Mutex::new(None), frequencies: Mutex::new(None) }
+        let (rows, frequencies, turns) = (Mutex::new(None), Mutex::new(None), Mutex::new(None));
+        Self { device, arithmetic: Arithmetic::Fast, rows, frequencies, turns }
+    }
+
+    /// The same with another order of sums.
+    #[must_use]
+    pub fn with_arithmetic(mut self, arithmetic: Arithmetic) -> Self {
+        self.arithmetic = arithmetic;
+        self
+    }
+
+    /// The order of sums.
+    pub fn arithmetic(&self) -> Arithmetic {
+        self.arithmetic
+    }
+
+    fn is_reproducible(&self) -> bool {
+        self.arithmetic == Arithmetic::Reproducible
     }
 
     /// The device.
@@ -125,6 +175,37 @@ impl GpuBackend {
         let table = Arc::new(RowTable::new(&self.device, segments, total)?);
         *last = Some(table.clone());
         Ok(table)
+    }
+
+    /// Cosines and sines of a call's rows, computed on the host as the CPU backend does.
+    fn turns(
+        &self,
+        rows: &Arc<RowTable>,
+        segments: &[Segment],
+        inv_freq: &[f32],
+        mscale: f32,
+    ) -> Result<Arc<RowTurns>> {
+        let mut last = self.turns.lock().unwrap_or_else(PoisonError::into_inner);
+        let same = |t: &&Arc<RowTurns>| {
+            Arc::ptr_eq(&t.rows, rows) && t.inv_freq == inv_freq && t.mscale.to_bits() == mscale.to_bits()
+        };
+        if let Some(turns) = last.as_ref().filter(same) {
+            return Ok(turns.clone());
+        }
+        let half = inv_freq.len();
+        let len = checks::product("rotations", rows.total(), half)?;
+        let (mut cosines, mut sines) = (vec![0f32; len], vec![0f32; len]);
+        for (row, position) in segments.iter().flat_map(|s| (0..s.tokens).map(move |i| (s.row + i, s.past + i))) {
+            for (i, f) in inv_freq.iter().enumerate() {
+                let angle = position as f32 * f;
+                (cosines[row * half + i], sines[row * half + i]) = (angle.cos() * mscale, angle.sin() * mscale);
+            }
+        }
+        let (cosines, sines) = (self.device.upload(&bytes_of(&cosines))?, self.device.upload(&bytes_of(&sines))?);
+        let turns = Turns { cosines, sines, half };
+        let made = Arc::new(RowTurns { rows: rows.clone(), inv_freq: inv_freq.to_vec(), mscale, turns });
+        *last = Some(made.clone());
+        Ok(made)
     }
 
     fn frequencies(&self, inv_freq: &[f32]) -> Result<Arc<Frequencies>> {
@@ -196,7 +277,8 @@ impl Backend for GpuBackend {
         check_len("norm weight", width, weight.len)?;
         let y = self.new_buffer(x.len)?;
         let (x, weight, to) = (self.mem(x)?, self.mem(weight)?, self.mem(&y)?);
-        ops_norm::rms_norm(&self.device, x, weight, to, rows, width, eps, offset)?;
+        let norm = if self.is_reproducible() { ops_reproducible::rms_norm } else { ops_norm::rms_norm };
+        norm(&self.device, x, weight, to, rows, width, eps, offset)?;
         Ok(y)
     }
 
@@ -205,7 +287,8 @@ impl Backend for GpuBackend {
         let weight = self.weight(w)?;
         let bias = bias.map(|b| self.mem(b)).transpose()?;
         let y = self.new_buffer(checks::product("linear output", tokens, w.out_features)?)?;
-        ops_linear::linear(&self.device, self.mem(x)?, weight, bias, self.mem(&y)?, tokens)?;
+        let linear = if self.is_reproducible() { ops_reproducible::linear } else { ops_linear::linear };
+        linear(&self.device, self.mem(x)?, weight, bias, self.mem(&y)?, tokens)?;
         Ok(y)
     }
 
@@ -220,7 +303,12 @@ impl Backend for GpuBackend {
     ) -> Result<()> {
         let total = checks::rotary(self.name(), x.len, heads, head_dim, inv_freq.len())?;
         checks::segments(self.name(), "rope", segments, total)?;
-        let (x, rows, f) = (self.mem(x)?, self.rows(segments, total)?, self.frequencies(inv_freq)?);
+        let (x, rows) = (self.mem(x)?, self.rows(segments, total)?);
+        if self.is_reproducible() {
+            let made = self.turns(&rows, segments, inv_freq, mscale)?;
+            return ops_reproducible::rope(&self.device, x, &made.turns, &rows, total, heads, head_dim);
+        }
+        let f = self.frequencies(inv_freq)?;
         ops_rope::rope(&self.device, x, &f.memory, &rows, total, heads, head_dim, inv_freq.len(), mscale)
     }
 
@@ -260,6 +348,11 @@ impl Backend for GpuBackend {
         let total = checks::rows("queries", q.len, width)?;
         checks::segments(self.name(), "attention", segments, total)?;
         checks::cached(self.name(), "attention", segments, kv)?;
+        if self.is_reproducible() {
+            let y = self.zeros(q.len)?;
+            ops_reproducible::attention(&self.device, self.mem(q)?, view, self.mem(&y)?, segments, total, shape)?;
+            return Ok(y);
+        }
         let (y, rows) = (self.new_buffer(q.len)?, self.rows(segments, total)?);
         ops_attention::attention(&self.device, self.mem(q)?, view, self.mem(&y)?, &rows, segments, total, shape)?;
         Ok(y)
@@ -268,7 +361,12 @@ impl Backend for GpuBackend {
     fn activation_mul(&self, gate: &Buffer, up: &Buffer, act: Activation) -> Result<Buffer> {
         check_len("up", gate.len, up.len)?;
         let y = self.new_buffer(gate.len)?;
-        ops_elementwise::activation_mul(&self.device, self.mem(gate)?, self.mem(up)?, self.mem(&y)?, y.len, act)?;
+        let (gate, up, to) = (self.mem(gate)?, self.mem(up)?, self.mem(&y)?);
+        if self.is_reproducible() && act == Activation::Silu {
+            ops_reproducible::silu_mul(&self.device, gate, up, to, y.len)?;
+        } else {
+            ops_elementwise::activation_mul(&self.device, gate, up, to, y.len, act)?;
+        }
         Ok(y)
     }
 
@@ -312,7 +410,9 @@ impl Backend for GpuBackend {
     fn hessian_update(&self, h: &mut Buffer, x: &Buffer, n: usize) -> Result<()> {
         let tokens = checks::rows("hessian input", x.len, n)?;
         check_len("hessian", checks::product("hessian", n, n)?, h.len)?;
-        ops_hessian::hessian_update(&self.device, self.mem(h)?, self.mem(x)?, tokens, n)
+        let fast = ops_hessian::hessian_update;
+        let update = if self.is_reproducible() { ops_reproducible::hessian_update } else { fast };
+        update(&self.device, self.mem(h)?, self.mem(x)?, tokens, n)
     }
 
     fn abs_max(&self, x: &Buffer) -> Result<f32> {

@@ -21,19 +21,26 @@ pub(super) enum Images<'a> {
     Ptx,
 }
 
-/// Loads the kernels for `arch` into the current context; the module, and where it came from: `nvrtc`, `cache`, `ptx`.
-pub(super) fn load(arch: &str, images: Images<'_>) -> Result<(sys::CUmodule, &'static str)> {
-    let Images::Any(options) = images else { return Ok((load_ptx(&ptx::text()?, None)?, "ptx")) };
+/// Loads the kernels for `arch` into the current context; the module, and where it came from (see `CudaDevice::image`).
+pub(super) fn load(arch: &str, images: Images<'_>) -> Result<(sys::CUmodule, String)> {
+    let Images::Any(options) = images else { return Ok((load_ptx(&ptx::text()?, None)?, embedded())) };
     let nvrtc = match Nvrtc::find(options, driver_major()?) {
         Ok(nvrtc) => nvrtc,
         Err(e) if options.nvrtc.is_some() => return Err(e),
-        Err(e) => return Ok((load_ptx(&ptx::text()?, Some(&e))?, "ptx")),
+        Err(e) => return Ok((load_ptx(&ptx::text()?, Some(&e))?, embedded())),
     };
     let made = nvrtc.cubin(arch, options)?;
     // SAFETY: the image is a whole cubin (checked by `nvrtc`), and outlives the call, which copies it.
     let module = unsafe { result::module::load_data(made.cubin.as_ptr().cast::<c_void>()) }
         .map_err(|e| failed(&format!("loading the kernels for {arch}"), e))?;
-    Ok((module, if made.cached { "cache" } else { "nvrtc" }))
+    let (major, minor) = nvrtc.version();
+    Ok((module, format!("cubin {arch}, NVRTC {major}.{minor}{}", if made.cached { ", from the cache" } else { "" })))
+}
+
+/// The embedded PTX, in words.
+fn embedded() -> String {
+    let made = ptx::MADE_FROM.split_whitespace().nth(2).unwrap_or_default();
+    format!("PTX {}, NVRTC {made}, embedded", ptx::ARCH)
 }
 
 /// Has the driver compile `text`. `without` says why there is no NVRTC, for the error.

@@ -16,7 +16,7 @@ use sha2::{Digest, Sha256};
 use crate::error::{KernelError, Result};
 
 /// The device code, in the order it is compiled: one translation unit, as in `emulator/registry.cpp`.
-pub const SOURCES: [(&str, &str); 10] = [
+pub const SOURCES: [(&str, &str); 12] = [
     ("gpu.h", include_str!("src/gpu.h")),
     ("elementwise.cu", include_str!("src/elementwise.cu")),
     ("norm.cu", include_str!("src/norm.cu")),
@@ -27,6 +27,8 @@ pub const SOURCES: [(&str, &str); 10] = [
     ("linear_gemv.cu", include_str!("src/linear_gemv.cu")),
     ("linear_gemm.cu", include_str!("src/linear_gemm.cu")),
     ("hessian.cu", include_str!("src/hessian.cu")),
+    ("reproducible.cu", include_str!("src/reproducible.cu")),
+    ("reproducible_attention.cu", include_str!("src/reproducible_attention.cu")),
 ];
 
 /// Where to look for NVRTC and where to keep what it made. This crate reads no environment: the caller fills it.
@@ -156,6 +158,11 @@ pub(super) struct Nvrtc {
 }
 
 impl Nvrtc {
+    /// Major and minor version.
+    pub(super) fn version(&self) -> (c_int, c_int) {
+        self.version
+    }
+
     /// The first usable library of the searched folders, no newer than the driver's major version: the driver could
     /// not load the result.
     pub(super) fn find(options: &DeviceOptions, driver_major: c_int) -> Result<Self> {

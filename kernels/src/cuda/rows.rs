@@ -77,6 +77,11 @@ impl RowTable {
         Ok(Self { segments: segments.to_vec(), total, slots, positions })
     }
 
+    /// Rows of the call.
+    pub fn total(&self) -> usize {
+        self.total
+    }
+
     /// Whether this is the table of these arguments.
     pub fn is_of(&self, segments: &[Segment], total: usize) -> bool {
         self.total == total && self.segments == segments

@@ -199,11 +199,10 @@ DEV float __fdividef(float a, float b) { return a / b; }
 DEV float __fdiv_rn(float a, float b) { return a / b; }
 DEV float __fsqrt_rn(float a) { return sqrtf(a); }
 DEV float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
-// Not contracted into a fused multiply-add, as on the device: the barrier keeps the rounded value apart.
-DEV float emu_rounded(float v) { __asm__("" : "+m"(v)); return v; }
-DEV float __fmul_rn(float a, float b) { return emu_rounded(a * b); }
-DEV float __fadd_rn(float a, float b) { return emu_rounded(emu_rounded(a) + emu_rounded(b)); }
-DEV float __fsub_rn(float a, float b) { return emu_rounded(emu_rounded(a) - emu_rounded(b)); }
+// build.rs turns contraction off, so that a product and a sum stay two roundings.
+DEV float __fmul_rn(float a, float b) { return a * b; }
+DEV float __fadd_rn(float a, float b) { return a + b; }
+DEV float __fsub_rn(float a, float b) { return a - b; }
 DEV int __float2int_rn(float v) { return (int)lrintf(v); }
 DEV int __float2int_rz(float v) { return (int)v; }
 DEV float __int2float_rn(int v) { return (float)v; }

@@ -24,6 +24,8 @@ namespace EMU_SIDE {
 #include "../cuda/src/linear_gemv.cu"
 #include "../cuda/src/linear_gemm.cu"
 #include "../cuda/src/hessian.cu"
+#include "../cuda/src/reproducible.cu"
+#include "../cuda/src/reproducible_attention.cu"
 
 #include "planted.cu"
 
@@ -71,6 +73,8 @@ const emu::Kernel EMU_TABLE[] = {
     K(score), K(argmax),
     K(gemv_dense), K(gemv_w4), K(gemv_w8), K(gemm_dense), K(gemm_packed),
     K(hessian_update),
+    K(linear_reproducible), K(hessian_reproducible), K(rms_norm_reproducible), K(rope_reproducible),
+    K(activation_reproducible), K(scores_reproducible), K(weights_reproducible), K(mix_reproducible),
     K(planted_clean), K(planted_read_past_end), K(planted_write_past_end), K(planted_write_beside),
     K(planted_write_input), K(planted_race), K(planted_race_global), K(planted_race_of_blocks),
     K(planted_divergent_barrier), K(planted_two_barriers), K(planted_mask), K(planted_shared_overrun),

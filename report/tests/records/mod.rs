@@ -21,6 +21,7 @@ fn provenance(command: &str, model: &str, hash: char) -> Provenance {
         reference_sha256: (hash == 'b').then(|| "a".repeat(64)),
         device: "cpu-avx2".into(),
         cpu: "AMD EPYC 7B13".into(),
+        kernels: None,
         gpu: None,
         threads: 2,
         dtype: "f32".into(),

@@ -161,3 +161,10 @@ DEV float warp_max(float v) {
   for (int o = 16; o; o >>= 1) v = fmaxf(v, __shfl_xor_sync(0xffffffffu, v, o));
   return v;
 }
+// x = term[0] + term[1] + term[2] in bf16, exact unless the smallest term underflows; an infinity stays in term[0].
+DEV void bf16_split(float x, u32 (&term)[3]) {
+  term[0] = f2b(x);
+  float rest = (term[0] & 0x7f80u) == 0x7f80u ? 0.f : x - b2f((u16)term[0]);
+  term[1] = f2b(rest);
+  term[2] = f2b(rest - b2f((u16)term[1]));
+}

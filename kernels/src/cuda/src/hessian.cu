@@ -14,17 +14,6 @@
 //           diagonal block holds one operand for both sides. No atomics: deterministic.
 // limit     6 mma per 16 tokens on half the square: a third of the work of the full product in bf16, three times over.
 
-#ifndef BF16_SPLIT
-#define BF16_SPLIT
-// x = term[0] + term[1] + term[2] in bf16, exact unless the smallest term underflows; an infinity stays in term[0].
-DEV void bf16_split(float x, u32 (&term)[3]) {
-  term[0] = f2b(x);
-  float rest = (term[0] & 0x7f80u) == 0x7f80u ? 0.f : x - b2f((u16)term[0]);
-  term[1] = f2b(rest);
-  term[2] = f2b(rest - b2f((u16)term[1]));
-}
-#endif
-
 enum { HS_PLANE = 32 * 64, HS_SIDE = 3 * HS_PLANE, HS_STAGE = 2 * HS_SIDE };
 
 // Rows of 128 bytes (64 columns of one token), 16-byte chunks swizzled.

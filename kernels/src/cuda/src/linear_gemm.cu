@@ -19,17 +19,6 @@
 // limit     3 mma per 16 columns: a third of the bf16 peak when packed or bf16. Each column of blocks splits x again
 //           (16 values a thread and step, against 48 mma a warp).
 
-#ifndef BF16_SPLIT
-#define BF16_SPLIT
-// x = term[0] + term[1] + term[2] in bf16, exact unless the smallest term underflows; an infinity stays in term[0].
-DEV void bf16_split(float x, u32 (&term)[3]) {
-  term[0] = f2b(x);
-  float rest = (term[0] & 0x7f80u) == 0x7f80u ? 0.f : x - b2f((u16)term[0]);
-  term[1] = f2b(rest);
-  term[2] = f2b(rest - b2f((u16)term[1]));
-}
-#endif
-
 enum { GM_F32 = 0, GM_F16 = 1, GM_BF16 = 2, GM_W4 = 4, GM_W8 = 8 };
 enum { GM_PLANE = 64 * 32 };  // elements of one term of one tile
 
