@@ -15,8 +15,29 @@ const INTERNAL: u8 = 4;
 /// Ctrl-C.
 const INTERRUPTED: u8 = 130;
 
+/// A verdict that is no error of ours: the exit code tells it.
+#[derive(Debug)]
+pub struct VerdictError {
+    /// 1 broken, 2 inconclusive.
+    pub code: u8,
+    /// In words.
+    pub text: String,
+}
+
+impl std::fmt::Display for VerdictError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.text)
+    }
+}
+
+impl std::error::Error for VerdictError {}
+
 /// Prints `error: ...` and `hint: ...`; returns the exit code.
 pub fn report(error: &anyhow::Error) -> ExitCode {
+    if let Some(v) = error.downcast_ref::<VerdictError>() {
+        eprintln!("verdict: {}", v.text);
+        return ExitCode::from(v.code);
+    }
     let mut lines: Vec<String> = Vec::new();
     for cause in error.chain() {
         let text = cause.to_string();

@@ -48,6 +48,40 @@ pub fn without_model(ctx: &Context, seed: u64, options: BTreeMap<String, Value>)
     })
 }
 
+/// Of a client that computes nothing itself: no device is opened.
+pub fn of_client(ctx: &Context, seed: u64, model: &str, options: BTreeMap<String, Value>) -> Provenance {
+    Provenance {
+        tool: format!("lowbit {}", env!("CARGO_PKG_VERSION")),
+        commit: option_env!("LOWBIT_COMMIT").map(str::to_string),
+        command: command_without_secrets(),
+        unix_time: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs()),
+        model: model.to_string(),
+        device: "client".into(),
+        cpu: cpu_model(),
+        threads: ctx.threads,
+        seed,
+        options,
+        ..Provenance::default()
+    }
+}
+
+/// The command line, keys and headers hidden.
+fn command_without_secrets() -> String {
+    let mut hide = false;
+    let words = std::env::args().map(|a| {
+        let secret = ["--api-key", "--header"].iter().any(|s| a == *s || a.starts_with(&format!("{s}=")));
+        let shown = match (std::mem::replace(&mut hide, secret && !a.contains('=')), secret) {
+            (true, _) => "***".to_string(),
+            (_, true) => {
+                format!("{}{}", a.split('=').next().unwrap_or_default(), if a.contains('=') { "=***" } else { "" })
+            }
+            _ => a,
+        };
+        shown
+    });
+    words.collect::<Vec<_>>().join(" ")
+}
+
 fn cpu_model() -> String {
     let info = std::fs::read_to_string(Path::new("/proc/cpuinfo")).unwrap_or_default();
     let name = info.lines().find(|l| l.starts_with("model name")).and_then(|l| l.split(':').nth(1));

@@ -6,11 +6,14 @@
 //! Tokenization and sampling are excluded, one warm-up comes first, each repetition is timed on its own. With a
 //! reference, the two alternate repetition by repetition, and who goes first alternates too.
 
+pub mod capacity;
 pub mod error;
 pub mod latency;
+pub mod load;
 pub mod memory;
 pub mod rates;
 pub mod record;
+pub mod slo;
 pub mod stats;
 pub mod suite;
 

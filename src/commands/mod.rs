@@ -1,10 +1,13 @@
 //! One file per command.
 
 mod bench;
+mod capacity;
 mod convert;
 mod eval;
 mod generate;
 mod inspect;
+mod load;
+mod load_text;
 mod quantize;
 mod report;
 mod run;
@@ -28,6 +31,8 @@ pub fn dispatch(ctx: &Context, command: Command) -> Result<()> {
         Command::Convert(a) => convert::convert(ctx, &a),
         Command::Eval(a) => eval::eval(ctx, &a),
         Command::Bench(a) => bench::bench(ctx, &a),
+        Command::Load(a) => load::load(ctx, &a),
+        Command::Capacity(a) => capacity::capacity(ctx, &a),
         Command::Generate(a) => generate::generate(ctx, &a),
         Command::Report(a) => report::report(ctx, &a),
         Command::Suite(a) => suite::suite(ctx, &a),

@@ -6,6 +6,7 @@ use std::process::{Command, Output};
 mod architecture;
 mod errors;
 mod golden;
+mod load;
 mod pipeline;
 mod snapshots;
 mod suite;

@@ -24,7 +24,10 @@ fn check(name: &str, args: &[&str]) {
 #[test]
 fn help() {
     check("help", &["--help"]);
-    for command in ["run", "inspect", "plan", "quantize", "verify", "convert", "eval", "bench", "generate", "report"] {
+    for command in [
+        "run", "inspect", "plan", "quantize", "verify", "convert", "eval", "bench", "generate", "report", "load",
+        "capacity",
+    ] {
         check(&format!("help-{command}"), &[command, "--help"]);
     }
 }

@@ -1,0 +1,178 @@
+//! Load shapes.
+
+use crate::load::error::{LoadError, Result};
+use crate::load::schedule::Arrivals;
+
+/// Streams of `throughput` and of a sweep's second stage, as GuideLLM's.
+pub const THROUGHPUT_STREAMS: usize = 512;
+
+/// One stage.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum StageSpec {
+    /// A closed loop of so many streams.
+    Closed(usize),
+    /// A closed loop as wide as the server bears.
+    Throughput(usize),
+    /// An open loop.
+    Open {
+        /// Requests a second.
+        rate: f64,
+        /// Gaps.
+        arrivals: Arrivals,
+    },
+    /// The times of the data's own trace, so many times as fast.
+    Replay(f64),
+}
+
+impl StageSpec {
+    /// Name for records: `synchronous`, `concurrent`, `throughput`, `constant`, `poisson`, `gamma`, `replay`.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Closed(1) => "synchronous",
+            Self::Closed(_) => "concurrent",
+            Self::Throughput(_) => "throughput",
+            Self::Open { arrivals: Arrivals::Constant, .. } => "constant",
+            Self::Open { arrivals: Arrivals::Poisson, .. } => "poisson",
+            Self::Open { arrivals: Arrivals::Gamma(_), .. } => "gamma",
+            Self::Replay(_) => "replay",
+        }
+    }
+
+    /// Requests a second asked for.
+    pub fn rate(&self) -> Option<f64> {
+        match self {
+            Self::Open { rate, .. } => Some(*rate),
+            _ => None,
+        }
+    }
+
+    /// Streams of a closed loop.
+    pub fn streams(&self) -> Option<usize> {
+        match self {
+            Self::Closed(n) | Self::Throughput(n) => Some(*n),
+            _ => None,
+        }
+    }
+}
+
+/// What to run.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Profile {
+    /// Stages one after another.
+    Stages(Vec<StageSpec>),
+    /// Synchronous, throughput, then so many rates evenly between the two that were measured.
+    Sweep {
+        /// All stages.
+        stages: usize,
+        /// Gaps of the rates.
+        arrivals: Arrivals,
+    },
+}
+
+impl Profile {
+    /// Reads `synchronous`, `concurrent:1,2,4`, `throughput[:STREAMS]`, `constant:RATES`, `poisson:RATES`,
+    /// `gamma:SHAPE:RATES`, `sweep[:STAGES[:constant|poisson]]`, `replay[:SPEED]`.
+    pub fn parse(text: &str) -> Result<Self> {
+        let bad = |why: String| {
+            LoadError::option(
+                text,
+                why,
+                "synchronous, concurrent:1,2,4, throughput[:512], constant:5,10, poisson:5, gamma:0.5:5, sweep[:10[:poisson]] or replay[:2]",
+            )
+        };
+        let (name, rest) = text.split_once(':').map_or((text, None), |(n, r)| (n, Some(r)));
+        let numbers = |list: Option<&str>| -> Result<Vec<f64>> {
+            let list = list.ok_or_else(|| bad("a number is missing".into()))?;
+            let parsed = list.split(',').map(|v| {
+                v.trim()
+                    .parse::<f64>()
+                    .ok()
+                    .filter(|v| v.is_finite() && *v > 0.0)
+                    .ok_or_else(|| bad(format!("{v:?} is not a number above 0")))
+            });
+            parsed.collect()
+        };
+        let whole = |list: Option<&str>| -> Result<Vec<usize>> {
+            numbers(list)?
+                .into_iter()
+                .map(|v| if v.fract() == 0.0 { Ok(v as usize) } else { Err(bad(format!("{v} is not a whole number"))) })
+                .collect()
+        };
+        let open = |rates: Vec<f64>, arrivals| {
+            Self::Stages(rates.into_iter().map(|rate| StageSpec::Open { rate, arrivals }).collect())
+        };
+        Ok(match (name, rest) {
+            ("synchronous", None) => Self::Stages(vec![StageSpec::Closed(1)]),
+            ("concurrent", r) => Self::Stages(whole(r)?.into_iter().map(StageSpec::Closed).collect()),
+            ("throughput", None) => Self::Stages(vec![StageSpec::Throughput(THROUGHPUT_STREAMS)]),
+            ("throughput", r) => Self::Stages(whole(r)?.into_iter().map(StageSpec::Throughput).collect()),
+            ("constant", r) => open(numbers(r)?, Arrivals::Constant),
+            ("poisson", r) => open(numbers(r)?, Arrivals::Poisson),
+            ("gamma", Some(r)) => {
+                let (shape, rates) = r.split_once(':').ok_or_else(|| bad("gamma needs a shape and a rate".into()))?;
+                let shape = numbers(Some(shape))?.first().copied().unwrap_or(1.0);
+                open(numbers(Some(rates))?, Arrivals::Gamma(shape))
+            }
+            ("sweep", r) => {
+                let (n, kind) = r.map_or(("10", "constant"), |r| r.split_once(':').unwrap_or((r, "constant")));
+                let stages = whole(Some(n))?.first().copied().unwrap_or(10);
+                let arrivals = match kind {
+                    "constant" => Arrivals::Constant,
+                    "poisson" => Arrivals::Poisson,
+                    _ => return Err(bad(format!("{kind:?} is not constant or poisson"))),
+                };
+                if stages < 3 {
+                    return Err(bad("a sweep has at least 3 stages".into()));
+                }
+                Self::Sweep { stages, arrivals }
+            }
+            ("replay", None) => Self::Stages(vec![StageSpec::Replay(1.0)]),
+            ("replay", r) => Self::Stages(numbers(r)?.into_iter().map(StageSpec::Replay).collect()),
+            _ => return Err(bad("unknown profile".into())),
+        })
+    }
+}
+
+/// Rates of a sweep, evenly spaced and strictly between the measured ends.
+pub fn sweep_rates(synchronous: f64, throughput: f64, stages: usize) -> Vec<f64> {
+    let inner = stages.saturating_sub(2);
+    (1..=inner)
+        .map(|k| synchronous + (throughput - synchronous) * k as f64 / (inner + 1) as f64)
+        .filter(|r| *r > 0.0)
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn profiles() {
+        let stages = |t: &str| match Profile::parse(t).unwrap() {
+            Profile::Stages(s) => s,
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(stages("synchronous"), [StageSpec::Closed(1)]);
+        assert_eq!(stages("concurrent:1,8"), [StageSpec::Closed(1), StageSpec::Closed(8)]);
+        assert_eq!(stages("gamma:0.5:2,4")[1], StageSpec::Open { rate: 4.0, arrivals: Arrivals::Gamma(0.5) });
+        assert_eq!(stages("replay:2.5"), [StageSpec::Replay(2.5)]);
+        assert_eq!(
+            Profile::parse("sweep:5:poisson").unwrap(),
+            Profile::Sweep { stages: 5, arrivals: Arrivals::Poisson }
+        );
+        for bad in [
+            "",
+            "constant",
+            "constant:0",
+            "concurrent:1.5",
+            "gamma:3",
+            "sweep:2",
+            "sweep:5:odd",
+            "poisson:x",
+            "synchronous:2",
+        ] {
+            assert!(Profile::parse(bad).is_err(), "{bad}");
+        }
+        assert_eq!(sweep_rates(1.0, 5.0, 5), [2.0, 3.0, 4.0]);
+    }
+}

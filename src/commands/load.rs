@@ -1,0 +1,231 @@
+//! `lowbit load`: a serving load, its verdict, and the highest rate that meets an objective.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, bail};
+use lowbit_bench::load::client::Limits;
+use lowbit_bench::load::data::{CountTokens, Data};
+use lowbit_bench::load::metrics::Trim;
+use lowbit_bench::load::openai::Endpoint;
+use lowbit_bench::load::profile::Profile;
+use lowbit_bench::load::record::{LoadRecord, SCHEMA};
+use lowbit_bench::load::run::{Live, LoadOptions, Session};
+use lowbit_bench::load::table::read_objects;
+use lowbit_bench::load::workload::Workload;
+use lowbit_bench::slo::Slo;
+use lowbit_bench::slo::search::SearchOptions;
+use lowbit_bench::slo::verdict::Verdict;
+use lowbit_checkpoint::tokenizer::Tokenizer;
+use lowbit_checkpoint::writer::write_atomic;
+use lowbit_quantize::Progress;
+
+use crate::args::{EndpointArg, LoadArgs};
+use crate::commands::eval::refuse_existing;
+use crate::commands::load_text;
+use crate::context::Context;
+use crate::exit::VerdictError;
+use crate::{models, provenance};
+
+/// `lowbit load`.
+pub fn load(ctx: &Context, args: &LoadArgs) -> Result<()> {
+    refuse_existing(args.output.as_ref(), args.force)?;
+    refuse_existing(args.csv.as_ref(), args.force)?;
+    let profile = Profile::parse(&args.profile)?;
+    let slo = args.slo.as_deref().map(Slo::parse).transpose()?;
+    if args.find_max && slo.is_none() {
+        bail!("--find-max needs an objective\nhint: --slo guidellm/chatbot, or --slo ttft_p99<=200,itl_p99<=50");
+    }
+    let data = data(ctx, args)?;
+    let name = data.name().to_string();
+    let trim = Trim { warmup: args.warmup, cooldown: args.cooldown };
+    let mut session = Session::connect(options(args, data, trim, slo.clone())?)?;
+    let t = session.target();
+    ctx.say(format!("{} at {}, {}, data {name}", t.model, t.url, t.endpoint.path()));
+    let stop = ctx.stop.clone();
+    let _writing = ctx.writing();
+    let mut live = |l: &Live| {
+        ctx.progress.detail(&format!(
+            "{:.0} s  {} in flight  {} ok  {} failed  {:.0} tok/s{}",
+            l.seconds,
+            l.in_flight,
+            l.ok,
+            l.failed,
+            l.output_tokens as f64 / l.seconds.max(0.1),
+            l.ttft_ms.map_or(String::new(), |t| format!("  TTFT {t:.0} ms"))
+        ));
+        stop.load(Ordering::Relaxed)
+    };
+    let (stages, find_max) = match slo.as_ref().filter(|_| args.find_max) {
+        Some(slo) => {
+            let search = SearchOptions {
+                start: args.start_rate,
+                ceiling: args.max_rate,
+                requests: args.max_requests.map_or(400, |n| n as usize),
+                tolerance: args.tolerance,
+                ..SearchOptions::default()
+            };
+            let mut begin = |rate: f64, n: usize| ctx.progress.stage(&format!("{rate:.3} requests/s, {n}"), 0);
+            let (found, stages) = session.find_max(slo, &search, &mut begin, &mut live)?;
+            (stages, Some(found))
+        }
+        None => {
+            let mut begin = |s: &lowbit_bench::load::profile::StageSpec| {
+                let of = s
+                    .rate()
+                    .map_or_else(|| s.streams().map_or(String::new(), |n| n.to_string()), |r| format!("{r:.3}/s"));
+                ctx.progress.stage(&format!("{} {of}", s.name()), 0)
+            };
+            (session.profile(&profile, &mut begin, &mut live)?, None)
+        }
+    };
+    ctx.progress.clear();
+    let mut map = BTreeMap::new();
+    map.insert("profile".to_string(), args.profile.clone().into());
+    map.insert("data".to_string(), name.clone().into());
+    map.insert("duration_seconds".to_string(), args.duration.into());
+    map.insert("max_requests".to_string(), args.max_requests.into());
+    map.insert("slo".to_string(), args.slo.clone().into());
+    map.insert("stream".to_string(), (!args.no_stream).into());
+    map.insert("max_concurrency".to_string(), args.max_concurrency.into());
+    let record = LoadRecord {
+        schema: SCHEMA,
+        provenance: provenance::of_client(ctx, args.seed, &session.target().model, map),
+        target: session.target().clone(),
+        data: name,
+        trim,
+        stages,
+        find_max,
+    };
+    if let Some(path) = &args.output {
+        write_atomic(path, &serde_json::to_vec(&record)?)?;
+    }
+    if let Some(path) = &args.csv {
+        write_atomic(path, load_text::csv(&record).as_bytes())?;
+    }
+    ctx.print(&load_text::without_samples(&record), || match args.show_as {
+        Some(tool) => load_text::as_tool(&record, tool),
+        None => load_text::summary(&record),
+    })?;
+    ctx.check_stop()?;
+    verdict(&record)
+}
+
+/// Exit code: 1 when the objective is broken, 2 when nothing can be said.
+fn verdict(record: &LoadRecord) -> Result<()> {
+    if let Some(f) = &record.find_max {
+        return match f.low > 0.0 {
+            true => Ok(()),
+            false => Err(VerdictError { code: 1, text: "no rate meets the objective".into() }.into()),
+        };
+    }
+    let invalid = record.stages.iter().filter(|s| !s.client.invalid.is_empty()).count();
+    if record.stages.iter().all(|s| s.metrics.ok() == 0) {
+        return Err(VerdictError { code: 1, text: "no request succeeded".into() }.into());
+    }
+    let worst = |v: Verdict| record.valid().filter_map(|s| s.slo.as_ref()).any(|s| s.verdict == v);
+    if worst(Verdict::Broken) {
+        return Err(VerdictError { code: 1, text: "the objective is broken".into() }.into());
+    }
+    if worst(Verdict::Inconclusive) {
+        return Err(
+            VerdictError { code: 2, text: "too few requests to tell whether the objective is met".into() }.into()
+        );
+    }
+    if invalid > 0 {
+        return Err(VerdictError {
+            code: 2,
+            text: format!("{invalid} of {} stages were limited by the client", record.stages.len()),
+        }
+        .into());
+    }
+    Ok(())
+}
+
+fn options(args: &LoadArgs, data: Data, trim: Trim, slo: Option<Slo>) -> Result<LoadOptions> {
+    let headers = args.header.iter().map(|h| {
+        let (name, value) = h.split_once(':').with_context(|| format!("--header {h:?} is not NAME: VALUE"))?;
+        Ok((name.trim().to_string(), value.trim().to_string()))
+    });
+    let extra = match &args.body {
+        None => serde_json::Map::new(),
+        Some(text) => match serde_json::from_str(text) {
+            Ok(serde_json::Value::Object(map)) => map,
+            _ => bail!("--body is not a JSON object\nhint: --body '{{\"temperature\": 0}}'"),
+        },
+    };
+    let share = |name: &str, v: f64| {
+        if v.is_finite() && v >= 0.0 { Ok(()) } else { bail!("{name} must be 0 or more, found {v}") }
+    };
+    share("--warmup", args.warmup)?;
+    share("--cooldown", args.cooldown)?;
+    let seconds = |name: &str, v: f64| {
+        Duration::try_from_secs_f64(v)
+            .ok()
+            .filter(|d| !d.is_zero())
+            .with_context(|| format!("{name} {v} is not a number of seconds above 0"))
+    };
+    let limits = Limits {
+        duration: match (args.duration, args.max_requests) {
+            (Some(s), _) => Some(seconds("--duration", s)?),
+            // Something must end a stage.
+            (None, None) => Some(Duration::from_secs(30)),
+            _ => None,
+        },
+        requests: args.max_requests,
+        errors: args.max_errors,
+        error_rate: Some(args.max_error_rate),
+        request_timeout: seconds("--timeout", args.timeout)?,
+        grace: Duration::try_from_secs_f64(args.grace)
+            .with_context(|| format!("--grace {} is not a number of seconds", args.grace))?,
+    };
+    Ok(LoadOptions {
+        url: args.url.clone(),
+        endpoint: match args.endpoint {
+            EndpointArg::Completions => Endpoint::Completions,
+            EndpointArg::Chat => Endpoint::Chat,
+        },
+        model: args.model.clone(),
+        stream: !args.no_stream,
+        exact_output: !args.natural_output,
+        api_key: args.api_key.clone().or_else(|| std::env::var("OPENAI_API_KEY").ok().filter(|k| !k.is_empty())),
+        headers: headers.collect::<Result<Vec<_>>>()?,
+        extra,
+        data,
+        limits,
+        stop_saturated: args.stop_saturated,
+        trim,
+        max_concurrency: args.max_concurrency,
+        seed: args.seed,
+        slo,
+    })
+}
+
+/// `--data`: a named workload, its options, a file, or `text` for the demo's own text.
+fn data(ctx: &Context, args: &LoadArgs) -> Result<Data> {
+    let path = Path::new(&args.data);
+    if path.is_file() {
+        // A file that cannot be read says so here, before the server is asked anything.
+        let rows = read_objects(path)?.len();
+        ctx.say(format!("{rows} rows in {}", path.display()));
+        return Ok(Data::read(path, args.shuffle, args.output_tokens)?);
+    }
+    if args.data == "text" {
+        let lines: Vec<&str> = models::DEMO_TEXT.split("\n\n").map(str::trim).filter(|p| !p.is_empty()).collect();
+        return Ok(Data::from_texts("text", &lines, args.output_tokens.unwrap_or(32)));
+    }
+    let workload = Workload::parse(&args.data)?;
+    let count = match &args.tokenizer {
+        None => None,
+        Some(model) => {
+            let tokenizer = Arc::new(Tokenizer::load(&models::locate(ctx, model)?.dir)?);
+            let count: CountTokens =
+                Arc::new(move |text: &str| tokenizer.encode(text, false).map_or(0, |ids| ids.len()));
+            Some(count)
+        }
+    };
+    Ok(Data::Synthetic { workload, count })
+}

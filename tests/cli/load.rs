@@ -1,0 +1,132 @@
+//! `lowbit load` and `lowbit capacity` from outside.
+
+use std::io::{Read, Write};
+use std::net::TcpListener;
+
+use super::{json, lowbit, ok, stderr};
+
+/// A server that answers every chat with two chunks, at once.
+fn server() -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    std::thread::spawn(move || {
+        for mut stream in listener.incoming().flatten() {
+            std::thread::spawn(move || {
+                let (mut pending, mut buffer) = (Vec::new(), [0u8; 4096]);
+                loop {
+                    let text = String::from_utf8_lossy(&pending).into_owned();
+                    let head = text.find("\r\n\r\n").map(|h| h + 4);
+                    let length =
+                        text.lines().find_map(|l| l.strip_prefix("Content-Length: ")).map_or(0, |l| l.parse().unwrap());
+                    if let Some(head) = head.filter(|h| pending.len() >= h + length) {
+                        pending.drain(..head + length);
+                        let (kind, body) = if text.starts_with("GET") {
+                            ("application/json", r#"{"data":[{"id":"m"}]}"#.to_string())
+                        } else {
+                            let chunk = r#"data: {"choices":[{"delta":{"content":"a"}}]}"#;
+                            let usage = r#"data: {"choices":[],"usage":{"prompt_tokens":9,"completion_tokens":2}}"#;
+                            ("text/event-stream", format!("{chunk}\n\n{chunk}\n\n{usage}\n\ndata: [DONE]\n\n"))
+                        };
+                        let answer = format!(
+                            "HTTP/1.1 200 OK\r\nContent-Type: {kind}\r\nContent-Length: {}\r\n\r\n{body}",
+                            body.len()
+                        );
+                        if stream.write_all(answer.as_bytes()).is_err() {
+                            return;
+                        }
+                        continue;
+                    }
+                    match stream.read(&mut buffer) {
+                        Ok(0) | Err(_) => return,
+                        Ok(n) => pending.extend_from_slice(&buffer[..n]),
+                    }
+                }
+            });
+        }
+    });
+    url
+}
+
+#[test]
+fn a_load_its_record_and_a_plan_from_it() {
+    let (tmp, url) = (tempfile::tempdir().unwrap(), server());
+    let out = tmp.path().join("load.json");
+    let file = out.to_str().unwrap();
+    let some = |n: &str, more: &[&str]| {
+        let mut c = lowbit(tmp.path());
+        c.args(["load", &url, "--profile", "concurrent:2", "--max-requests", n, "--quiet"]).args(more);
+        c.output().unwrap()
+    };
+    let run = |more: &[&str]| some("600", more);
+    let first = run(&["-o", file, "--json", "--api-key", "sesame"]);
+    assert_eq!(first.status.code(), Some(0), "{}", stderr(&first));
+    let record = json(&out);
+    assert_eq!(
+        (record["stages"][0]["metrics"]["outcomes"]["ok"].as_u64(), record["target"]["model"].as_str()),
+        (Some(600), Some("m"))
+    );
+    assert_eq!(record["stages"][0]["requests"].as_array().unwrap().len(), 600);
+    assert!(!record.to_string().contains("sesame"), "a record holds no key");
+    let shown: serde_json::Value = serde_json::from_slice(&first.stdout).unwrap();
+    assert!(shown["stages"][0].get("requests").is_none());
+    assert_eq!(run(&["-o", file]).status.code(), Some(3), "an existing record is kept");
+    assert_eq!(run(&["--slo", "e2e_p95<=60000"]).status.code(), Some(0));
+    let broken = run(&["--slo", "rps>=1000000"]);
+    assert_eq!(broken.status.code(), Some(1), "{}", stderr(&broken));
+    // 30 requests cannot show a p99.
+    assert_eq!(some("30", &["--slo", "e2e_p99<=60000"]).status.code(), Some(2));
+    for tool in ["vllm", "guidellm", "aiperf"] {
+        let text = String::from_utf8(run(&["--as", tool]).stdout).unwrap();
+        assert!(text.contains("Mean TTFT (ms)") && text.contains("Total generated tokens"), "{text}");
+    }
+
+    let open = tmp.path().join("open.json");
+    ok(lowbit(tmp.path())
+        .args([
+            "load",
+            &url,
+            "--profile",
+            "poisson:100",
+            "--max-requests",
+            "300",
+            "--slo",
+            "e2e_p90<=60000",
+            "-q",
+            "-o",
+        ])
+        .arg(&open));
+    let plan = lowbit(tmp.path())
+        .args(["capacity", open.to_str().unwrap(), "--peak-rps", "1000", "--gpu-hour", "2", "--json", "-q"])
+        .output()
+        .unwrap();
+    let plan: serde_json::Value = serde_json::from_slice(&plan.stdout).unwrap();
+    // 1000 · 1.2 / (100 · 0.8) = 15, and a spare.
+    assert_eq!(plan["variants"][0]["servers"].as_u64(), Some(16), "{plan}");
+    std::fs::write(tmp.path().join("gate.json"), r#"{"verdict":"regression"}"#).unwrap();
+    let gated = format!("{}={}", open.display(), tmp.path().join("gate.json").display());
+    let out = lowbit(tmp.path()).args(["capacity", &gated, "--peak-rps", "10", "--gpu-hour", "2"]).output().unwrap();
+    assert_eq!(out.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&out.stdout).contains("accuracy: regression"));
+}
+
+#[test]
+fn refusals() {
+    let tmp = tempfile::tempdir().unwrap();
+    let fails = |args: &[&str], code: i32, words: &str| {
+        let out = lowbit(tmp.path()).args(args).output().unwrap();
+        assert_eq!(out.status.code(), Some(code), "{args:?}: {}", stderr(&out));
+        assert!(stderr(&out).contains(words), "{args:?}: {}", stderr(&out));
+    };
+    fails(&["load", "http://127.0.0.1:9", "--profile", "tea"], 3, "unknown profile");
+    fails(&["load", "https://127.0.0.1:9"], 3, "TLS");
+    fails(&["load", "http://127.0.0.1:9", "--data", "tea"], 3, "unknown workload");
+    fails(&["load", "http://127.0.0.1:9", "--slo", "ttft<200"], 3, "not a clause");
+    fails(&["load", "http://127.0.0.1:9", "--find-max"], 3, "--slo");
+    fails(&["load", "http://127.0.0.1:9", "--body", "[]"], 3, "JSON object");
+    fails(&["capacity"], 3, "no load records");
+    fails(&["capacity", "--estimate", "--model", "8b", "--gpu", "abacus"], 3, "h200");
+    fails(&["capacity", "--estimate", "--model", "70b", "--gpu", "l4"], 1, "infeasible");
+    let out = ok(lowbit(tmp.path()).args(["capacity", "--estimate", "--model", "8b,70b,assets/demo"]));
+    let text = String::from_utf8_lossy(&out.stdout).into_owned();
+    assert!(text.contains("llama3.1-70b bf16") && text.contains("does not fit"), "{text}");
+}
