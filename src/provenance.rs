@@ -70,14 +70,13 @@ fn command_without_secrets() -> String {
     let mut hide = false;
     let words = std::env::args().map(|a| {
         let secret = ["--api-key", "--header"].iter().any(|s| a == *s || a.starts_with(&format!("{s}=")));
-        let shown = match (std::mem::replace(&mut hide, secret && !a.contains('=')), secret) {
+        match (std::mem::replace(&mut hide, secret && !a.contains('=')), secret) {
             (true, _) => "***".to_string(),
             (_, true) => {
                 format!("{}{}", a.split('=').next().unwrap_or_default(), if a.contains('=') { "=***" } else { "" })
             }
             _ => a,
-        };
-        shown
+        }
     });
     words.collect::<Vec<_>>().join(" ")
 }
