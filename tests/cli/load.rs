@@ -81,25 +81,21 @@ fn a_load_its_record_and_a_plan_from_it() {
     }
 
     let open = tmp.path().join("open.json");
-    ok(lowbit(tmp.path())
-        .args([
-            "load",
-            &url,
-            "--profile",
-            "poisson:100",
-            "--max-requests",
-            "300",
-            "--slo",
-            "e2e_p90<=60000",
-            "-q",
-            "-o",
-        ])
-        .arg(&open));
-    let plan = lowbit(tmp.path())
-        .args(["capacity", open.to_str().unwrap(), "--peak-rps", "1000", "--gpu-hour", "2", "--json", "-q"])
-        .output()
-        .unwrap();
-    let plan: serde_json::Value = serde_json::from_slice(&plan.stdout).unwrap();
+    let mut c = lowbit(tmp.path());
+    c.args(["load", &url, "--profile", "poisson:100", "--max-requests", "300", "--slo", "e2e_p90<=60000", "-q", "-o"])
+        .arg(&open);
+    // On a busy machine the client may have been the limit, and says so.
+    assert!(matches!(c.output().unwrap().status.code(), Some(0 | 2)));
+    let plan = |invalid: serde_json::Value| -> serde_json::Value {
+        let mut record = json(&open);
+        record["stages"][0]["client"]["invalid"] = invalid;
+        std::fs::write(&open, record.to_string()).unwrap();
+        let args = ["capacity", open.to_str().unwrap(), "--peak-rps", "1000", "--gpu-hour", "2", "--json", "-q"];
+        serde_json::from_slice(&lowbit(tmp.path()).args(args).output().unwrap().stdout).unwrap()
+    };
+    let limited = plan(serde_json::json!(["the client could not keep its schedule"]));
+    assert!(limited["best"].is_null() && limited["variants"][0]["servers"].is_null(), "{limited}");
+    let plan = plan(serde_json::json!([]));
     // 1000 · 1.2 / (100 · 0.8) = 15, and a spare.
     assert_eq!(plan["variants"][0]["servers"].as_u64(), Some(16), "{plan}");
     std::fs::write(tmp.path().join("gate.json"), r#"{"verdict":"regression"}"#).unwrap();
