@@ -297,15 +297,56 @@ pub struct EvalArgs {
     /// Tokens per KL window.
     #[arg(long, default_value_t = 1024)]
     pub kl_window: usize,
-    /// Windows at most, of each.
+    /// Windows at most, of each; documents at most, of each task.
     #[arg(long)]
     pub limit: Option<usize>,
+    #[command(flatten)]
+    pub tasks: TaskArgs,
     /// Write the record here.
     #[arg(long, short)]
     pub output: Option<PathBuf>,
     /// Replace an existing record.
     #[arg(long)]
     pub force: bool,
+}
+
+#[derive(Args, Debug)]
+pub struct TaskArgs {
+    /// Tasks, groups, tags, patterns with `*` or task files, each with its number of examples: arc_easy,mmlu:5,my.yaml.
+    #[arg(long, value_delimiter = ',')]
+    pub tasks: Vec<String>,
+    /// Folder with the tasks' data (docs/tasks.md); without it data comes from the hub.
+    #[arg(long, value_name = "DIR")]
+    pub data: Option<PathBuf>,
+    /// Folder with task files of your own.
+    #[arg(long, value_name = "DIR")]
+    pub include: Vec<PathBuf>,
+    /// Print every request as a JSON line; run no model.
+    #[arg(long, requires = "tasks")]
+    pub render: bool,
+    /// Whose rule decides on BOS: before 0.4.9.2 never by itself (Gemma aside), since then as the tokenizer says.
+    #[arg(long, value_enum, default_value_t = Compat::Current)]
+    pub compat: Compat,
+    /// Put prompts through the model's chat template.
+    #[arg(long)]
+    pub apply_chat_template: bool,
+    /// With a chat template: examples as turns of their own (`false`: all in one user message).
+    #[arg(long, value_name = "BOOL", default_value_t = true, action = clap::ArgAction::Set)]
+    pub fewshot_as_multiturn: bool,
+    /// System message before each task's description.
+    #[arg(long, value_name = "TEXT")]
+    pub system_instruction: Option<String>,
+}
+
+/// Which release of lm-evaluation-harness the encoding of prompts follows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Compat {
+    /// No special tokens, except Gemma's BOS.
+    #[value(name = "lm-eval-0.4.9.1")]
+    Old,
+    /// As the tokenizer does by itself.
+    #[value(name = "lm-eval-0.4.13", alias = "lm-eval-0.4.9.2")]
+    Current,
 }
 
 #[derive(Args, Debug)]

@@ -18,6 +18,9 @@ pub enum EvalError {
     /// An operation failed.
     #[error(transparent)]
     Kernel(#[from] KernelError),
+    /// A task file or its data failed.
+    #[error(transparent)]
+    Task(#[from] crate::tasks::TaskError),
     /// A text file could not be read.
     #[error("cannot read {path}: {source}")]
     Read { path: PathBuf, source: std::io::Error },

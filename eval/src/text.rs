@@ -101,7 +101,7 @@ fn parse_lines(path: &Path, text: &str) -> Result<Content> {
 }
 
 /// Python's `\s` on text: Unicode white space and the four separators 1C to 1F.
-fn is_python_space(c: char) -> bool {
+pub(crate) fn is_python_space(c: char) -> bool {
     c.is_whitespace() || ('\x1c'..='\x1f').contains(&c)
 }
 

@@ -14,6 +14,7 @@ use lowbit_quantize::Progress;
 
 use crate::args::EvalArgs;
 use crate::commands::table::table;
+use crate::commands::tasks;
 use crate::context::Context;
 use crate::models::{self, Located};
 use crate::provenance;
@@ -48,6 +49,12 @@ impl Request {
 
 /// `lowbit eval`.
 pub fn eval(ctx: &Context, args: &EvalArgs) -> Result<()> {
+    if args.tasks.render {
+        return tasks::render(ctx, args);
+    }
+    if !args.tasks.tasks.is_empty() {
+        bail!("tasks are not scored yet\nhint: --render prints their requests");
+    }
     if args.ppl.is_none() && args.kl.is_none() {
         bail!("nothing to evaluate\nhint: give --ppl TEXT, or --kl TEXT with --reference MODEL");
     }

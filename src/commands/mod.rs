@@ -13,6 +13,7 @@ mod report;
 mod run;
 mod suite;
 mod table;
+mod tasks;
 mod verify;
 
 use anyhow::Result;

@@ -10,6 +10,7 @@ mod load;
 mod pipeline;
 mod snapshots;
 mod suite;
+mod tasks;
 
 /// The repository.
 pub fn root() -> PathBuf {

@@ -1,0 +1,86 @@
+//! `lowbit eval --tasks`: which requests the tasks make.
+
+use std::io::{BufWriter, Write};
+
+use anyhow::{Context as _, Result};
+use lowbit_checkpoint::chat_template::ChatTemplate;
+use lowbit_checkpoint::hub;
+use lowbit_eval::tasks::{ChatOptions, DataOptions, Registry, RequestKind, Suite};
+use serde_json::json;
+
+use crate::args::{EvalArgs, TaskArgs};
+use crate::context::Context;
+use crate::models;
+
+/// Reads the task files and the data of what `--tasks` names.
+pub fn load(ctx: &Context, args: &TaskArgs) -> Result<Suite> {
+    let fetch = |spec: &str| hub::resolve_dataset(spec, &models::hub_options(), &ctx.progress);
+    let data = DataOptions { dir: args.data.as_deref(), hub: Some(&fetch) };
+    let mut registry = Registry::shipped()?;
+    for dir in &args.include {
+        registry.add_folder(dir)?;
+    }
+    let suite = registry.load(&args.tasks, &data)?;
+    for note in suite.tasks.iter().flat_map(|t| &t.notes) {
+        ctx.say(format!("note: {note}"));
+    }
+    Ok(suite)
+}
+
+/// The model's chat template, where it is asked for.
+pub fn chat_template(ctx: &Context, args: &EvalArgs) -> Result<Option<ChatTemplate>> {
+    if !args.tasks.apply_chat_template {
+        return Ok(None);
+    }
+    let model = models::locate(ctx, &args.model)?;
+    let template = ChatTemplate::load(&model.dir)?;
+    template
+        .with_context(|| format!("{} has no chat template\nhint: leave out --apply-chat-template", model.dir.display()))
+        .map(Some)
+}
+
+/// How `--apply-chat-template` and its companions shape prompts.
+pub fn chat_options<'a>(args: &'a TaskArgs, template: Option<&'a ChatTemplate>) -> ChatOptions<'a> {
+    ChatOptions { template, multiturn: args.fewshot_as_multiturn, system: args.system_instruction.as_deref() }
+}
+
+/// `--render`: every request on a line. The model is looked at for its chat template only.
+pub fn render(ctx: &Context, args: &EvalArgs) -> Result<()> {
+    let suite = load(ctx, &args.tasks)?;
+    let template = chat_template(ctx, args)?;
+    let chat = chat_options(&args.tasks, template.as_ref());
+    let mut out = BufWriter::with_capacity(1 << 20, std::io::stdout().lock());
+    for task in &suite.tasks {
+        for rendered in task.documents(chat, args.limit) {
+            for request in rendered?.requests {
+                let mut line = json!({ "task": request.task, "doc": request.doc, "idx": request.idx });
+                line["kind"] = match request.kind {
+                    RequestKind::LogLikelihood { .. } => "loglikelihood",
+                    RequestKind::Rolling { .. } => "loglikelihood_rolling",
+                    RequestKind::Generate { .. } => "generate_until",
+                }
+                .into();
+                let (context, continuation) = match request.kind {
+                    RequestKind::LogLikelihood { context, continuation } => (context, continuation),
+                    // What is scored or continued is lm-eval's first argument.
+                    RequestKind::Rolling { text } => (text, String::new()),
+                    RequestKind::Generate { context, until, max_new_tokens, temperature, do_sample } => {
+                        line["until"] = until.into();
+                        line["max_new_tokens"] = max_new_tokens.into();
+                        line["temperature"] = temperature.into();
+                        line["do_sample"] = do_sample.into();
+                        (context, String::new())
+                    }
+                };
+                line["context"] = context.into();
+                line["continuation"] = continuation.into();
+                // A reader that has seen enough is not a failure.
+                if writeln!(out, "{line}").is_err() {
+                    return Ok(());
+                }
+            }
+        }
+    }
+    let _ = out.flush();
+    Ok(())
+}

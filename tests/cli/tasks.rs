@@ -1,0 +1,209 @@
+//! Task files and their requests: against lm-evaluation-harness's where `../shared` is at hand, and on files of our own.
+
+use std::collections::BTreeMap;
+use std::io::Read;
+use std::path::Path;
+use std::process::Output;
+
+use lowbit_checkpoint::hash::sha256_hex;
+use serde_json::{Value, json};
+
+use super::{lowbit, ok, root, stderr};
+
+fn render(dir: &Path, args: &[&str]) -> Output {
+    lowbit(dir).args(["eval", "demo", "--render"]).args(args).output().unwrap()
+}
+
+fn lines(out: &Output) -> Vec<Value> {
+    assert!(out.status.success(), "{}", stderr(out));
+    out.stdout.split(|b| *b == b'\n').filter(|l| !l.is_empty()).map(|l| serde_json::from_slice(l).unwrap()).collect()
+}
+
+#[test]
+fn every_golden_prompt_is_identical() {
+    let shared = root().join("../shared");
+    let golden = shared.join("golden/lm-eval/prompts.jsonl.gz");
+    if !golden.exists() {
+        eprintln!("skipped: ../shared is absent");
+        return;
+    }
+    let mut text = String::new();
+    flate2::read::GzDecoder::new(std::fs::File::open(golden).unwrap()).read_to_string(&mut text).unwrap();
+    let mut wanted: BTreeMap<String, Vec<Value>> = BTreeMap::new();
+    for line in text.lines() {
+        let value: Value = serde_json::from_str(line).unwrap();
+        if value.get("kind").is_some() {
+            wanted.entry(value["task"].as_str().unwrap().to_owned()).or_default().push(value);
+        }
+    }
+    assert_eq!(wanted.len(), 17);
+    let dir = tempfile::tempdir().unwrap();
+    let data = shared.join("data/eval");
+    let names: Vec<&str> = wanted.keys().map(String::as_str).collect();
+    let out = render(dir.path(), &["--tasks", &names.join(","), "--data", data.to_str().unwrap()]);
+    let mut found: BTreeMap<String, Vec<Value>> = BTreeMap::new();
+    for line in lines(&out) {
+        found.entry(line["task"].as_str().unwrap().to_owned()).or_default().push(line);
+    }
+    let hash = |text: &Value| sha256_hex(text.as_str().unwrap().as_bytes())[..16].to_owned();
+    for (task, wanted) in &wanted {
+        let found = &found[task];
+        assert_eq!(found.len(), wanted.len(), "{task}");
+        for (f, w) in found.iter().zip(wanted) {
+            let place = format!("{task} {} {}", w["doc"], w["idx"]);
+            assert_eq!((&f["doc"], &f["idx"], &f["kind"]), (&w["doc"], &w["idx"], &w["kind"]), "{place}");
+            assert_eq!(hash(&f["context"]), w["context"].as_str().unwrap(), "{place}: {}", f["context"]);
+            if let Some(continuation) = w.get("continuation") {
+                assert_eq!(hash(&f["continuation"]), continuation.as_str().unwrap(), "{place}: {}", f["continuation"]);
+            }
+        }
+    }
+}
+
+/// A folder with the given files.
+fn folder(files: &[(&str, &str)]) -> tempfile::TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    for (name, text) in files {
+        std::fs::write(dir.path().join(name), text).unwrap();
+    }
+    dir
+}
+
+const CHOICE: &str = r#"
+task: mine
+dataset_path: json
+dataset_kwargs: {data_files: {test: rows.jsonl}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_target: label
+doc_to_choice: options
+"#;
+
+#[test]
+fn a_task_of_ones_own() {
+    let dir = folder(&[
+        ("mine.yaml", CHOICE),
+        (
+            "rows.jsonl",
+            "{\"question\": \"2+2?\", \"options\": [\"3\", \"4\"], \"label\": 1}\n{\"question\": \"1+1?\", \"options\": [\"2\", \"4\"], \"label\": 0}\n",
+        ),
+    ]);
+    let file = dir.path().join("mine.yaml");
+    let out = lines(&render(dir.path(), &["--tasks", &format!("{}:1", file.display()), "--limit", "1"]));
+    assert_eq!(out.len(), 2);
+    // The other row is the only example left.
+    assert_eq!(out[1]["context"], "1+1? 2\n\n2+2?");
+    assert_eq!((&out[0]["continuation"], &out[1]["continuation"]), (&json!(" 3"), &json!(" 4")));
+    let by_name = lines(&render(dir.path(), &["--tasks", "mine", "--include", dir.path().to_str().unwrap()]));
+    assert_eq!(by_name.len(), 4);
+    assert_eq!(by_name[0]["context"], "2+2?");
+}
+
+#[test]
+fn chat_templates_wrap_prompts() {
+    let dir = folder(&[
+        ("mine.yaml", CHOICE),
+        (
+            "rows.jsonl",
+            "{\"question\": \"2+2?\", \"options\": [\"3\", \"4\"], \"label\": 1}\n{\"question\": \"1+1?\", \"options\": [\"2\", \"4\"], \"label\": 0}\n",
+        ),
+    ]);
+    let file = format!("{}:1", dir.path().join("mine.yaml").display());
+    let chat = |more: &[&str]| {
+        let mut args =
+            vec!["--tasks", &file, "--limit", "1", "--apply-chat-template", "--system-instruction", "Be brief."];
+        args.extend(more);
+        let out = lines(&render(dir.path(), &args));
+        assert_eq!(out[1]["continuation"], "4");
+        out[1]["context"].as_str().unwrap().to_owned()
+    };
+    let (many, one) = (chat(&[]), chat(&["--fewshot-as-multiturn", "false"]));
+    assert!(many.contains("Be brief.") && many.contains("2+2?") && !many.contains("1+1? 2\n\n2+2?"), "{many}");
+    assert!(one.contains("1+1? 2\n\n2+2?"), "{one}");
+}
+
+#[test]
+fn mistakes_name_file_task_row_and_column() {
+    let good = "{\"question\": \"q\", \"options\": [\"a\", \"b\"], \"label\": 1}\n";
+    let with = |row: &str| format!("{good}{row}\n");
+    let filters = "output_type: generate_until\nfilter_list:\n  - name: f\n    filter:\n      - function: rexeg\n";
+    let cases: Vec<(String, String, Vec<&str>)> = vec![
+        (CHOICE.replace("options\n", "[a, b\n"), with(""), vec!["mine.yaml", "line ", "not valid YAML"]),
+        (
+            CHOICE.replace("output_type: multiple_choice\n", filters),
+            with(""),
+            vec!["mine.yaml", "task `mine`", "filter `f`", "`rexeg`", "majority_vote"],
+        ),
+        (
+            CHOICE.into(),
+            with("{\"options\": [\"a\"], \"label\": 0}"),
+            vec!["rows.jsonl: row 2", "column `question`", "task `mine`"],
+        ),
+        (
+            CHOICE.into(),
+            with("{\"question\": \"q\", \"options\": [\"a\"]}"),
+            vec!["rows.jsonl: row 2", "column `label`"],
+        ),
+        (
+            CHOICE.into(),
+            with("{\"question\": \"q\", \"options\": [\"a\", \"b\"], \"label\": 2}"),
+            vec!["rows.jsonl: row 2, column `label`", "task `mine`", "label 2 is outside the 2 choices"],
+        ),
+        (CHOICE.into(), with("{\"question\": "), vec!["rows.jsonl: row 2", "not JSON"]),
+        (CHOICE.replace("label\n", "labell\n"), with(""), vec!["column `labell`", "row 1"]),
+        (CHOICE.replace("output_type", "output_typ"), with(""), vec!["unknown key", "did you mean `output_type`"]),
+        (CHOICE.replace("{{question}}", "{{question"), with(""), vec!["`doc_to_text`", "does not parse"]),
+        (
+            CHOICE.replace("rows.jsonl", "gone.jsonl"),
+            with(""),
+            vec!["no data for its `test` split", "gone.jsonl", "--data"],
+        ),
+        (format!("{CHOICE}metric_list:\n  - metric: accuracy\n"), with(""), vec!["`accuracy`", "acc_norm"]),
+        (format!("{CHOICE}process_docs: !function utils.f\n"), with(""), vec!["Python is not run", "utils.f"]),
+        (format!("{CHOICE}num_fewshot: 9\n"), with(""), vec!["9 examples"]),
+    ];
+    for (yaml, rows, says) in cases {
+        let dir = folder(&[("mine.yaml", &yaml), ("rows.jsonl", &rows)]);
+        let out = render(dir.path(), &["--tasks", dir.path().join("mine.yaml").to_str().unwrap()]);
+        let text = stderr(&out);
+        assert_eq!(out.status.code(), Some(3), "{yaml}\n{text}");
+        for part in says {
+            assert!(text.contains(part), "expected `{part}` in: {text}");
+        }
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let out = render(dir.path(), &["--tasks", "arc_eazy"]);
+    assert_eq!(out.status.code(), Some(3));
+    assert!(stderr(&out).contains("unknown task `arc_eazy`") && stderr(&out).contains("arc_easy"), "{}", stderr(&out));
+}
+
+#[test]
+fn pipelines_make_their_own_requests() {
+    let retrieval = "task: rag\ndataset_path: json\ndataset_kwargs: {data_files: {test: rows.jsonl}}\ntest_split: test\n\
+        retrieval: {contexts: passages}\n\
+        doc_to_text: \"{% for p in passages %}{{p}}\\n{% endfor %}Question: {{question}}\\nAnswer:\"\ndoc_to_target: answer\n";
+    let row = json!({"passages": ["Rain.", "Rome is in Italy."], "question": "Where is Rome?", "answer": "Italy"});
+    let dir = folder(&[("rag.yaml", retrieval), ("rows.jsonl", &row.to_string())]);
+    let out = lines(&render(dir.path(), &["--tasks", dir.path().join("rag.yaml").to_str().unwrap()]));
+    let kinds: Vec<&str> = out.iter().map(|l| l["kind"].as_str().unwrap()).collect();
+    assert_eq!(kinds, ["generate_until", "loglikelihood", "loglikelihood"]);
+    assert_eq!(out[1]["context"], out[0]["context"]);
+    assert_eq!(out[2]["context"], "Question: Where is Rome?\nAnswer:");
+    assert_eq!(out[2]["continuation"], " Italy");
+
+    let agent = "task: agent\ndataset_path: json\ndataset_kwargs: {data_files: {test: rows.jsonl}}\ntest_split: test\nagent: {tools: tools}\n";
+    let row = json!({"tools": [{"name": "f"}], "messages": [
+        {"role": "user", "content": "Go"},
+        {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"a": 1}}]},
+        {"role": "tool", "content": "done"},
+        {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {}}]}]});
+    let dir = folder(&[("agent.yaml", agent), ("rows.jsonl", &row.to_string())]);
+    let file = dir.path().join("agent.yaml");
+    let out = lines(&render(dir.path(), &["--tasks", file.to_str().unwrap()]));
+    assert_eq!(out.len(), 2);
+    let second = out[1]["context"].as_str().unwrap();
+    assert!(second.starts_with("System: ") && second.ends_with("User: Tool result: done\n\nAssistant:"), "{second}");
+    let chat = ok(lowbit(dir.path()).args(["eval", "demo", "--render", "--apply-chat-template", "--tasks"]).arg(&file));
+    assert!(!lines(&chat)[1]["context"].as_str().unwrap().contains("User: "));
+}
