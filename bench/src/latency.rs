@@ -46,11 +46,12 @@ fn request(model: &Model, prompt: &[u32], output: usize) -> Result<Request> {
     let mut cache = model.new_cache(1, capacity)?;
     let next = |ids: &[u32], past: usize, cache: &mut _| -> Result<u32> {
         let segment = Segment { slot: 0, row: 0, tokens: ids.len(), past };
-        let hidden = model.forward(ids, std::slice::from_ref(&segment), cache)?;
-        let logits = match ids.len() {
-            1 => model.logits(&hidden)?,
-            n => model.logits(&model.gather_hidden(&hidden, &[n.saturating_sub(1)])?)?,
+        let segments = std::slice::from_ref(&segment);
+        let hidden = match past {
+            0 => model.forward(ids, segments, cache)?,
+            _ => model.forward_decode(ids, segments, cache)?,
         };
+        let logits = model.next_logits(&model.gather_hidden(&hidden, &[ids.len().saturating_sub(1)])?)?;
         let top = model.backend().argmax(&logits, vocab)?;
         top.first().copied().ok_or(BenchError::Samples("no token came out"))
     };

@@ -169,7 +169,7 @@ fn time_prefill(model: &Model, ids: &[u32]) -> Result<Duration> {
     let start = Instant::now();
     let hidden = model.forward(ids, std::slice::from_ref(&segment), &mut cache)?;
     let last = model.gather_hidden(&hidden, &[ids.len().saturating_sub(1)])?;
-    wait_for(model, &model.logits(&last)?)?;
+    wait_for(model, &model.next_logits(&last)?)?;
     Ok(start.elapsed())
 }
 
@@ -179,8 +179,8 @@ fn time_decode(model: &Model, ids: &[u32], batch: usize) -> Result<Duration> {
     let start = Instant::now();
     for (past, step) in ids.chunks_exact(batch).enumerate() {
         let segments = (0..batch).map(|slot| Segment { slot, row: slot, tokens: 1, past }).collect::<Vec<_>>();
-        let hidden = model.forward(step, &segments, &mut cache)?;
-        wait_for(model, &model.logits(&hidden)?)?;
+        let hidden = model.forward_decode(step, &segments, &mut cache)?;
+        wait_for(model, &model.next_logits(&hidden)?)?;
     }
     Ok(start.elapsed())
 }

@@ -182,6 +182,11 @@ pub struct TokenScore {
 pub trait Backend: Send + Sync {
     /// `cpu`, `scalar`, ...
     fn name(&self) -> &'static str;
+    /// The same backend with the arithmetic of decode steps (one new token a sequence), where that differs; buffers, weights and
+    /// caches are good for both. Without it, a backend has one arithmetic for both phases.
+    fn decode_phase(&self) -> Option<&dyn Backend> {
+        None
+    }
     /// Copies floats to the device.
     fn upload(&self, data: &[f32]) -> Result<Buffer>;
     /// Zeros.

@@ -3,7 +3,7 @@
 mod cases;
 
 use cases::{Noise, Sizes};
-use lowbit_kernels::backend::{Backend, HostWeight, Segment};
+use lowbit_kernels::backend::{Backend, Segment};
 use lowbit_kernels::cpu::{CpuBackend, Level};
 
 const SIZES: Sizes<'_> =
@@ -30,23 +30,28 @@ fn linear_agrees_for_every_format_and_shape() {
 }
 
 #[test]
-fn a_token_scores_the_same_alone_and_beside_three_others() {
+fn a_token_scores_the_same_alone_and_beside_others_in_both_phases() {
     let mut noise = Noise(2);
     let (n, k) = (70, 96);
     for cpu in backends() {
-        for (name, w) in cases::weights(&mut noise, n, k)
-            .into_iter()
-            .filter(|(_, w)| !matches!(w, HostWeight::Packed(p) if p.group_index.is_some()))
-        {
-            if name.contains("g24") {
-                continue; // goes through panels, where agreement is to rounding
-            }
-            let x = noise.many(4 * k);
-            let together = cases::linear(&cpu, &w, &x, None);
-            for t in 1..4 {
-                assert_eq!(cases::linear(&cpu, &w, &x[..t * k], None), together[..t * n], "{name} t={t}");
+        let decode = cpu.decode_phase().unwrap();
+        for (name, w) in cases::weights(&mut noise, n, k) {
+            let x = noise.many(19 * k);
+            for b in [&cpu as &dyn Backend, decode] {
+                let together = cases::linear(b, &w, &x, None);
+                for t in [1, 2, 4, 5, 16] {
+                    assert_eq!(cases::linear(b, &w, &x[..t * k], None), together[..t * n], "{name} t={t}");
+                }
             }
         }
+    }
+}
+
+#[test]
+fn the_decode_phase_agrees_with_the_reference() {
+    for cpu in backends() {
+        let list = [(format!("{:?} decode", cpu.level()), cpu.decode_phase().unwrap())];
+        cases::linears_agree(&list, &SIZES, |_, _| true);
     }
 }
 

@@ -162,6 +162,27 @@ impl Model {
         cache: &mut KvCache,
         tap: &mut Tap<'_>,
     ) -> Result<Buffer> {
+        self.run(self.backend.as_ref(), ids, segments, cache, tap)
+    }
+
+    /// [`Self::forward`] in the arithmetic of decode steps: for the next token of running sequences, usually one token a segment.
+    /// A sequence's result depends neither on the batch nor on how many of its tokens come in one call.
+    pub fn forward_decode(&self, ids: &[u32], segments: &[Segment], cache: &mut KvCache) -> Result<Buffer> {
+        self.run(self.decode_backend(), ids, segments, cache, &mut |_, _| Ok(()))
+    }
+
+    fn decode_backend(&self) -> &dyn Backend {
+        self.backend.decode_phase().unwrap_or(self.backend.as_ref())
+    }
+
+    fn run(
+        &self,
+        b: &dyn Backend,
+        ids: &[u32],
+        segments: &[Segment],
+        cache: &mut KvCache,
+        tap: &mut Tap<'_>,
+    ) -> Result<Buffer> {
         let total: usize = segments.iter().map(|s| s.tokens).sum();
         if total != ids.len() {
             return Err(ModelError::Argument(format!("segments hold {total} tokens, ids {}", ids.len())));
@@ -172,7 +193,6 @@ impl Model {
                 return Err(ModelError::CacheFull { tokens, capacity: cache.capacity });
             }
         }
-        let b = self.backend.as_ref();
         let mut x = self.embedding.apply(b, ids)?;
         for (block, kv) in self.blocks.iter().zip(&mut cache.layers) {
             block.forward(b, &mut x, segments, kv, tap)?;
@@ -180,9 +200,14 @@ impl Model {
         self.head.norm(b, &x)
     }
 
-    /// Logits `[T, vocab]` of hidden rows.
+    /// Logits `[T, vocab]` of hidden rows, in prefill's arithmetic: for scoring.
     pub fn logits(&self, hidden: &Buffer) -> Result<Buffer> {
         self.head.logits(self.backend.as_ref(), hidden)
+    }
+
+    /// Logits `[T, vocab]` of the rows whose next token is to be chosen, in the decode phase's arithmetic.
+    pub fn next_logits(&self, hidden: &Buffer) -> Result<Buffer> {
+        self.head.logits(self.decode_backend(), hidden)
     }
 
     /// Some rows of the hidden states.

@@ -58,10 +58,15 @@ pub fn generate(
     let mut step = prompt.to_vec();
     let mut past = 0;
     while out.tokens.len() < options.max_new_tokens {
-        let hidden = model.forward(&step, &[Segment { slot: 0, row: 0, tokens: step.len(), past }], &mut cache)?;
+        let segments = [Segment { slot: 0, row: 0, tokens: step.len(), past }];
+        let hidden = if past == 0 {
+            model.forward(&step, &segments, &mut cache)?
+        } else {
+            model.forward_decode(&step, &segments, &mut cache)?
+        };
         past += step.len();
         let last = model.gather_hidden(&hidden, &[step.len() - 1])?;
-        let logits = model.logits(&last)?;
+        let logits = model.next_logits(&last)?;
         let next = if options.temperature <= 0.0 {
             let best = model.backend().argmax(&logits, model.config().vocab_size).at("argmax")?;
             best.first().copied().unwrap_or_default()

@@ -1,7 +1,8 @@
 //! Causal attention over the cache, one task a (segment, head, block of queries).
 //!
-//! A block is cut by position inside its own segment, so a token's result does not depend on what else is in the
-//! batch; feeding a prompt in other pieces regroups blocks and agrees to rounding.
+//! Prefill keeps the canonical order (docs/architecture.md) for every query: scores as one chain over the head's width, the sum of the
+//! softmax in sixteen lanes by the key's position, the mix as one chain over keys. Neither the rest of the batch nor how a prompt is cut into
+//! calls changes a bit. Decode has loops of its own, for which the same holds.
 
 use std::sync::{Mutex, PoisonError};
 
@@ -9,8 +10,8 @@ use rayon::prelude::*;
 
 use super::elementwise::{Max, exp};
 use super::kv::Cache;
-use super::matmul::{View, matmul};
 use super::pool::Pool;
+use super::product::{Left, Panel, Strip, WIDTH, interleave, strip};
 use super::scalar;
 use super::simd::{Kernel, Lanes, Simd};
 use crate::backend::{AttentionShape, Segment};
@@ -18,8 +19,8 @@ use crate::error::Result;
 
 /// Queries of one task.
 const BLOCK: usize = 64;
-/// Up to this many queries, plain loops beat packing panels for a product.
-const FEW: usize = 4;
+/// Keys whose values are laid out at a time.
+const VALUES: usize = 256;
 
 /// One task: queries `first .. first + count` of a segment, for one head.
 struct Task<'a> {
@@ -29,10 +30,10 @@ struct Task<'a> {
     count: usize,
 }
 
-/// q `[T, heads · head_dim]`; segments checked to lie within q and the cache.
+/// q `[T, heads · head_dim]`; segments checked to lie within q and the cache. `decode` is the pool of the decode phase.
 pub fn attention(
     simd: Simd,
-    pool: &Pool,
+    decode: Option<&Pool>,
     q: &[f32],
     cache: &Cache,
     shape: &AttentionShape,
@@ -45,17 +46,16 @@ pub fn attention(
             tasks.extend(starts.map(|first| Task { segment, head, first, count: BLOCK.min(segment.tokens - first) }));
         }
     }
-    let blocks: Vec<Vec<f32>> = if segments.iter().all(|s| s.tokens <= FEW) {
-        // Decode: too little work to wake a sleeping thread for.
-        let slots: Vec<Mutex<Option<Result<Vec<f32>>>>> = tasks.iter().map(|_| Mutex::new(None)).collect();
+    let blocks: Vec<Vec<f32>> = if let Some(pool) = decode {
+        // Too little work to wake a sleeping thread for.
+        let slots: Vec<Mutex<Vec<f32>>> = tasks.iter().map(|_| Mutex::new(Vec::new())).collect();
         pool.run(tasks.len(), &|i| {
-            let y = task(simd, q, cache, shape, &tasks[i]);
-            *slots[i].lock().unwrap_or_else(PoisonError::into_inner) = Some(y);
+            let y = by_query(simd, q, cache, shape, &tasks[i]);
+            *slots[i].lock().unwrap_or_else(PoisonError::into_inner) = y;
         });
-        let taken = slots.into_iter().map(|s| s.into_inner().unwrap_or_else(PoisonError::into_inner));
-        taken.map(|y| y.unwrap_or_else(|| Ok(Vec::new()))).collect::<Result<_>>()?
+        slots.into_iter().map(|s| s.into_inner().unwrap_or_else(PoisonError::into_inner)).collect()
     } else {
-        tasks.par_iter().map(|t| task(simd, q, cache, shape, t)).collect::<Result<_>>()?
+        tasks.par_iter().map(|t| by_block(simd, q, cache, shape, t)).collect::<Result<_>>()?
     };
     let (d, width) = (shape.head_dim, shape.heads * shape.head_dim);
     let mut out = vec![0f32; q.len()];
@@ -68,66 +68,137 @@ pub fn attention(
     Ok(out)
 }
 
-/// Result `[count, head_dim]`.
-fn task(simd: Simd, q: &[f32], cache: &Cache, shape: &AttentionShape, t: &Task) -> Result<Vec<f32>> {
+impl Task<'_> {
+    /// Queries of the task, from the first one's head on.
+    fn queries<'a>(&self, q: &'a [f32], shape: &AttentionShape) -> &'a [f32] {
+        let (d, width) = (shape.head_dim, shape.heads * shape.head_dim);
+        &q[(self.segment.row + self.first) * width + self.head * d..]
+    }
+
+    fn kv_head(&self, shape: &AttentionShape) -> usize {
+        self.head / (shape.heads / shape.kv_heads)
+    }
+
+    /// First key query `i` of the task sees, and the end.
+    fn visible(&self, i: usize, shape: &AttentionShape) -> (usize, usize) {
+        let end = self.segment.past + self.first + i + 1;
+        (shape.window.map_or(0, |w| end.saturating_sub(w)), end)
+    }
+}
+
+/// Decode: every query on its own. Result `[count, head_dim]`.
+fn by_query(simd: Simd, q: &[f32], cache: &Cache, shape: &AttentionShape, t: &Task) -> Vec<f32> {
     let (d, width) = (shape.head_dim, shape.heads * shape.head_dim);
-    let group = t.head / (shape.heads / shape.kv_heads);
-    let position = t.segment.past + t.first;
-    let begin = shape.window.map_or(0, |w| (position + 1).saturating_sub(w));
-    let end = position + t.count;
-    let n = end - begin;
-    let runs = || cache.runs(t.segment.slot, group, begin..end);
-    let mut scores = vec![0f32; t.count * n];
+    let q = t.queries(q, shape);
     let mut out = vec![0f32; t.count * d];
-    let q = &q[(t.segment.row + t.first) * width + t.head * d..];
-    let few = t.count <= FEW;
-    if few {
-        for (i, scores) in scores.chunks_exact_mut(n).enumerate() {
-            let mut rest = scores;
-            for (keys, _) in runs() {
-                let (scores, after) = rest.split_at_mut(keys.len() / d);
-                simd.run(Dots { q: &q[i * width..i * width + d], keys, scale: shape.scale, scores });
-                rest = after;
-            }
+    for (i, out) in out.chunks_exact_mut(d).enumerate() {
+        let (begin, end) = t.visible(i, shape);
+        let runs = || cache.runs(t.segment.slot, t.kv_head(shape), begin..end);
+        let mut weights = vec![0f32; end - begin];
+        let mut rest = &mut weights[..];
+        for (keys, _) in runs() {
+            let (scores, after) = rest.split_at_mut(keys.len() / d);
+            simd.run(Dots { q: &q[i * width..i * width + d], keys, scale: shape.scale, scores });
+            rest = after;
         }
-    } else {
-        let keys = runs().map(|r| r.0).collect::<Vec<_>>().concat();
-        let (a, b) = (View { data: q, row: width, col: 1 }, View { data: &keys, row: 1, col: d });
-        matmul(&mut scores, (n, 1), false, (t.count, n, d), a, b, shape.scale)?;
-    }
-    for (i, row) in scores.chunks_exact_mut(n).enumerate() {
-        let visible =
-            shape.window.map_or(0, |w| (position + i + 1).saturating_sub(w)) - begin..position + i + 1 - begin;
-        row[..visible.start].fill(0.0);
-        row[visible.end..].fill(0.0);
-        let row = &mut row[visible];
         if let Some(cap) = shape.soft_cap {
-            row.iter_mut().for_each(|s| *s = scalar::soft_cap(*s, cap));
+            weights.iter_mut().for_each(|s| *s = scalar::soft_cap(*s, cap));
         }
-        softmax(simd, row);
+        let max = simd.run(Max(&weights));
+        let inv = 1.0 / simd.run(ExpSum(&mut weights, max));
+        weights.iter_mut().for_each(|v| *v *= inv);
+        let mut rest = &weights[..];
+        for (_, values) in runs() {
+            let (weights, after) = rest.split_at(values.len() / d);
+            simd.run(Mix { weights, values, out: &mut *out });
+            rest = after;
+        }
     }
-    if few {
-        for (weights, out) in scores.chunks_exact(n).zip(out.chunks_exact_mut(d)) {
-            let mut rest = weights;
-            for (_, values) in runs() {
-                let (weights, after) = rest.split_at(values.len() / d);
-                simd.run(Mix { weights, values, out: &mut *out });
-                rest = after;
-            }
+    out
+}
+
+/// Prefill: a block of queries against panels of keys and of values. Result `[count, head_dim]`.
+fn by_block(simd: Simd, q: &[f32], cache: &Cache, shape: &AttentionShape, t: &Task) -> Result<Vec<f32>> {
+    let (d, width) = (shape.head_dim, shape.heads * shape.head_dim);
+    // Lanes of the softmax's sum go by the key's position, so the first key is that of a whole panel.
+    let begin = t.visible(0, shape).0 / WIDTH * WIDTH;
+    let end = t.visible(t.count - 1, shape).1;
+    let n = (end - begin).next_multiple_of(WIDTH);
+    let runs = |from: usize, to: usize| cache.runs(t.segment.slot, t.kv_head(shape), from..to);
+    let q = Left { data: t.queries(q, shape), row: width, step: 1 };
+    let mut weights = vec![0f32; t.count * n];
+    let (mut rows, mut panel) = (Vec::with_capacity(WIDTH * d), vec![0f32; WIDTH * d]);
+    for first in (begin..end).step_by(WIDTH) {
+        rows.clear();
+        runs(first, end.min(first + WIDTH)).for_each(|(keys, _)| rows.extend_from_slice(keys));
+        interleave(simd, &rows, d, &mut panel);
+        let out = &mut weights[first - begin..];
+        let panel = Panel { data: &panel, stride: WIDTH };
+        strip(simd, Strip { left: q, panel, rows: t.count, inner: d, columns: WIDTH, keep: false, stride: n, out })?;
+    }
+    let mut sums = Vec::with_capacity(t.count);
+    for (i, row) in weights.chunks_exact_mut(n).enumerate() {
+        let (from, to) = t.visible(i, shape);
+        row[..from - begin].fill(0.0);
+        row[to - begin..].fill(0.0);
+        let seen = &mut row[from - begin..to - begin];
+        seen.iter_mut().for_each(|s| *s *= shape.scale);
+        if let Some(cap) = shape.soft_cap {
+            seen.iter_mut().for_each(|s| *s = scalar::soft_cap(*s, cap));
         }
-    } else {
-        let values = runs().map(|r| r.1).collect::<Vec<_>>().concat();
-        let (a, b) = (View { data: &scores, row: n, col: 1 }, View { data: &values, row: d, col: 1 });
-        matmul(&mut out, (d, 1), false, (t.count, d, n), a, b, 1.0)?;
+        let max = simd.run(Max(seen));
+        simd.run(Exp(seen, max));
+        sums.push(simd.run(LaneSum(row)));
+    }
+    let padded = d.next_multiple_of(WIDTH);
+    let mut mixed = vec![0f32; t.count * padded];
+    let mut values = vec![0f32; VALUES * padded];
+    for first in (begin..end).step_by(VALUES) {
+        let last = end.min(first + VALUES);
+        let mut held = values.chunks_exact_mut(padded);
+        for (value, slot) in runs(first, last).flat_map(|(_, v)| v.chunks_exact(d)).zip(&mut held) {
+            slot[..d].copy_from_slice(value);
+        }
+        let left = Left { data: &weights[first - begin..], row: n, step: 1 };
+        for c in (0..padded).step_by(WIDTH) {
+            let panel = Panel { data: &values[c..], stride: padded };
+            let (inner, keep, out) = (last - first, first > begin, &mut mixed[c..]);
+            strip(simd, Strip { left, panel, rows: t.count, inner, columns: WIDTH, keep, stride: padded, out })?;
+        }
+    }
+    let mut out = vec![0f32; t.count * d];
+    for ((out, mixed), z) in out.chunks_exact_mut(d).zip(mixed.chunks_exact(padded)).zip(&sums) {
+        out.iter_mut().zip(mixed).for_each(|(o, m)| *o = m / z);
     }
     Ok(out)
 }
 
-fn softmax(simd: Simd, row: &mut [f32]) {
-    let max = simd.run(Max(row));
-    let sum = simd.run(ExpSum(row, max));
-    let inv = 1.0 / sum;
-    row.iter_mut().for_each(|v| *v *= inv);
+/// Replaces values by `exp(v − max)`.
+struct Exp<'a>(&'a mut [f32], f32);
+
+impl Kernel for Exp<'_> {
+    type Output = ();
+    #[inline(always)]
+    unsafe fn run<L: Lanes>(self) {
+        self.0.iter_mut().for_each(|v| *v = exp(*v - self.1));
+    }
+}
+
+/// Sum of a row whose length is a multiple of sixteen: lane l takes elements l, l + 16, ...; then halves are folded.
+struct LaneSum<'a>(&'a [f32]);
+
+impl Kernel for LaneSum<'_> {
+    type Output = f32;
+    #[inline(always)]
+    unsafe fn run<L: Lanes>(self) -> f32 {
+        let mut acc = [0f32; 16];
+        for c in self.0.as_chunks::<16>().0 {
+            for i in 0..16 {
+                acc[i] += c[i];
+            }
+        }
+        super::elementwise::fold(acc)
+    }
 }
 
 /// Replaces values by `exp(v − max)` and returns their sum.

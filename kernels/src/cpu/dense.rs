@@ -1,13 +1,11 @@
 //! Dense weights, read in the dtype they are stored in.
 //!
-//! Up to [`GEMV_TOKENS`] tokens go through a matrix–vector loop that widens in registers: the weight is read once and
-//! the result of a token does not depend on the others. More tokens go through f32 panels and a general product,
-//! whose order of additions differs from the loop's (and may change with T): there, results of different batch sizes
-//! agree to rounding only. Neither depends on the number of threads.
+//! Prefill: f32 panels and the product of [`super::product`]. Decode: a matrix–vector loop that widens in registers, so that the weight
+//! is read once for up to [`GEMV_TOKENS`] tokens. In neither does a token's result depend on the others or on the number of threads.
 
 use std::ops::Range;
 
-use super::matmul::by_panels;
+use super::product;
 use super::simd::{Kernel, Lanes, Simd};
 use crate::backend::{Bytes, FloatType};
 use crate::error::{KernelError, Result, check_len};
@@ -104,7 +102,7 @@ impl DenseWeight {
     /// `y = x Wᵀ` for many tokens: x `[t, cols]`, y `[t, rows]`.
     pub fn panels(&self, simd: Simd, x: &[f32], t: usize, y: &mut [f32]) -> Result<()> {
         check_len("x", t * self.cols, x.len())?;
-        by_panels(y, x, (t, self.rows, self.cols), |rows, out| self.widen(simd, rows, out))
+        product::linear(simd, y, x, (t, self.rows, self.cols), |rows, out| self.widen(simd, rows, out))
     }
 
     /// `out[r][t] = W[r] · x[t]` for some rows and few tokens: x `[t, cols]`, out `[rows, t]`.

@@ -51,6 +51,19 @@ fn erfc(x: f64) -> f64 {
     if x >= 0.0 { tail } else { 2.0 - tail }
 }
 
+/// Sum of sixteen lanes: halves are folded, 8, 4, 2, 1.
+#[inline(always)]
+pub fn fold(mut lanes: [f32; 16]) -> f32 {
+    let mut width = 8;
+    while width > 0 {
+        for i in 0..width {
+            lanes[i] += lanes[i + width];
+        }
+        width /= 2;
+    }
+    lanes[0]
+}
+
 struct ActivationMul<'a>(&'a mut [f32], &'a [f32], Activation);
 
 impl Kernel for ActivationMul<'_> {
@@ -104,7 +117,8 @@ impl Kernel for NormRow<'_> {
                 acc[i] += c[i] * c[i];
             }
         }
-        let sum = acc.iter().sum::<f32>() + tail.iter().map(|v| v * v).sum::<f32>();
+        acc.iter_mut().zip(tail).for_each(|(a, v)| *a += v * v);
+        let sum = fold(acc);
         let scale = 1.0 / (sum / self.x.len() as f32 + self.eps).sqrt();
         for ((o, x), w) in self.out.iter_mut().zip(self.x).zip(self.weight) {
             *o = x * scale * (self.offset + w);

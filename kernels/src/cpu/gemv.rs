@@ -8,18 +8,20 @@ use super::packed::Prepared;
 use super::pool::{Parts, Pool};
 use super::simd::Simd;
 
-/// Whether all of these take this path for `t` tokens.
-pub fn takes(weights: &[&Weight], t: usize) -> bool {
-    t <= GEMV_TOKENS
-        && weights.iter().all(|w| match w {
-            Weight::Dense(_) => true,
-            Weight::Packed(p) => p.has_rows(),
-        })
+/// Whether all of these have a loop for the decode phase; the others keep prefill's arithmetic there.
+pub fn takes(weights: &[&Weight]) -> bool {
+    weights.iter().all(|w| match w {
+        Weight::Dense(_) => true,
+        Weight::Packed(p) => p.has_rows(),
+    })
 }
 
-/// `ys[i] = x Wᵢᵀ`: x `[t, k]`, ys[i] `[t, nᵢ]`. Rows are split in fixed chunks, so threads change nothing.
+/// `ys[i] = x Wᵢᵀ`: x `[t, k]`, ys[i] `[t, nᵢ]`. Rows are split in fixed chunks and tokens are taken four at a time, each in an order
+/// of its own, so neither threads nor the batch change a result.
 pub fn gemv(simd: Simd, pool: &Pool, exact: bool, x: &[f32], t: usize, weights: &[&Weight], ys: &mut [Vec<f32>]) {
-    let prepared = prepare(simd, exact, x, weights);
+    let k = x.len() / t.max(1);
+    let tokens: Vec<&[f32]> = x.chunks((GEMV_TOKENS * k).max(1)).collect();
+    let prepared: Vec<Vec<Input>> = tokens.iter().map(|x| prepare(simd, exact, x, weights)).collect();
     // One row-major [n, t] result a weight; for one token that is already y.
     let mut by_row: Vec<Vec<f32>> = if t == 1 {
         ys.iter_mut().map(std::mem::take).collect()
@@ -37,15 +39,17 @@ pub fn gemv(simd: Simd, pool: &Pool, exact: bool, x: &[f32], t: usize, weights: 
             let (i, rows) = tasks[task].clone();
             // SAFETY: chunks of rows do not overlap, each is one task, and `by_row` is borrowed for the whole block.
             let out = unsafe { parts[i].part(rows.start * t, rows.len() * t) };
-            match (weights[i], &prepared[i]) {
-                (Weight::Packed(w), Input::Own(p)) => w.rows(simd, p, t, rows, out),
-                (Weight::Packed(w), Input::As(j)) => {
-                    if let Input::Own(p) = &prepared[*j] {
-                        w.rows(simd, p, t, rows, out);
-                    }
+            if tokens.len() == 1 {
+                return product(simd, weights[i], &prepared[0], i, x, rows, out);
+            }
+            let mut some = [0f32; GEMV_ROWS * GEMV_TOKENS];
+            for (chunk, (x, prepared)) in tokens.iter().zip(&prepared).enumerate() {
+                let count = x.len() / k.max(1);
+                let some = &mut some[..rows.len() * count];
+                product(simd, weights[i], prepared, i, x, rows.clone(), some);
+                for (out, some) in out.chunks_exact_mut(t).zip(some.chunks_exact(count)) {
+                    out[chunk * GEMV_TOKENS..][..count].copy_from_slice(some);
                 }
-                (Weight::Dense(w), _) => w.rows(simd, x, t, rows, out),
-                (Weight::Packed(_), Input::Plain) => {}
             }
         });
     }
@@ -60,6 +64,21 @@ pub fn gemv(simd: Simd, pool: &Pool, exact: bool, x: &[f32], t: usize, weights: 
                 y[token * n + row] = *v;
             }
         }
+    }
+}
+
+/// Rows `rows` of weight `i` times at most four tokens; out `[rows, tokens]`.
+fn product(simd: Simd, w: &Weight, inputs: &[Input], i: usize, x: &[f32], rows: Range<usize>, out: &mut [f32]) {
+    let t = out.len() / rows.len().max(1);
+    match (w, &inputs[i]) {
+        (Weight::Packed(w), Input::Own(p)) => w.rows(simd, p, t, rows, out),
+        (Weight::Packed(w), Input::As(j)) => {
+            if let Input::Own(p) = &inputs[*j] {
+                w.rows(simd, p, t, rows, out);
+            }
+        }
+        (Weight::Dense(w), _) => w.rows(simd, x, t, rows, out),
+        (Weight::Packed(_), Input::Plain) => {}
     }
 }
 

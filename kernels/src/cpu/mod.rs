@@ -1,8 +1,9 @@
 //! The host backends: [`CpuBackend`] (threads and run-time SIMD) and [`ScalarBackend`] (the reference it is compared
 //! with).
 //!
-//! Results never depend on the number of threads. They do not depend on the rest of the batch either, with one
-//! limit: a product of more than four tokens may round differently from one of four or fewer (see [`dense`]).
+//! Results never depend on the number of threads or on the rest of the batch. What they do depend on is the phase: prefill
+//! keeps one order of additions for any number of tokens (see [`product`]); decode ([`Backend::decode_phase`]) has loops that read each
+//! weight once from memory, and there packed weights meet activations rounded to int8 unless the backend is [`CpuBackend::exact`].
 
 mod attention;
 mod bandwidth;
@@ -13,14 +14,15 @@ mod gemv;
 mod hessian;
 mod int8;
 mod kv;
-mod matmul;
 mod packed;
 mod pool;
+mod product;
 mod reference;
 mod scalar;
 mod simd;
 
 use std::ops::Range;
+use std::sync::Arc;
 
 pub use bandwidth::read_bandwidth;
 use checks::{buffer, host, host_mut};
@@ -42,8 +44,10 @@ const NAME: &str = "cpu";
 /// Threads and SIMD: AVX-512, AVX2 or portable inner loops.
 pub struct CpuBackend {
     simd: Simd,
-    pool: Pool,
+    pool: Arc<Pool>,
     exact: bool,
+    /// The same backend in its decode phase; `None` inside that one.
+    decode: Option<Box<CpuBackend>>,
 }
 
 enum Weight {
@@ -68,14 +72,23 @@ impl CpuBackend {
 
     /// With no more than `most` (and no more than the machine has).
     pub fn with_level(most: Level) -> Self {
-        Self { simd: Simd::up_to(most), pool: Pool::new(rayon::current_num_threads()), exact: false }
+        let (simd, pool) = (Simd::up_to(most), Arc::new(Pool::new(rayon::current_num_threads())));
+        let decode = Self { simd, pool: pool.clone(), exact: false, decode: None };
+        Self { simd, pool, exact: false, decode: Some(Box::new(decode)) }
     }
 
     /// Keeps activations in f32 where decode would round them to int8 (products of packed weights with few tokens).
     #[must_use]
     pub fn exact(mut self, exact: bool) -> Self {
         self.exact = exact;
+        if let Some(decode) = &mut self.decode {
+            decode.exact = exact;
+        }
         self
+    }
+
+    fn decodes(&self) -> bool {
+        self.decode.is_none()
     }
 
     /// The instruction set in use.
@@ -97,6 +110,10 @@ fn weight(w: &WeightHandle) -> Result<&Weight> {
 impl Backend for CpuBackend {
     fn name(&self) -> &'static str {
         NAME
+    }
+
+    fn decode_phase(&self) -> Option<&dyn Backend> {
+        self.decode.as_deref().map(|b| b as &dyn Backend)
     }
 
     fn upload(&self, data: &[f32]) -> Result<Buffer> {
@@ -154,7 +171,7 @@ impl Backend for CpuBackend {
             return Ok(buffer(y));
         }
         let inner = weight(w)?;
-        if gemv::takes(&[inner], t) {
+        if self.decodes() && gemv::takes(&[inner]) {
             let mut ys = [y];
             gemv::gemv(self.simd, &self.pool, self.exact, x, t, &[inner], &mut ys);
             [y] = ys;
@@ -177,7 +194,7 @@ impl Backend for CpuBackend {
         let t = checks::rows("linear input", x.len, first.in_features)?;
         let inner = weights.iter().map(|(w, _)| weight(w)).collect::<Result<Vec<_>>>()?;
         let alike = weights.iter().all(|(w, bias)| bias.is_none() && w.in_features == first.in_features);
-        if t == 0 || !alike || !gemv::takes(&inner, t) {
+        if t == 0 || !alike || !self.decodes() || !gemv::takes(&inner) {
             return weights.iter().map(|(w, bias)| self.linear(x, w, *bias)).collect();
         }
         let lengths = weights.iter().map(|(w, _)| checks::product("linear output", t, w.out_features));
@@ -245,7 +262,7 @@ impl Backend for CpuBackend {
         checks::segments(NAME, "attention", segments, checks::rows("queries", q.len(), width)?)?;
         checks::cached(NAME, "attention", segments, kv)?;
         memory.check_held(NAME, segments)?;
-        Ok(buffer(attention::attention(self.simd, &self.pool, q, memory, shape, segments)?))
+        Ok(buffer(attention::attention(self.simd, self.decodes().then_some(&*self.pool), q, memory, shape, segments)?))
     }
 
     fn activation_mul(&self, gate: &Buffer, up: &Buffer, act: Activation) -> Result<Buffer> {
@@ -290,6 +307,6 @@ impl Backend for CpuBackend {
         let (h, x) = (host_mut(NAME, h)?, host(NAME, x)?);
         checks::rows("hessian input", x.len(), n)?;
         check_len("hessian", checks::product("hessian", n, n)?, h.len())?;
-        hessian::update(h, x, n)
+        hessian::update(self.simd, h, x, n)
     }
 }

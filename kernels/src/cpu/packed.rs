@@ -3,16 +3,15 @@
 //! 4- and 8-bit words are used as given, without a copy. Other widths, and any weight with a column → group table,
 //! are unpacked at upload to one byte a code: those formats save disk, not memory traffic, on this backend.
 //!
-//! Few tokens: codes times x are summed per group, then `y += scale · (Σ code·x − zero · Σ x)`, so the inner loop has
-//! no multiplication by the scale. Many tokens: panels dequantized to f32 (see [`super::dense`] for what that means
-//! for batch independence).
+//! Decode: codes times x are summed per group, then `y += scale · (Σ code·x − zero · Σ x)`, so the inner loop has no multiplication by
+//! the scale. Prefill: panels dequantized to f32 (see [`super::product`]).
 
 use std::ops::Range;
 
 use rayon::prelude::*;
 
 use super::int8::{self, Int8Rows};
-use super::matmul::by_panels;
+use super::product;
 use super::simd::{Kernel, Lanes, Simd};
 use crate::backend::{Bytes, PackedWeight};
 use crate::error::{KernelError, Result, check_len};
@@ -101,7 +100,7 @@ impl PackedMatrix {
     /// `y = x Wᵀ` for many tokens: x `[t, cols]`, y `[t, rows]`.
     pub fn panels(&self, simd: Simd, x: &[f32], t: usize, y: &mut [f32]) -> Result<()> {
         check_len("x", t * self.cols, x.len())?;
-        by_panels(y, x, (t, self.rows, self.cols), |rows, out| self.widen(simd, rows, out))
+        product::linear(simd, y, x, (t, self.rows, self.cols), |rows, out| self.widen(simd, rows, out))
     }
 
     /// Whether few tokens have a loop of their own; else they go through panels too.
