@@ -208,7 +208,7 @@ mod tests {
 
     #[test]
     fn hellaswag_cleans_marks() {
-        assert_eq!(hellaswag_text(" [header] How [title] Do it  now [x\ny] [step] "), " How.  Do it now [x\ny] ");
+        assert_eq!(hellaswag_text(" [header] How [title] Do it  now [x\ny] [step] "), " How. Do it now [x\ny] ");
         let doc = process_doc(
             Twin::HellaswagDocs,
             &row(
