@@ -97,6 +97,8 @@ pub enum Command {
     Load(LoadArgs),
     /// Servers for a peak rate and what a million tokens costs, from load records or from a data sheet.
     Capacity(CapacityArgs),
+    /// Two load records against each other: ratios of latencies with intervals.
+    Compare(CompareArgs),
     /// Continue a prompt.
     Generate(GenerateArgs),
     /// Write report.html, report.md and report.json from the records in a folder.
@@ -540,6 +542,20 @@ pub struct CapacityArgs {
     /// Keys and values in 8 bits.
     #[arg(long)]
     pub kv_8bit: bool,
+}
+
+#[derive(Args, Debug)]
+pub struct CompareArgs {
+    /// Load record to compare with.
+    pub before: PathBuf,
+    /// Load record that is judged.
+    pub after: PathBuf,
+    /// Slower by more than this share is a regression: exit code 1.
+    #[arg(long, default_value_t = 0.05)]
+    pub margin: f64,
+    /// Seed of the bootstrap.
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
 }
 
 #[derive(Args, Debug)]

@@ -2,6 +2,7 @@
 
 mod bench;
 mod capacity;
+mod compare;
 mod convert;
 mod eval;
 mod generate;
@@ -33,6 +34,7 @@ pub fn dispatch(ctx: &Context, command: Command) -> Result<()> {
         Command::Eval(a) => eval::eval(ctx, &a),
         Command::Bench(a) => bench::bench(ctx, &a),
         Command::Load(a) => load::load(ctx, &a),
+        Command::Compare(a) => compare::compare(ctx, &a),
         Command::Capacity(a) => capacity::capacity(ctx, &a),
         Command::Generate(a) => generate::generate(ctx, &a),
         Command::Report(a) => report::report(ctx, &a),

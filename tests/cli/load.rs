@@ -70,6 +70,10 @@ fn a_load_its_record_and_a_plan_from_it() {
     let shown: serde_json::Value = serde_json::from_slice(&first.stdout).unwrap();
     assert!(shown["stages"][0].get("requests").is_none());
     assert_eq!(run(&["-o", file]).status.code(), Some(3), "an existing record is kept");
+    // A run against itself differs by nothing.
+    let same = ok(lowbit(tmp.path()).args(["compare", file, file]));
+    let text = String::from_utf8_lossy(&same.stdout).into_owned();
+    assert!(text.contains("concurrent 2 e2e p50") && text.contains("1.000 ["), "{text}");
     assert_eq!(run(&["--slo", "e2e_p95<=60000"]).status.code(), Some(0));
     let broken = run(&["--slo", "rps>=1000000"]);
     assert_eq!(broken.status.code(), Some(1), "{}", stderr(&broken));

@@ -26,7 +26,7 @@ fn help() {
     check("help", &["--help"]);
     for command in [
         "run", "inspect", "plan", "quantize", "verify", "convert", "eval", "bench", "generate", "report", "load",
-        "capacity",
+        "capacity", "compare",
     ] {
         check(&format!("help-{command}"), &[command, "--help"]);
     }

@@ -2,6 +2,7 @@
 //! `docs/load.md` has the definitions and the differences from other tools.
 
 pub mod client;
+pub mod compare;
 pub(crate) mod connection;
 pub mod data;
 pub mod error;
