@@ -72,6 +72,15 @@ pub enum EvalError {
     /// There is neither a BOS nor an EOS token to start a page with.
     #[error("lm-eval-word starts every page with BOS or EOS and the tokenizer names neither")]
     NoPrefix,
+    /// An empty context needs a prefix token.
+    #[error("the tokenizer names neither a BOS nor an EOS token, and a request without context needs one of them")]
+    NoPrefixToken,
+    /// A request that cannot be asked of this model.
+    #[error("request {idx} of document {doc} of {task}: {problem}")]
+    Request { task: String, doc: usize, idx: usize, problem: String },
+    /// A journal or cache file could not be used.
+    #[error("{path}: {problem}")]
+    Journal { path: PathBuf, problem: String },
     /// A scorer answered with the wrong number of values.
     #[error("the scorer returned {found} values where {expected} were asked for")]
     Scores { expected: usize, found: usize },

@@ -4,6 +4,7 @@ use std::cell::RefCell;
 use std::ops::Range;
 
 use crate::encode::Encode;
+use crate::engine::codec::Codec;
 use crate::error::Result;
 use crate::scorer::{LogitRows, Scorer};
 
@@ -78,10 +79,27 @@ pub(crate) struct ByteTokenizer {
 impl Encode for ByteTokenizer {
     fn encode(&self, text: &str, special: bool) -> Result<Vec<u32>> {
         let bos = (special && self.adds_bos).then_some(256);
-        Ok(bos.into_iter().chain(text.bytes().map(u32::from)).collect())
+        // BOS can be spelled in a text, as special tokens can: here by U+0100.
+        let spelled = text.chars().flat_map(|c| if c == '\u{100}' { vec![256] } else { bytes(c) });
+        Ok(bos.into_iter().chain(spelled).collect())
     }
 
     fn bos_id(&self) -> Option<u32> {
         Some(256)
+    }
+}
+
+fn bytes(c: char) -> Vec<u32> {
+    c.encode_utf8(&mut [0; 4]).bytes().map(u32::from).collect()
+}
+
+impl Codec for ByteTokenizer {
+    fn eos_ids(&self) -> &[u32] {
+        &[257]
+    }
+
+    fn decode(&self, ids: &[u32], skip_special: bool) -> Result<String> {
+        let plain = |&id: &u32| char::from_u32(id).filter(|_| !(skip_special && id >= 256));
+        Ok(ids.iter().filter_map(plain).collect())
     }
 }

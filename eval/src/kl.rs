@@ -7,12 +7,12 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
+use crate::drift::row::{RowDrift, compare};
+use crate::drift::summary::statistics;
 use crate::error::{EvalError, Result};
 use crate::record::KlRecord;
 use crate::scorer::{LogitRows, Scorer, check_window, chunks, rows_per_chunk};
-use crate::stats::{
-    clustered_mean, clustered_share, correlation, first_max, mean, percentile, percentiles, root_mean_square,
-};
+use crate::stats::{clustered_mean, clustered_share, correlation, mean, percentile, percentiles, root_mean_square};
 use crate::text::Source;
 
 /// How much to compare.
@@ -27,48 +27,6 @@ pub struct KlOptions {
 impl Default for KlOptions {
     fn default() -> Self {
         Self { window: 1024, limit: None }
-    }
-}
-
-/// Two distributions at one position.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Drift {
-    /// KL(reference ‖ candidate), nats.
-    pub kl: f64,
-    /// −log probability of the true token by the reference.
-    pub reference_nll: f64,
-    /// The same by the candidate.
-    pub candidate_nll: f64,
-    /// Whether the first largest logit is the same.
-    pub same_top1: bool,
-}
-
-/// Compares one row of logits.
-///
-/// With `Z = Σ exp(a)`, KL = Σ exp(a)(a − b) / Z_a − ln Z_a + ln Z_b: one sweep and two exponentials an entry.
-pub fn compare_row(reference: &[f32], candidate: &[f32], target: usize) -> Drift {
-    let (max_a, top_a) = first_max(reference);
-    let (max_b, top_b) = first_max(candidate);
-    let (max_a, max_b) = (f64::from(max_a), f64::from(max_b));
-    let (mut sum_a, mut sum_b, mut weighted) = (0.0, 0.0, 0.0);
-    for (&a, &b) in reference.iter().zip(candidate) {
-        let (a, b) = (f64::from(a) - max_a, f64::from(b) - max_b);
-        let p = a.exp();
-        sum_a += p;
-        sum_b += b.exp();
-        // 0 · ln 0 is 0; a NaN stays one.
-        if p != 0.0 {
-            weighted += p * (a - b);
-        }
-    }
-    let (log_a, log_b) = (f64::ln(sum_a), f64::ln(sum_b));
-    let kl = weighted / sum_a - log_a + log_b;
-    Drift {
-        // Negative by rounding only; `max` would turn NaN into 0.
-        kl: if kl < 0.0 { 0.0 } else { kl },
-        reference_nll: log_a - (f64::from(reference[target]) - max_a),
-        candidate_nll: log_b - (f64::from(candidate[target]) - max_b),
-        same_top1: top_a == top_b,
     }
 }
 
@@ -120,7 +78,7 @@ pub fn evaluate_kl(
     Ok(summarize(&drifts, source, window, total))
 }
 
-fn window_drift(candidate: &dyn Scorer, reference: &dyn Scorer, ids: &[u32], drifts: &mut Vec<Drift>) -> Result<()> {
+fn window_drift(candidate: &dyn Scorer, reference: &dyn Scorer, ids: &[u32], drifts: &mut Vec<RowDrift>) -> Result<()> {
     let vocab = candidate.vocab_size();
     let positions = candidate.max_positions().min(reference.max_positions());
     check_window(vocab, positions, ids, &(1..ids.len()))?;
@@ -135,7 +93,7 @@ fn window_drift(candidate: &dyn Scorer, reference: &dyn Scorer, ids: &[u32], dri
             a.par_chunks_exact(vocab)
                 .zip(b.par_chunks_exact(vocab))
                 .zip(targets.par_iter())
-                .map(|((a, b), &target)| compare_row(a, b, target as usize)),
+                .map(|((a, b), &target)| compare(a, b, target as usize)),
         );
     }
     Ok(())
@@ -150,7 +108,7 @@ fn checked_logits(window: &dyn LogitRows, rows: Range<usize>, vocab: usize) -> R
     Err(EvalError::Scores { expected, found: logits.len() })
 }
 
-fn check_finite(drifts: &[Drift], window: usize) -> Result<()> {
+fn check_finite(drifts: &[RowDrift], window: usize) -> Result<()> {
     for (position, d) in drifts.iter().enumerate() {
         let bad = [
             ("reference", "NLL", d.reference_nll),
@@ -166,14 +124,14 @@ fn check_finite(drifts: &[Drift], window: usize) -> Result<()> {
     Ok(())
 }
 
-fn summarize(drifts: &[Drift], source: &Source, window: usize, windows: usize) -> KlRecord {
-    let column = |f: fn(&Drift) -> f64| drifts.iter().map(f).collect::<Vec<f64>>();
+fn summarize(drifts: &[RowDrift], source: &Source, window: usize, windows: usize) -> KlRecord {
+    let column = |f: fn(&RowDrift) -> f64| drifts.iter().map(f).collect::<Vec<f64>>();
     let sorted = |mut values: Vec<f64>| {
         values.sort_by(f64::total_cmp);
         values
     };
     let window_sums =
-        |f: fn(&Drift) -> f64| -> Vec<f64> { drifts.chunks(window - 1).map(|w| w.iter().map(f).sum()).collect() };
+        |f: fn(&RowDrift) -> f64| -> Vec<f64> { drifts.chunks(window - 1).map(|w| w.iter().map(f).sum()).collect() };
     let weights = vec![(window - 1) as f64; windows];
     let kl_sums = window_sums(|d| d.kl);
     let kl = sorted(column(|d| d.kl));
@@ -193,13 +151,14 @@ fn summarize(drifts: &[Drift], source: &Source, window: usize, windows: usize) -
         p99: percentile(&kl, 99.0),
         max: percentile(&kl, 100.0),
         min: percentile(&kl, 0.0),
-        top1_agreement: clustered_share(&window_sums(|d| f64::from(u8::from(d.same_top1))), &weights),
+        top1_agreement: clustered_share(&window_sums(|d| f64::from(u8::from(d.same_order >= 1))), &weights),
         delta_p_mean: mean(&delta_p),
         delta_p_rms: root_mean_square(&delta_p),
         delta_p_percentiles: percentiles(&delta_p),
         nll_correlation: correlation(&candidate_nll, &reference_nll),
         perplexity: mean(&candidate_nll).exp().min(f64::MAX),
         reference_perplexity: mean(&reference_nll).exp().min(f64::MAX),
+        statistics: statistics(drifts),
         window_means: kl_sums.iter().map(|s| s / (window - 1) as f64).collect(),
     }
 }

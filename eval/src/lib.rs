@@ -1,6 +1,9 @@
 //! How good a checkpoint is: perplexity and drift against a reference
 
+pub mod cache;
+pub mod drift;
 pub mod encode;
+pub mod engine;
 pub mod error;
 pub mod kl;
 pub mod perplexity;

@@ -3,8 +3,10 @@
 use lowbit_checkpoint::provenance::Provenance;
 use serde::{Deserialize, Serialize};
 
+use crate::drift::summary::DriftStatistics;
+
 /// A value with a 95 % confidence interval, clustered by window.
-#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Interval {
     /// Point estimate.
     pub value: f64,
@@ -84,6 +86,9 @@ pub struct KlRecord {
     pub perplexity: f64,
     /// Perplexity of the reference on these positions.
     pub reference_perplexity: f64,
+    /// Reverse KL, Jensen–Shannon, top-k agreement, KL by confidence, change of the margin. Absent before schema 2.
+    #[serde(default)]
+    pub statistics: DriftStatistics,
     /// Mean KL per window (raw samples).
     pub window_means: Vec<f64>,
 }

@@ -141,7 +141,7 @@ pub fn evaluate(
     ctx.progress.clear();
     ctx.check_stop()?;
     Ok(EvalRecord {
-        schema: 1,
+        schema: 2,
         provenance: provenance::gather(ctx, candidate, reference, 0, request.options())?,
         perplexity: perplexities.first().map(|p| p.perplexity.value),
         perplexities,

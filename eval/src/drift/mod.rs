@@ -1,0 +1,5 @@
+//! How far a candidate's distributions are from its reference's.
+
+pub mod free_running;
+pub mod row;
+pub mod summary;
