@@ -99,6 +99,8 @@ pub enum Command {
     Capacity(CapacityArgs),
     /// Two load records against each other: ratios of latencies with intervals.
     Compare(CompareArgs),
+    /// OpenAI-compatible server: completions and chat, streaming, continuous batching.
+    Serve(ServeArgs),
     /// Continue a prompt.
     Generate(GenerateArgs),
     /// Write report.html, report.md and report.json from the records in a folder.
@@ -583,6 +585,66 @@ pub struct GenerateArgs {
     /// Seed of the sampler.
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
+}
+
+#[derive(Args, Debug)]
+pub struct ServeArgs {
+    /// Model.
+    pub model: String,
+    /// Address to listen on; anything but loopback opens the server to the network.
+    #[arg(long, default_value = "127.0.0.1")]
+    pub host: std::net::IpAddr,
+    /// Port (0: any free one; the address is printed).
+    #[arg(long, default_value_t = 8000)]
+    pub port: u16,
+    /// Name of the model in the API (default: MODEL).
+    #[arg(long)]
+    pub served_name: Option<String>,
+    /// A cheaper model with the same tokenizer that proposes tokens, such as MODEL quantized; the text stays MODEL's own.
+    #[arg(long, value_name = "MODEL")]
+    pub draft: Option<String>,
+    /// Tokens the draft proposes at a time.
+    #[arg(long, default_value_t = 4)]
+    pub draft_tokens: usize,
+    /// Ask the draft while no more than this many sequences run.
+    #[arg(long, default_value_t = 4)]
+    pub draft_max_running: usize,
+    /// Sequences that run at the same time.
+    #[arg(long, default_value_t = 64)]
+    pub max_concurrent: usize,
+    /// Requests that may wait; further ones are answered 429.
+    #[arg(long, default_value_t = 256)]
+    pub max_queue: usize,
+    /// Tokens the KV cache holds.
+    #[arg(long, default_value_t = 32_768)]
+    pub kv_tokens: usize,
+    /// Longest prompt plus answer (default: the model's own limit).
+    #[arg(long)]
+    pub max_len: Option<usize>,
+    /// Prompt tokens computed between two steps of the running sequences.
+    #[arg(long, default_value_t = 256)]
+    pub prefill_tokens: usize,
+    /// Prompts kept for requests that begin alike (0: none).
+    #[arg(long, default_value_t = 64)]
+    pub kept_prompts: usize,
+    /// Tokens of a chat answer that names no limit.
+    #[arg(long, default_value_t = 1024)]
+    pub default_max_tokens: usize,
+    /// Environment variable that holds the bearer token requests must carry.
+    #[arg(long, value_name = "NAME")]
+    pub api_key_env: Option<String>,
+    /// Largest request body in bytes.
+    #[arg(long, default_value_t = 8 << 20)]
+    pub max_body: usize,
+    /// Seconds a client has to send a request's header, and its body.
+    #[arg(long, default_value_t = 30)]
+    pub read_timeout: u64,
+    /// Connections at a time.
+    #[arg(long, default_value_t = 4096)]
+    pub max_connections: usize,
+    /// Seconds running requests get to finish after SIGTERM.
+    #[arg(long, default_value_t = 60)]
+    pub drain: u64,
 }
 
 #[derive(Args, Debug)]

@@ -24,6 +24,7 @@ pub struct Context {
     pub progress: Bars,
     pub stop: Arc<AtomicBool>,
     writing: Arc<AtomicBool>,
+    released: Arc<AtomicBool>,
     pub json: bool,
     pub quiet: bool,
     pub threads: usize,
@@ -40,8 +41,12 @@ impl Context {
             .context("cannot start the worker threads")?;
         let stop = Arc::new(AtomicBool::new(false));
         let writing = Arc::new(AtomicBool::new(false));
-        let (flag, busy) = (stop.clone(), writing.clone());
+        let released = Arc::new(AtomicBool::new(false));
+        let (flag, busy, ours) = (stop.clone(), writing.clone(), released.clone());
         ctrlc::set_handler(move || {
+            if ours.load(Ordering::SeqCst) {
+                return;
+            }
             // With no output open there is nothing to clean up; a second Ctrl-C does not wait for the clean-up.
             if flag.swap(true, Ordering::SeqCst) || !busy.load(Ordering::SeqCst) {
                 eprintln!("error: interrupted");
@@ -60,6 +65,7 @@ impl Context {
             progress: Bars::new(global.quiet),
             stop,
             writing,
+            released,
             json: global.json,
             quiet: global.quiet,
             threads,
@@ -121,6 +127,11 @@ impl Context {
     pub fn writing(&self) -> Writing<'_> {
         self.writing.store(true, Ordering::SeqCst);
         Writing(&self.writing)
+    }
+
+    /// From now on a signal does not end the program: the command watches for it itself.
+    pub fn release_signals(&self) {
+        self.released.store(true, Ordering::SeqCst);
     }
 
     /// Talk on stderr.

@@ -71,6 +71,11 @@ fn hint_of(cause: &(dyn std::error::Error + 'static)) -> Option<String> {
     if let Some(ModelError::Checkpoint(e)) = cause.downcast_ref::<ModelError>() {
         return e.hint();
     }
+    if let Some(lowbit_serve::ServeError::Checkpoint(e) | lowbit_serve::ServeError::Model(ModelError::Checkpoint(e))) =
+        cause.downcast_ref()
+    {
+        return e.hint();
+    }
     match cause.downcast_ref::<QuantizeError>() {
         Some(QuantizeError::Plan { hint, .. }) => return hint.clone(),
         Some(QuantizeError::Checkpoint(e)) => return e.hint(),

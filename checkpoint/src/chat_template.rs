@@ -152,13 +152,39 @@ impl ChatTemplate {
                 ])
             })
             .collect();
+        self.render_values(messages, Value::from(()), Vec::new(), add_generation_prompt, unix_time)
+    }
+
+    /// Renders messages as a client sent them (whatever keys they carry), with the tools and further variables it sent.
+    pub fn render_request(
+        &self,
+        messages: &Json,
+        tools: Option<&Json>,
+        variables: &serde_json::Map<String, Json>,
+        add_generation_prompt: bool,
+    ) -> Result<String> {
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |t| t.as_secs());
+        let more = variables.iter().map(|(k, v)| (k.as_str(), value_of(v))).collect();
+        let tools = tools.map_or(Value::from(()), value_of);
+        self.render_values(value_of(messages), tools, more, add_generation_prompt, now)
+    }
+
+    fn render_values(
+        &self,
+        messages: Value,
+        tools: Value,
+        more: Vec<(&str, Value)>,
+        add_generation_prompt: bool,
+        unix_time: u64,
+    ) -> Result<String> {
         let mut context = vec![
             ("messages", messages),
             ("add_generation_prompt", Value::from(add_generation_prompt)),
-            ("tools", Value::from(())),
+            ("tools", tools),
             ("documents", Value::from(())),
             ("strftime_now", Value::from_function(move |format: String| strftime(&format, unix_time))),
         ];
+        context.extend(more);
         for (key, text) in &self.tokens {
             context.push((key.as_str(), Value::from(text.as_str())));
         }
@@ -169,6 +195,22 @@ impl ChatTemplate {
                 hint: Some("check the order and the roles of the messages, or run without the chat template".into()),
             }
         })
+    }
+}
+
+/// A JSON value as templates see it.
+fn value_of(json: &Json) -> Value {
+    match json {
+        Json::Null => Value::from(()),
+        Json::Bool(b) => Value::from(*b),
+        Json::Number(n) => match (n.as_i64(), n.as_u64()) {
+            (Some(i), _) => Value::from(i),
+            (_, Some(u)) => Value::from(u),
+            _ => Value::from(n.as_f64().unwrap_or(f64::NAN)),
+        },
+        Json::String(s) => Value::from(s.as_str()),
+        Json::Array(list) => list.iter().map(value_of).collect(),
+        Json::Object(map) => Value::from_pairs(map.iter().map(|(k, v)| (k.as_str(), value_of(v)))),
     }
 }
 
@@ -238,6 +280,18 @@ mod tests {
             llama,
             "<s><|start_header_id|>system<|end_header_id|>\n\nToday Date: 29 Feb 2024\n\nsystem<é><|eot_id|><|start_header_id|>user<|end_header_id|>\n\nuser<é><|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
         );
+    }
+
+    #[test]
+    fn a_request_brings_tools_and_variables() {
+        let template = load("{{ tools | tojson }}|{{ messages[0].name }}|{{ mode }}|{{ tools is none }}");
+        let messages = serde_json::json!([{"role": "user", "content": "x", "name": "n"}]);
+        let tools = serde_json::json!([{"type": "function", "function": {"strict": true, "n": 2}}]);
+        let variables = serde_json::json!({"mode": "fast"}).as_object().unwrap().clone();
+        let text = template.render_request(&messages, Some(&tools), &variables, true).unwrap();
+        let want = "[{\"type\": \"function\", \"function\": {\"strict\": true, \"n\": 2}}]|n|fast|False";
+        assert_eq!(text, want);
+        assert_eq!(template.render_request(&messages, None, &variables, true).unwrap(), "null|n|fast|True");
     }
 
     #[test]

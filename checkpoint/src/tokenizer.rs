@@ -19,6 +19,7 @@ pub struct Tokenizer {
     eos: Vec<u32>,
     add_bos: Option<bool>,
     splittable: bool,
+    byte_level: bool,
     sha256: String,
 }
 
@@ -75,6 +76,20 @@ fn splittable(json: &Value) -> bool {
             && regex.is_some_and(|regex| regex.contains(r"[^\r\n\p{L}\p{N}]?\p{L}+") && regex.contains(r"\s*[\r\n]+"))
     });
     normalizer_ok && added_ok && pre_ok
+}
+
+/// The byte that a character of a byte-level vocabulary stands for (GPT-2's table), or the character's own bytes.
+fn byte_of_char(c: char) -> Vec<u8> {
+    let code = u32::from(c);
+    match code {
+        33..=126 | 161..=172 | 174..=255 => vec![code as u8],
+        // The other 68 bytes, in order, from 256 on.
+        256..=323 => {
+            let rest = (0..=255u8).filter(|b| !matches!(b, 33..=126 | 161..=172 | 174..=255));
+            rest.skip((code - 256) as usize).take(1).collect()
+        }
+        _ => c.to_string().into_bytes(),
+    }
 }
 
 /// Cuts a text at safe newlines into pieces of at least [`PIECE`] bytes.
@@ -156,6 +171,7 @@ impl Tokenizer {
         let add_bos = settings.as_ref().and_then(|value| value.get("add_bos_token")?.as_bool());
         Ok(Self {
             splittable: splittable(&json),
+            byte_level: json.get("decoder").is_some_and(|d| d.to_string().contains("\"ByteLevel\"")),
             sha256: crate::hash::sha256_hex(&bytes),
             pad: pad.map(|(_, id)| id),
             inner,
@@ -245,6 +261,28 @@ impl Tokenizer {
         self.inner.token_to_id(token)
     }
 
+    /// The bytes a token stands for, which need not be whole characters; `None` for an id without a token.
+    pub fn token_bytes(&self, id: u32) -> Option<Vec<u8>> {
+        let token = self.inner.id_to_token(id)?;
+        if self.inner.get_added_vocabulary().get_added_tokens_decoder().contains_key(&id) {
+            return Some(token.into_bytes());
+        }
+        if self.byte_level {
+            return Some(token.chars().flat_map(byte_of_char).collect());
+        }
+        let hex = token.strip_prefix("<0x").and_then(|t| t.strip_suffix('>'));
+        match hex.and_then(|h| u8::from_str_radix(h, 16).ok()) {
+            Some(byte) => Some(vec![byte]),
+            None => Some(token.replace('\u{2581}', " ").into_bytes()),
+        }
+    }
+
+    /// Whether a token is a special one, which no text spells.
+    pub fn is_special(&self, id: u32) -> bool {
+        let added = self.inner.get_added_vocabulary();
+        added.get_added_tokens_decoder().get(&id).is_some_and(|t| t.special)
+    }
+
     /// Number of tokens, added ones included. The model's embedding may have more rows.
     pub fn vocab_size(&self) -> usize {
         self.inner.get_vocab_size(true)
@@ -299,6 +337,9 @@ mod tests {
         assert_eq!(tokenizer.encode("the", true).unwrap(), [256, 259]);
         assert_eq!(tokenizer.decode(&[256, 259, 257], true).unwrap(), "the");
         assert_eq!(tokenizer.vocab_size(), 262);
+        assert_eq!(tokenizer.token_bytes(261).unwrap(), b" a");
+        assert!((0..=255u8).all(|b| tokenizer.token_bytes(b.into()).unwrap() == [b]));
+        assert!(tokenizer.is_special(256) && !tokenizer.is_special(259) && tokenizer.token_bytes(999).is_none());
         assert!(tokenizer.splittable && !load("{}").encode("x", true).unwrap().contains(&256));
         let text = "the a é\nThe  1.\n\nthe\n x!\nab</s>\n \nthe\u{a0}\nz the\n".repeat(9000);
         assert!(pieces(&text).len() > 10 && pieces(&text).concat() == text);

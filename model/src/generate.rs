@@ -3,32 +3,25 @@
 use std::time::{Duration, Instant};
 
 use lowbit_kernels::backend::Segment;
-use rand::rngs::StdRng;
-use rand::{Rng, SeedableRng};
 
 use crate::decoder::Model;
 use crate::error::{At, ModelError, Result};
+use crate::sampling::{Sampling, sample};
 
 /// How the next token is chosen.
 #[derive(Clone, Debug)]
 pub struct GenerateOptions {
     /// Most tokens to produce.
     pub max_new_tokens: usize,
-    /// 0 is greedy.
-    pub temperature: f32,
-    /// Keep the k most likely tokens; 0 keeps all.
-    pub top_k: usize,
-    /// Keep the smallest set with this much probability.
-    pub top_p: f32,
-    /// Seed of the sampler.
-    pub seed: u64,
+    /// How each is chosen.
+    pub sampling: Sampling,
     /// Tokens that end the text.
     pub stop: Vec<u32>,
 }
 
 impl Default for GenerateOptions {
     fn default() -> Self {
-        Self { max_new_tokens: 128, temperature: 0.0, top_k: 0, top_p: 1.0, seed: 0, stop: Vec::new() }
+        Self { max_new_tokens: 128, sampling: Sampling::default(), stop: Vec::new() }
     }
 }
 
@@ -52,7 +45,6 @@ pub fn generate(
         return Err(ModelError::Argument("the prompt has no tokens".into()));
     }
     let start = Instant::now();
-    let mut rng = StdRng::seed_from_u64(options.seed);
     let mut cache = model.new_cache(1, prompt.len() + options.max_new_tokens)?;
     let mut out = Generation::default();
     let mut step = prompt.to_vec();
@@ -67,11 +59,11 @@ pub fn generate(
         past += step.len();
         let last = model.gather_hidden(&hidden, &[step.len() - 1])?;
         let logits = model.next_logits(&last)?;
-        let next = if options.temperature <= 0.0 {
+        let next = if options.sampling.temperature <= 0.0 {
             let best = model.backend().argmax(&logits, model.config().vocab_size).at("argmax")?;
             best.first().copied().unwrap_or_default()
         } else {
-            sample(&model.backend().download(&logits).at("logits")?, options, &mut rng)
+            sample(&model.backend().download(&logits).at("logits")?, &options.sampling, out.tokens.len() as u64)
         };
         if options.stop.contains(&next) {
             break;
@@ -92,8 +84,6 @@ pub fn generate(
 /// neither on how many there are nor, where prompts are computed alike, on the backend.
 pub fn write_texts(model: &Model, first: u32, tokens: usize, seeds: &[u64]) -> Result<Vec<Vec<u32>>> {
     let mut texts = vec![vec![first]; seeds.len()];
-    let mut rngs: Vec<StdRng> = seeds.iter().map(|s| StdRng::seed_from_u64(*s)).collect();
-    let options = GenerateOptions { temperature: 1.0, ..GenerateOptions::default() };
     let mut cache = model.new_cache(seeds.len(), tokens)?;
     let vocab = model.config().vocab_size;
     for past in 0..tokens.saturating_sub(1) {
@@ -101,38 +91,10 @@ pub fn write_texts(model: &Model, first: u32, tokens: usize, seeds: &[u64]) -> R
         let segments: Vec<Segment> = (0..step.len()).map(|slot| Segment { slot, row: slot, tokens: 1, past }).collect();
         let hidden = model.forward(&step, &segments, &mut cache)?;
         let logits = model.backend().download(&model.logits(&hidden)?).at("logits")?;
-        for ((text, rng), row) in texts.iter_mut().zip(&mut rngs).zip(logits.chunks_exact(vocab)) {
-            text.push(sample(row, &options, rng));
+        for ((text, seed), row) in texts.iter_mut().zip(seeds).zip(logits.chunks_exact(vocab)) {
+            let sampling = Sampling { temperature: 1.0, seed: *seed, ..Sampling::default() };
+            text.push(sample(row, &sampling, past as u64));
         }
     }
     Ok(texts)
-}
-
-/// Temperature, then top-k, then top-p, as transformers orders them.
-fn sample(logits: &[f32], o: &GenerateOptions, rng: &mut StdRng) -> u32 {
-    let mut order: Vec<(u32, f32)> = logits.iter().enumerate().map(|(i, l)| (i as u32, l / o.temperature)).collect();
-    order.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
-    if o.top_k > 0 {
-        order.truncate(o.top_k);
-    }
-    let max = order.first().map_or(0.0, |f| f.1);
-    let weights: Vec<f64> = order.iter().map(|(_, l)| f64::from(l - max).exp()).collect();
-    let total: f64 = weights.iter().sum();
-    let mut kept = weights.len();
-    let mut mass = 0.0;
-    for (i, w) in weights.iter().enumerate() {
-        mass += w / total;
-        if mass >= f64::from(o.top_p) {
-            kept = i + 1;
-            break;
-        }
-    }
-    let mut draw = rng.random::<f64>() * weights[..kept].iter().sum::<f64>();
-    for ((id, _), w) in order[..kept].iter().zip(&weights) {
-        draw -= w;
-        if draw <= 0.0 {
-            return *id;
-        }
-    }
-    order.first().map_or(0, |f| f.0)
 }

@@ -5,7 +5,9 @@ pub mod decoder;
 pub mod error;
 pub mod generate;
 pub mod rope;
+pub mod sampling;
 
 pub use decoder::{Embedding, Head, KvCache, Model};
 pub use error::{ModelError, Result};
 pub use generate::{GenerateOptions, Generation, generate, write_texts};
+pub use sampling::Sampling;

@@ -5,7 +5,7 @@ use std::io::Write;
 use anyhow::{Result, bail};
 use lowbit_checkpoint::chat_template::{ChatTemplate, Message};
 use lowbit_checkpoint::tokenizer::Tokenizer;
-use lowbit_model::GenerateOptions;
+use lowbit_model::{GenerateOptions, Sampling};
 
 use crate::args::GenerateArgs;
 use crate::context::Context;
@@ -28,10 +28,13 @@ pub fn generate(ctx: &Context, args: &GenerateArgs) -> Result<()> {
     let ids = tokenizer.encode(&prompt, !args.chat)?;
     let options = GenerateOptions {
         max_new_tokens: args.max_tokens,
-        temperature: args.temperature,
-        top_k: args.top_k,
-        top_p: args.top_p,
-        seed: args.seed,
+        sampling: Sampling {
+            temperature: args.temperature,
+            top_k: args.top_k,
+            top_p: args.top_p,
+            seed: args.seed,
+            ..Sampling::default()
+        },
         stop: tokenizer.eos_ids().to_vec(),
     };
     let mut seen = Vec::new();

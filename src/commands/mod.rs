@@ -12,6 +12,7 @@ mod load_text;
 mod quantize;
 mod report;
 mod run;
+mod serve;
 mod suite;
 mod table;
 mod tasks;
@@ -37,6 +38,7 @@ pub fn dispatch(ctx: &Context, command: Command) -> Result<()> {
         Command::Compare(a) => compare::compare(ctx, &a),
         Command::Capacity(a) => capacity::capacity(ctx, &a),
         Command::Generate(a) => generate::generate(ctx, &a),
+        Command::Serve(a) => serve::serve(ctx, &a),
         Command::Report(a) => report::report(ctx, &a),
         Command::Suite(a) => suite::suite(ctx, &a),
     }

@@ -13,6 +13,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("lowbit-quantize", &["kernels", "checkpoint", "model", "calibration"]),
     ("lowbit-eval", &["kernels", "checkpoint", "model"]),
     ("lowbit-bench", &["kernels", "checkpoint", "model"]),
+    ("lowbit-serve", &["kernels", "checkpoint", "model"]),
     ("lowbit-report", &["checkpoint", "quantize", "eval", "bench"]),
 ];
 

@@ -8,6 +8,7 @@ mod errors;
 mod golden;
 mod load;
 mod pipeline;
+mod serve;
 mod snapshots;
 mod suite;
 mod tasks;

@@ -1,0 +1,67 @@
+//! `lowbit serve`.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Result, anyhow, bail};
+use lowbit_checkpoint::chat_template::ChatTemplate;
+use lowbit_checkpoint::tokenizer::Tokenizer;
+use lowbit_serve::engine::Models;
+use lowbit_serve::{Engine, EngineOptions, Server, ServerOptions};
+
+use crate::args::ServeArgs;
+use crate::context::Context;
+use crate::models;
+
+/// Serves until SIGTERM or Ctrl-C.
+pub fn serve(ctx: &Context, args: &ServeArgs) -> Result<()> {
+    let options = ServerOptions {
+        address: SocketAddr::new(args.host, args.port),
+        name: args.served_name.clone().unwrap_or_else(|| args.model.clone()),
+        api_key: api_key(args)?,
+        max_body_bytes: args.max_body,
+        read_timeout: Duration::from_secs(args.read_timeout.max(1)),
+        max_connections: args.max_connections,
+        default_max_tokens: args.default_max_tokens,
+        drain: Duration::from_secs(args.drain),
+    };
+    let located = models::locate(ctx, &args.model)?;
+    let draft = args.draft.as_ref().map(|d| models::locate(ctx, d)).transpose()?;
+    // A port that is taken shows before minutes of loading.
+    let server = Server::bind(options)?;
+    ctx.say(format!("loading {}", located.name));
+    let (_, model) = located.load(ctx)?;
+    let draft = draft.map(|d| d.load(ctx)).transpose()?.map(|d| d.1);
+    let vocab = model.config().vocab_size;
+    let models = Models { model, draft, tokenizer: Arc::new(Tokenizer::load(&located.dir)?) };
+    let (engine, thread) = Engine::start(
+        models,
+        EngineOptions {
+            max_concurrent: args.max_concurrent,
+            kv_tokens: args.kv_tokens,
+            max_len: args.max_len.unwrap_or(usize::MAX),
+            prefill_tokens: args.prefill_tokens,
+            max_queue: args.max_queue,
+            kept_prompts: args.kept_prompts,
+            draft_tokens: args.draft_tokens,
+            draft_max_running: args.draft_max_running,
+        },
+    )?;
+    let template = ChatTemplate::load(&located.dir)?;
+    let url = format!("http://{}", server.address());
+    let json = serde_json::json!({"url": url, "port": server.address().port(), "max_model_len": engine.max_len()});
+    ctx.print(&json, || url.clone())?;
+    ctx.release_signals();
+    server.run(engine, thread, template, vocab)?;
+    Ok(())
+}
+
+fn api_key(args: &ServeArgs) -> Result<Option<String>> {
+    let Some(name) = &args.api_key_env else { return Ok(None) };
+    match std::env::var(name) {
+        Ok(key) if !key.trim().is_empty() => Ok(Some(key.trim().to_string())),
+        Ok(_) => bail!("the environment variable {name} is empty"),
+        Err(e) => Err(anyhow!("the environment variable {name}: {e}")),
+    }
+}
