@@ -16,16 +16,16 @@ pub fn exp(x: f32) -> f32 {
     const ROUND: f32 = 12_582_912.0; // 1.5 · 2²³: adding it rounds to an integer and leaves that in the low bits
     let x = if x < -87.0 { -87.0 } else { x };
     let x = if x > 88.0 { 88.0 } else { x };
-    let shifted = x * std::f32::consts::LOG2_E + ROUND;
+    let shifted = x.mul_add(std::f32::consts::LOG2_E, ROUND);
     let n = shifted - ROUND;
-    let r = x - n * 0.693_359_4 + n * 2.121_944_4e-4;
-    let p = 1.987_569_1e-4;
-    let p = p * r + 1.398_199_9e-3;
-    let p = p * r + 8.333_452e-3;
-    let p = p * r + 4.166_579_6e-2;
-    let p = p * r + 1.666_666_5e-1;
-    let p = p * r + 0.5;
-    let p = p * r * r + r + 1.0;
+    let r = n.mul_add(2.121_944_4e-4, n.mul_add(-0.693_359_4, x));
+    let p = 1.987_569_1e-4f32;
+    let p = p.mul_add(r, 1.398_199_9e-3);
+    let p = p.mul_add(r, 8.333_452e-3);
+    let p = p.mul_add(r, 4.166_579_6e-2);
+    let p = p.mul_add(r, 1.666_666_5e-1);
+    let p = p.mul_add(r, 0.5);
+    let p = (p * r).mul_add(r, r) + 1.0;
     // The low bits of `shifted` are n (mod 2⁹ suffices); placed in the exponent they make 2ⁿ.
     p * f32::from_bits((shifted.to_bits() << 23).wrapping_add(127 << 23))
 }
@@ -110,14 +110,12 @@ impl Kernel for NormRow<'_> {
     type Output = ();
     #[inline(always)]
     unsafe fn run<L: Lanes>(self) {
-        let (chunks, tail) = self.x.as_chunks::<16>();
         let mut acc = [0f32; 16];
-        for c in chunks {
-            for i in 0..16 {
-                acc[i] += c[i] * c[i];
+        for c in self.x.chunks(16) {
+            for (a, v) in acc.iter_mut().zip(c) {
+                *a = v.mul_add(*v, *a);
             }
         }
-        acc.iter_mut().zip(tail).for_each(|(a, v)| *a += v * v);
         let sum = fold(acc);
         let scale = 1.0 / (sum / self.x.len() as f32 + self.eps).sqrt();
         for ((o, x), w) in self.out.iter_mut().zip(self.x).zip(self.weight) {
@@ -150,7 +148,7 @@ impl Kernel for RotateHead<'_> {
         let half = self.1.len();
         let (low, rest) = self.0.split_at_mut(half);
         for ((a, b), (c, s)) in low.iter_mut().zip(rest).zip(self.1) {
-            (*a, *b) = (*a * c - *b * s, *b * c + *a * s);
+            (*a, *b) = (a.mul_add(*c, -(*b * s)), b.mul_add(*c, *a * s));
         }
     }
 }
