@@ -17,6 +17,7 @@ use serde_json::Value;
 use crate::error::{QuantizeError, Result};
 use crate::record::{ComponentSize, PlanRecord, PlannedTensor};
 use crate::scale_search::{ScaleSearch, SolverOptions};
+use crate::target::Correction;
 
 /// Which solver.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,6 +26,28 @@ pub enum Method {
     Rtn,
     /// GPTQ (arXiv 2210.17323) on calibration data.
     Gptq,
+    /// The most accurate composition: see [`Recipe`].
+    Best,
+    /// What is nearly free on top of GPTQ.
+    Fast,
+}
+
+/// What a calibrated method does beside GPTQ.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Recipe {
+    /// Shares of the drift that are corrected; any needs the float stream.
+    pub correction: Correction,
+    /// Tokens of o and down weighted by 1 / rms of the residual.
+    pub token_weights: bool,
+    /// Sweeps of coordinate descent with scale refits.
+    pub sweeps: usize,
+}
+
+impl Recipe {
+    /// Whether the float model runs beside the quantized one.
+    pub fn float_stream(&self) -> bool {
+        self.correction != Correction::default()
+    }
 }
 
 impl Method {
@@ -33,6 +56,24 @@ impl Method {
         match self {
             Method::Rtn => "rtn",
             Method::Gptq => "gptq",
+            Method::Best => "best",
+            Method::Fast => "fast",
+        }
+    }
+
+    /// Whether it needs calibration data.
+    pub fn calibrated(self) -> bool {
+        self != Method::Rtn
+    }
+
+    /// What it does beside GPTQ.
+    pub fn recipe(self) -> Recipe {
+        match self {
+            Method::Rtn | Method::Gptq => Recipe::default(),
+            Method::Fast => Recipe { token_weights: true, sweeps: 1, ..Recipe::default() },
+            Method::Best => {
+                Recipe { correction: Correction { input: 0.5, residual: 0.5 }, token_weights: true, sweeps: 3 }
+            }
         }
     }
 }
@@ -92,9 +133,11 @@ impl QuantizeOptions {
     pub fn solver(&self, scheme: Scheme, scale_type: ScaleType) -> SolverOptions {
         SolverOptions {
             damp_frac: self.damp_frac,
-            act_order: self.act_order && self.method == Method::Gptq,
+            act_order: self.act_order && self.method.calibrated(),
             scale_search: self.scale_search,
             signed_scales: self.signed_scales,
+            correction: self.method.recipe().correction,
+            sweeps: self.method.recipe().sweeps,
             ..SolverOptions::new(scheme, scale_type)
         }
     }
@@ -464,7 +507,7 @@ fn written_config(
                 scheme: options.scheme,
                 targets: vec!["Linear".into()],
                 observer,
-                static_act_order: options.act_order && options.method == Method::Gptq,
+                static_act_order: options.act_order && options.method.calibrated(),
             }];
             if let Some(first) = tables.first() {
                 // The narrow targets first: loaders take the first rule that matches.
@@ -484,7 +527,7 @@ fn written_config(
             write_compressed_tensors(&groups, &ignore)
         }
         _ => {
-            let damp = (options.method == Method::Gptq).then_some(options.damp_frac);
+            let damp = options.method.calibrated().then_some(options.damp_frac);
             write_gptq(options.scheme, damp, false, &ignore)
         }
     };
