@@ -148,6 +148,11 @@ impl QuantizeOptions {
         m.insert("scheme".into(), self.scheme.full_name().into());
         m.insert("method".into(), self.method.name().into());
         m.insert("format".into(), self.format.name().into());
+        let recipe = self.method.recipe();
+        m.insert("input_correction".into(), f64::from(recipe.correction.input).into());
+        m.insert("residual_correction".into(), f64::from(recipe.correction.residual).into());
+        m.insert("token_weights".into(), recipe.token_weights.into());
+        m.insert("sweeps".into(), recipe.sweeps.into());
         m.insert("damp_frac".into(), self.damp_frac.into());
         m.insert("act_order".into(), self.act_order.into());
         m.insert(
@@ -468,7 +473,11 @@ fn assemble(
         before_bytes: tensors.iter().map(|t| t.before_bytes).sum(),
         after_bytes: tensors.iter().map(|t| t.after_bytes).sum(),
         // Offloaded activations are resident one chunk at a time.
-        peak_memory_bytes: peak_memory(ckpt, if options.offload.is_some() { tokens.min(2048) } else { tokens }),
+        peak_memory_bytes: peak_memory(
+            ckpt,
+            if options.offload.is_some() { tokens.min(2048) } else { tokens },
+            options.method.recipe(),
+        ),
         quantized_linears: quantized,
         kept_linears: reasons.len(),
         sizes: sizes.into_values().collect(),
@@ -477,13 +486,16 @@ fn assemble(
     Ok(Plan { options: options.clone(), linears, copies, declared, layout, config, record })
 }
 
-/// Estimate: carried activations, the widest group's Hessian with its factors, and one block in f32.
-fn peak_memory(ckpt: &Checkpoint, tokens: usize) -> u64 {
+/// Estimate: carried activations of each stream, the widest group's Hessian with its factors, and one block in f32.
+fn peak_memory(ckpt: &Checkpoint, tokens: usize, recipe: Recipe) -> u64 {
     let c = &ckpt.config;
     let (h, m) = (c.hidden_size as u64, c.intermediate_size as u64);
     let t = tokens as u64;
-    let carried = t * (h + m.max((c.num_heads * c.head_dim) as u64)) * 4;
-    let hessian = m.max(h).pow(2) * 4 * 5;
+    let streams = if recipe.float_stream() { 2 } else { 1 };
+    let carried = streams * t * (h + m.max((c.num_heads * c.head_dim) as u64)) * 4;
+    // The damped copy that sweeps read, and the drift on the device and on the host.
+    let more = u64::from(recipe.sweeps > 0) + if recipe.float_stream() { 2 } else { 0 };
+    let hessian = m.max(h).pow(2) * 4 * (5 + more);
     let matrix = h * m * 4 * 6;
     let table = (c.vocab_size as u64) * h * FloatType::Bf16.size() as u64;
     carried + hessian + matrix + table
