@@ -61,6 +61,12 @@ pub enum CalibrationError {
         /// Why.
         source: parquet::errors::ParquetError,
     },
+    /// A float stream without the block it runs through.
+    #[error("block {block}: the float stream needs the block with its original weights")]
+    NoOriginal {
+        /// Block.
+        block: usize,
+    },
     /// A file or directory holds no text.
     #[error("{} holds no text", .0.display())]
     NoText(PathBuf),

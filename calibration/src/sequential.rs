@@ -2,9 +2,12 @@
 //! q/k/v → o → gate/up → down see the quantized outputs of the groups before them.
 //!
 //! Every operation of the forward pass runs once: the pass that produces the quantized outputs feeds the next block.
+//! With [`PassOptions::float_stream`] the same windows also run through the original blocks, stage by stage beside the
+//! quantized ones, so that a solver can aim at the float model's outputs: twice the forward pass and two more sums.
+//!
 //! Resident: one block, its Hessians, the carried activations (tokens · hidden · 4 bytes) and, while down is
-//! calibrated, the MLP's activations (tokens · intermediate · 4 bytes); with an offload folder the activations are on
-//! disk and one chunk of them is resident.
+//! calibrated, the MLP's activations (tokens · intermediate · 4 bytes), all of it once per stream; with an offload
+//! folder the activations are on disk and one chunk of them is resident.
 
 use std::path::{Path, PathBuf};
 
@@ -14,15 +17,28 @@ use lowbit_model::{Embedding, ModelError};
 
 use crate::carried::Carried;
 use crate::error::{CalibrationError, Result};
-use crate::stats::{HessianAccumulator, InputStats};
+use crate::stats::{Accumulator, FloatSide, InputStats};
 
 /// Tokens per call: enough rows for the matrix products, few enough for the cache.
 const CHUNK_TOKENS: usize = 2048;
 
+/// What a pass gathers beside the Hessians.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PassOptions {
+    /// Run the float model beside the quantized one and gather [`crate::Drift`].
+    pub float_stream: bool,
+    /// Weight tokens of o and down by 1 / rms of the residual their output is added to: the next norm divides by it,
+    /// so an error on a token with a large residual hurts less.
+    pub token_weights: bool,
+}
+
 /// Activations carried from block to block.
 pub struct SequentialPass<'a> {
     backend: &'a dyn Backend,
+    options: PassOptions,
     x: Carried<'a>,
+    /// The float stream; unused without it.
+    float: Carried<'a>,
     /// Rows of each chunk's windows.
     segments: Vec<Vec<Segment>>,
     window_tokens: usize,
@@ -35,6 +51,7 @@ impl<'a> SequentialPass<'a> {
         backend: &'a dyn Backend,
         embedding: &Embedding,
         windows: &[Vec<u32>],
+        options: PassOptions,
         offload: Option<&Path>,
     ) -> Result<Self> {
         if let Some(dir) = offload {
@@ -44,6 +61,7 @@ impl<'a> SequentialPass<'a> {
         let per_chunk = (CHUNK_TOKENS / window_tokens.max(1)).max(1);
         let groups: Vec<&[Vec<u32>]> = windows.chunks(per_chunk).collect();
         let mut x = Carried::new(backend, groups.len(), "residual", offload);
+        let mut float = Carried::new(backend, groups.len(), "float-residual", offload);
         let mut segments = Vec::with_capacity(groups.len());
         for (i, group) in groups.iter().enumerate() {
             let mut rows = Vec::with_capacity(group.len());
@@ -53,74 +71,128 @@ impl<'a> SequentialPass<'a> {
                 row += w.len();
             }
             x.store(i, embedding.apply(backend, &group.concat())?)?;
+            if options.float_stream {
+                float.store(i, embedding.apply(backend, &group.concat())?)?;
+            }
             segments.push(rows);
         }
-        Ok(Self { backend, x, segments, window_tokens, offload: offload.map(Path::to_path_buf) })
+        let offload = offload.map(Path::to_path_buf);
+        Ok(Self { backend, options, x, float, segments, window_tokens, offload })
     }
 
     /// Runs one block. `on_group` gets each group's statistics and may replace the linears it names; `tick` is called
-    /// once per chunk and stage (for progress and interruption).
+    /// once per chunk and stage (for progress and interruption). `original` is the block with its float weights; a
+    /// float stream needs it, without one it is not looked at.
     pub fn run_block<E: From<CalibrationError>>(
         &mut self,
         block: &mut Block,
+        original: Option<&Block>,
         on_group: &mut dyn FnMut(LinearGroup, InputStats, &mut Block) -> std::result::Result<(), E>,
         tick: &mut dyn FnMut() -> std::result::Result<(), E>,
     ) -> std::result::Result<(), E> {
         let b = self.backend;
-        let width =
-            |block: &Block, group| block.shapes().iter().find(|s| s.group == group).map_or(0, |s| s.in_features);
+        let original = match (self.options.float_stream, original) {
+            (true, None) => return Err(CalibrationError::NoOriginal { block: block.index }.into()),
+            (true, some) => some,
+            (false, _) => None,
+        };
         let chunks = self.segments.len();
         let carry = |name| Carried::new(b, chunks, name, self.offload.as_deref());
+        let (mut attended, mut float_attended) = (carry("attended"), carry("float-attended"));
 
-        let mut h = HessianAccumulator::new(b, width(block, LinearGroup::Attention))?;
+        let mut sums = self.sums(block, LinearGroup::Attention)?;
         for i in 0..chunks {
             let x = self.x.load(i)?;
-            h.update(&block.attention_input(b, &x).map_err(wrap)?)?;
+            let y = block.attention_input(b, &x).map_err(wrap)?;
             self.x.restore(i, x)?;
+            match original {
+                Some(o) => {
+                    let xf = self.float.load(i)?;
+                    let input = &o.attention_input(b, &xf).map_err(wrap)?;
+                    sums.update(&y, Some(&FloatSide { input, residuals: None }), None)?;
+                    self.float.restore(i, xf)?;
+                }
+                None => sums.update(&y, None, None)?,
+            }
             tick()?;
         }
-        on_group(LinearGroup::Attention, h.finish()?, block)?;
+        on_group(LinearGroup::Attention, sums.finish()?, block)?;
 
-        let mut h = HessianAccumulator::new(b, width(block, LinearGroup::Output))?;
-        let mut attended = carry("attended");
+        let mut sums = self.sums(block, LinearGroup::Output)?;
         for i in 0..chunks {
-            let x = self.x.load(i)?;
-            let y = attend(b, block, &x, &self.segments[i], self.window_tokens)?;
+            let (x, segments) = (self.x.load(i)?, &self.segments[i]);
+            let y = attend(b, block, &x, segments, self.window_tokens)?;
+            let weights = self.weights(block, &x)?;
+            match original {
+                Some(o) => {
+                    let xf = self.float.load(i)?;
+                    let yf = attend(b, o, &xf, segments, self.window_tokens)?;
+                    let residuals = block.adds_output_directly().then_some((&xf, &x));
+                    sums.update(&y, Some(&FloatSide { input: &yf, residuals }), weights.as_deref())?;
+                    self.float.restore(i, xf)?;
+                    float_attended.store(i, yf)?;
+                }
+                None => sums.update(&y, None, weights.as_deref())?,
+            }
             self.x.restore(i, x)?;
-            h.update(&y)?;
             attended.store(i, y)?;
             tick()?;
         }
-        on_group(LinearGroup::Output, h.finish()?, block)?;
+        on_group(LinearGroup::Output, sums.finish()?, block)?;
 
-        let mut h = HessianAccumulator::new(b, width(block, LinearGroup::Mlp))?;
+        let mut sums = self.sums(block, LinearGroup::Mlp)?;
         for i in 0..chunks {
             let mut x = self.x.load(i)?;
             block.attention_residual(b, &mut x, &attended.load(i)?).map_err(wrap)?;
-            h.update(&block.mlp_input(b, &x).map_err(wrap)?)?;
+            let y = block.mlp_input(b, &x).map_err(wrap)?;
             self.x.store(i, x)?;
+            match original {
+                Some(o) => {
+                    let mut xf = self.float.load(i)?;
+                    o.attention_residual(b, &mut xf, &float_attended.load(i)?).map_err(wrap)?;
+                    let input = &o.mlp_input(b, &xf).map_err(wrap)?;
+                    sums.update(&y, Some(&FloatSide { input, residuals: None }), None)?;
+                    self.float.store(i, xf)?;
+                }
+                None => sums.update(&y, None, None)?,
+            }
             tick()?;
         }
-        drop(attended);
-        on_group(LinearGroup::Mlp, h.finish()?, block)?;
+        drop((attended, float_attended));
+        on_group(LinearGroup::Mlp, sums.finish()?, block)?;
 
-        let mut h = HessianAccumulator::new(b, width(block, LinearGroup::Down))?;
-        let mut activated = carry("activated");
+        let mut sums = self.sums(block, LinearGroup::Down)?;
+        let (mut activated, mut float_activated) = (carry("activated"), carry("float-activated"));
         for i in 0..chunks {
             let x = self.x.load(i)?;
-            let input = block.mlp_input(b, &x).map_err(wrap)?;
+            let y = activate(b, block, &x)?;
+            let weights = self.weights(block, &x)?;
+            match original {
+                Some(o) => {
+                    let xf = self.float.load(i)?;
+                    let yf = activate(b, o, &xf)?;
+                    let residuals = block.adds_output_directly().then_some((&xf, &x));
+                    sums.update(&y, Some(&FloatSide { input: &yf, residuals }), weights.as_deref())?;
+                    self.float.restore(i, xf)?;
+                    float_activated.store(i, yf)?;
+                }
+                None => sums.update(&y, None, weights.as_deref())?,
+            }
             self.x.restore(i, x)?;
-            let y = block.mlp_activation(b, &input).map_err(wrap)?;
-            h.update(&y)?;
             activated.store(i, y)?;
             tick()?;
         }
-        on_group(LinearGroup::Down, h.finish()?, block)?;
+        on_group(LinearGroup::Down, sums.finish()?, block)?;
 
         for i in 0..chunks {
             let mut x = self.x.load(i)?;
             block.mlp_residual(b, &mut x, &activated.load(i)?).map_err(wrap)?;
             self.x.store(i, x)?;
+            if let Some(o) = original {
+                let mut xf = self.float.load(i)?;
+                o.mlp_residual(b, &mut xf, &float_activated.load(i)?).map_err(wrap)?;
+                self.float.store(i, xf)?;
+            }
         }
         Ok(())
     }
@@ -129,12 +201,36 @@ impl<'a> SequentialPass<'a> {
     pub fn ticks_per_block(&self) -> u64 {
         4 * self.segments.len() as u64
     }
+
+    fn sums(&self, block: &Block, group: LinearGroup) -> Result<Accumulator<'a>> {
+        let shape = block.shapes().iter().find(|s| s.group == group);
+        let (n, out) = shape.map_or((0, 0), |s| (s.in_features, s.out_features));
+        if !self.options.float_stream {
+            return Accumulator::new(self.backend, n);
+        }
+        let added = matches!(group, LinearGroup::Output | LinearGroup::Down) && block.adds_output_directly();
+        Accumulator::with_float(self.backend, n, added.then_some(out))
+    }
+
+    /// 1 / rms of each row of the residual x; a row of zeros weighs 1.
+    fn weights(&self, block: &Block, x: &Buffer) -> Result<Option<Vec<f32>>> {
+        if !self.options.token_weights || !block.adds_output_directly() {
+            return Ok(None);
+        }
+        let squares = self.backend.mean_squares(x, block.hidden_size())?;
+        let weight = |s: f32| if s > 0.0 && s.is_finite() { 1.0 / s.sqrt() } else { 1.0 };
+        Ok(Some(squares.into_iter().map(weight).collect()))
+    }
 }
 
 fn attend(b: &dyn Backend, block: &Block, x: &Buffer, segments: &[Segment], window: usize) -> Result<Buffer> {
     let mut cache = b.kv_cache(segments.len(), window, block.kv_heads(), block.head_dim())?;
     let input = block.attention_input(b, x)?;
     Ok(block.attend(b, &input, segments, &mut cache)?)
+}
+
+fn activate(b: &dyn Backend, block: &Block, x: &Buffer) -> Result<Buffer> {
+    Ok(block.mlp_activation(b, &block.mlp_input(b, x)?)?)
 }
 
 fn wrap(e: ModelError) -> CalibrationError {

@@ -1,8 +1,7 @@
 //! Streaming statistics of a linear's input.
 
-use lowbit_kernels::backend::{Backend, Buffer};
-
 use lowbit_kernels::KernelError;
+use lowbit_kernels::backend::{Backend, Buffer};
 
 use crate::error::Result;
 
@@ -11,35 +10,91 @@ use crate::error::Result;
 pub struct InputStats {
     /// Columns.
     pub n: usize,
-    /// `[n, n]` symmetric: `Σ x xᵀ / N` over tokens, accumulated in f32.
+    /// `[n, n]` symmetric: `Σ t² x xᵀ / N` over tokens with weights t (1 unless token weights are on), accumulated in f32.
     pub hessian: Vec<f32>,
+    /// Where a float stream ran beside the quantized one.
+    pub drift: Option<Drift>,
     /// Tokens seen.
     pub tokens: u64,
-    /// Largest |x|.
+    /// Largest |x|, unweighted.
     pub abs_max: f32,
 }
 
+/// How far the quantized model has moved from the float one at an input, seen through the quantized input x_q.
+#[derive(Clone, Debug)]
+pub struct Drift {
+    /// `[n, n]`: `Σ t² (x_f − x_q) x_qᵀ / N`. Summed as a difference, so that it is exactly zero where the streams agree.
+    pub input: Vec<f32>,
+    /// `[hidden, n]`: `Σ t² (r_f − r_q) x_qᵀ / N`, r the residual stream the linear's output is added to. `None` where
+    /// the output is not added as it is.
+    pub residual: Option<Vec<f32>>,
+}
+
+/// The float stream's side of a chunk.
+pub struct FloatSide<'a> {
+    /// x_f, like x_q.
+    pub input: &'a Buffer,
+    /// r_f and r_q `[T, hidden]`.
+    pub residuals: Option<(&'a Buffer, &'a Buffer)>,
+}
+
 /// Accumulates [`InputStats`] chunk by chunk on the device.
-pub struct HessianAccumulator<'a> {
+pub struct Accumulator<'a> {
     backend: &'a dyn Backend,
     h: Buffer,
+    input_drift: Option<Buffer>,
+    residual_drift: Option<(Buffer, usize)>,
     n: usize,
     tokens: u64,
     abs_max: f32,
 }
 
-impl<'a> HessianAccumulator<'a> {
+impl<'a> Accumulator<'a> {
     /// Starts with zeros for an input of `n` columns.
     pub fn new(backend: &'a dyn Backend, n: usize) -> Result<Self> {
-        let len = n.checked_mul(n).ok_or(KernelError::Overflow("Hessian"))?;
-        Ok(Self { backend, h: backend.zeros(len)?, n, tokens: 0, abs_max: 0.0 })
+        let h = backend.zeros(square(n, n)?)?;
+        Ok(Self { backend, h, input_drift: None, residual_drift: None, n, tokens: 0, abs_max: 0.0 })
     }
 
-    /// Adds the rows of x `[T, n]`.
-    pub fn update(&mut self, x: &Buffer) -> Result<()> {
-        self.backend.hessian_update(&mut self.h, x, self.n)?;
-        self.abs_max = self.abs_max.max(self.backend.abs_max(x)?);
-        self.tokens += (x.len / self.n.max(1)) as u64;
+    /// Starts with zeros for two streams; `residual` is the width of the residual stream where that counts.
+    pub fn with_float(backend: &'a dyn Backend, n: usize, residual: Option<usize>) -> Result<Self> {
+        let input_drift = Some(backend.zeros(square(n, n)?)?);
+        let residual_drift = residual
+            .map(|w| Ok::<_, crate::error::CalibrationError>((backend.zeros(square(w, n)?)?, w)))
+            .transpose()?;
+        Ok(Self { input_drift, residual_drift, ..Self::new(backend, n)? })
+    }
+
+    /// Adds the rows of x `[T, n]`, each times its weight (1 without `weights`). `float` is needed by an accumulator
+    /// made [`Self::with_float`].
+    pub fn update(&mut self, x: &Buffer, float: Option<&FloatSide>, weights: Option<&[f32]>) -> Result<()> {
+        let b = self.backend;
+        self.abs_max = self.abs_max.max(b.abs_max(x)?);
+        let tokens = x.len / self.n.max(1);
+        self.tokens += tokens as u64;
+        let weighted = match weights {
+            Some(t) => {
+                let mut copy = b.gather_rows(x, self.n, &(0..tokens).collect::<Vec<_>>())?;
+                b.scale_rows(&mut copy, self.n, t)?;
+                Some(copy)
+            }
+            None => None,
+        };
+        let xq = weighted.as_ref().unwrap_or(x);
+        b.hessian_update(&mut self.h, xq, self.n)?;
+        let drift = |left: &Buffer, right: &Buffer, width: usize| {
+            let mut d = b.subtract(left, right)?;
+            if let Some(t) = weights {
+                b.scale_rows(&mut d, width, t)?;
+            }
+            Ok::<_, KernelError>(d)
+        };
+        if let (Some(sum), Some(f)) = (&mut self.input_drift, float) {
+            b.cross_update(sum, &drift(f.input, x, self.n)?, xq, self.n, self.n)?;
+        }
+        if let (Some((sum, width)), Some((rf, rq))) = (&mut self.residual_drift, float.and_then(|f| f.residuals)) {
+            b.cross_update(sum, &drift(rf, rq, *width)?, xq, *width, self.n)?;
+        }
         Ok(())
     }
 
@@ -55,6 +110,50 @@ impl<'a> HessianAccumulator<'a> {
                 h[j * n + i] = v;
             }
         }
-        Ok(InputStats { n, hessian: h, tokens: self.tokens, abs_max: self.abs_max })
+        let mean = |sum: &Buffer| -> Result<Vec<f32>> {
+            let mut v = self.backend.download(sum)?;
+            v.iter_mut().for_each(|v| *v *= scale);
+            Ok(v)
+        };
+        let drift = match &self.input_drift {
+            Some(d) => Some(Drift {
+                input: mean(d)?,
+                residual: self.residual_drift.as_ref().map(|(r, _)| mean(r)).transpose()?,
+            }),
+            None => None,
+        };
+        Ok(InputStats { n, hessian: h, drift, tokens: self.tokens, abs_max: self.abs_max })
+    }
+}
+
+fn square(rows: usize, n: usize) -> Result<usize> {
+    Ok(rows.checked_mul(n).ok_or(KernelError::Overflow("Hessian"))?)
+}
+
+#[cfg(test)]
+mod tests {
+    use lowbit_kernels::cpu::ScalarBackend;
+
+    use super::*;
+
+    #[test]
+    fn equals_the_definition_with_weights() {
+        let b = ScalarBackend::new();
+        let up = |v: &[f32]| b.upload(v).unwrap();
+        // Two tokens of two columns; residuals one wide.
+        let (xq, xf) = ([1.0, 2.0, 3.0, -1.0], [1.0, 3.0, 3.0, -1.0]);
+        let (rq, rf, t) = ([5.0, 1.0], [4.0, 1.0], [2.0, 0.5]);
+        let mut a = Accumulator::with_float(&b, 2, Some(1)).unwrap();
+        let (xf, rf, rq) = (up(&xf), up(&rf), up(&rq));
+        let side = FloatSide { input: &xf, residuals: Some((&rf, &rq)) };
+        a.update(&up(&xq), Some(&side), Some(&t)).unwrap();
+        let s = a.finish().unwrap();
+        // t² x xᵀ: 4·[1 2; 2 4] + 0.25·[9 −3; −3 1], over two tokens.
+        assert_eq!(s.hessian, [3.125, 3.625, 3.625, 8.125]);
+        let d = s.drift.unwrap();
+        // Only token 0 drifts, by (0, 1): 4·(0, 1)ᵀ(1, 2) / 2; its residual by −1.
+        assert_eq!(d.input, [0.0, 0.0, 2.0, 4.0]);
+        assert_eq!(d.residual.unwrap(), [-2.0, -4.0]);
+        assert_eq!((s.tokens, s.abs_max), (2, 3.0));
     }
 }

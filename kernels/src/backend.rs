@@ -9,7 +9,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use crate::cpu::checks;
-use crate::error::{KernelError, Result};
+use crate::error::{KernelError, Result, check_len};
 use crate::scheme::Scheme;
 
 /// f32 memory on the backend's device.
@@ -256,10 +256,55 @@ pub trait Backend: Send + Sync {
     fn argmax(&self, logits: &Buffer, vocab: usize) -> Result<Vec<u32>>;
     /// `h += xᵀ x` for x `[T, n]`, upper triangle and diagonal only (the lower is left as it was); h `[n, n]`.
     fn hessian_update(&self, h: &mut Buffer, x: &Buffer, n: usize) -> Result<()>;
+    /// `h += xᵀ y` for x `[T, m]`, y `[T, n]`; h `[m, n]`.
+    ///
+    /// Default: one [`Self::linear`] of xᵀ with yᵀ as a dense f32 weight. x and y travel through the host, h does not.
+    fn cross_update(&self, h: &mut Buffer, x: &Buffer, y: &Buffer, m: usize, n: usize) -> Result<()> {
+        let t = checks::rows("cross input", x.len, m)?;
+        check_len("cross input", checks::product("cross input", t, n)?, y.len)?;
+        check_len("cross product", checks::product("cross product", m, n)?, h.len)?;
+        if h.len == 0 || t == 0 {
+            return Ok(());
+        }
+        let left = self.upload(&transposed(&self.download(x)?, t, m))?;
+        let right = transposed(&self.download(y)?, t, n).iter().flat_map(|v| v.to_le_bytes()).collect();
+        let right =
+            HostWeight::Dense { dtype: FloatType::F32, out_features: n, in_features: t, data: Bytes::from_vec(right) };
+        let product = self.linear(&left, &self.upload_weight(&right)?, None)?;
+        self.add_assign(h, &product)
+    }
+    /// `x − y`. Default: through the host.
+    fn subtract(&self, x: &Buffer, y: &Buffer) -> Result<Buffer> {
+        check_len("subtrahend", x.len, y.len)?;
+        let mut values = self.download(x)?;
+        values.iter_mut().zip(self.download(y)?).for_each(|(x, y)| *x -= y);
+        self.upload(&values)
+    }
+    /// Row t of x `[T, width]` times `factors[t]`. Default: through the host.
+    fn scale_rows(&self, x: &mut Buffer, width: usize, factors: &[f32]) -> Result<()> {
+        check_len("row factors", checks::rows("rows to scale", x.len, width)?, factors.len())?;
+        let mut values = self.download(x)?;
+        for (row, f) in values.chunks_exact_mut(width).zip(factors) {
+            row.iter_mut().for_each(|v| *v *= f);
+        }
+        *x = self.upload(&values)?;
+        Ok(())
+    }
+    /// Mean of the squares of each row of x `[T, width]`, summed in f64. Default: on the host.
+    fn mean_squares(&self, x: &Buffer, width: usize) -> Result<Vec<f32>> {
+        checks::rows("rows to square", x.len, width)?;
+        let mean = |row: &[f32]| row.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>() / width as f64;
+        Ok(self.download(x)?.chunks_exact(width).map(|row| mean(row) as f32).collect())
+    }
     /// Largest |x|; NaN counts as infinity so that it cannot hide.
     fn abs_max(&self, x: &Buffer) -> Result<f32> {
         Ok(self.download(x)?.iter().fold(0f32, |m, v| if v.is_nan() { f32::INFINITY } else { m.max(v.abs()) }))
     }
+}
+
+/// `[cols, rows]` of a row-major `[rows, cols]`.
+fn transposed(x: &[f32], rows: usize, cols: usize) -> Vec<f32> {
+    (0..cols).flat_map(|c| (0..rows).map(move |r| x[r * cols + c])).collect()
 }
 
 /// What a cache holds.

@@ -135,6 +135,11 @@ fn scores_agree_and_ties_take_the_first_index() {
 }
 
 #[test]
+fn two_streams_agree() {
+    each(|list| cases::two_streams_agree(list, &[(1, 3, 2), (70, 40, 33)]));
+}
+
+#[test]
 fn hessian_adds_to_the_upper_triangle_only() {
     each(|list| cases::hessian_adds_to_the_upper_triangle(list, &[(1, 3), (15, 1), (64, 16), (150, 33), (96, 130)]));
 }

@@ -123,6 +123,11 @@ fn scores_agree_and_ties_take_the_first_index() {
 }
 
 #[test]
+fn two_streams_agree() {
+    each(|list| cases::two_streams_agree(list, &[(1, 3, 2), (64, 40, 1), (150, 33, 70), (200, 576, 17)]));
+}
+
+#[test]
 fn hessian_adds_to_the_upper_triangle_only() {
     each(|list| cases::hessian_adds_to_the_upper_triangle(list, &[(1, 3), (64, 1), (150, 33), (576, 17)]));
 }

@@ -174,6 +174,16 @@ impl Block {
         self.config.head_dim
     }
 
+    /// Width of the residual stream.
+    pub fn hidden_size(&self) -> usize {
+        self.config.hidden_size
+    }
+
+    /// Whether the outputs of o and down are added to the residual stream as they are, without a norm between.
+    pub fn adds_output_directly(&self) -> bool {
+        !self.config.post_norms
+    }
+
     /// Shapes of the linears, in the order of `linears`.
     pub fn shapes(&self) -> &[LinearShape] {
         &self.shapes

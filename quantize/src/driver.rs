@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use lowbit_calibration::{InputStats, SequentialPass, Windows};
+use lowbit_calibration::{InputStats, PassOptions, SequentialPass, Windows};
 use lowbit_checkpoint::quant_config::PackFormat;
 use lowbit_checkpoint::writer::CheckpointWriter;
 use lowbit_checkpoint::{Checkpoint, linear};
@@ -15,12 +15,12 @@ use lowbit_model::block::{Block, Linear, LinearGroup};
 use lowbit_model::{Embedding, decoder};
 
 use crate::error::{QuantizeError, Result};
-use crate::factor::{Factor, SolveError, factorize};
-use crate::gptq::quantize_gptq;
+use crate::factor::SolveError;
 use crate::plan::{Method, Plan, PlannedLinear};
 use crate::record::{CalibrationRecord, LayerRecord};
 use crate::rtn::quantize_rtn;
 use crate::scale_search::SolverOptions;
+use crate::solve::{Shared, solve_linear};
 
 /// Progress of long work; the command line draws it.
 pub trait Progress: Sync {
@@ -60,7 +60,7 @@ struct Run<'a> {
     stop: &'a AtomicBool,
 }
 
-/// Quantizes `ckpt` into `target`. `windows` is needed by [`Method::Gptq`].
+/// Quantizes `ckpt` into `target`. `windows` is needed by methods that calibrate.
 pub fn quantize(
     ckpt: &Checkpoint,
     backend: &dyn Backend,
@@ -75,8 +75,12 @@ pub fn quantize(
     let mut run = Run { ckpt, plan, writer, layers: Vec::new(), stage_seconds: BTreeMap::new(), stop };
     run.copy(progress)?;
     let calibration = match (plan.options.method, windows) {
-        (Method::Gptq, Some(w)) => {
-            run.gptq(backend, w, progress)?;
+        (Method::Rtn, _) => {
+            run.rtn(progress)?;
+            None
+        }
+        (_, Some(w)) => {
+            run.calibrated(backend, w, progress)?;
             Some(CalibrationRecord {
                 source: w.source.clone(),
                 windows_sha256: w.sha256.clone(),
@@ -86,16 +90,12 @@ pub fn quantize(
                 seed: w.seed,
             })
         }
-        (Method::Gptq, None) => {
+        (method, None) => {
             return Err(QuantizeError::Plan {
-                summary: "method gptq needs calibration data".into(),
+                summary: format!("method {} needs calibration data", method.name()),
                 offenders: vec![],
                 hint: Some("give --calib FILE, or choose --method rtn".into()),
             });
-        }
-        (Method::Rtn, _) => {
-            run.rtn(progress)?;
-            None
         }
     };
     run.tables(progress)?;
@@ -146,11 +146,13 @@ impl Run<'_> {
         Ok(())
     }
 
-    fn gptq(&mut self, backend: &dyn Backend, windows: &Windows, progress: &dyn Progress) -> Result<()> {
+    fn calibrated(&mut self, backend: &dyn Backend, windows: &Windows, progress: &dyn Progress) -> Result<()> {
         let prefix = decoder::prefix(self.ckpt)?;
         let embedding = Embedding::load(self.ckpt, backend)?;
-        let mut pass =
-            SequentialPass::start(backend, &embedding, &windows.tokens, self.plan.options.offload.as_deref())?;
+        let recipe = self.plan.options.method.recipe();
+        let options = PassOptions { float_stream: recipe.float_stream(), token_weights: recipe.token_weights };
+        let offload = self.plan.options.offload.as_deref();
+        let mut pass = SequentialPass::start(backend, &embedding, &windows.tokens, options, offload)?;
         drop(embedding);
         let layers = self.ckpt.config.num_layers;
         progress.stage("quantize", layers as u64 * pass.ticks_per_block());
@@ -158,10 +160,13 @@ impl Run<'_> {
         let mut solving = 0f64;
         for index in 0..layers {
             progress.detail(&format!("block {}/{layers}", index + 1));
-            let mut block = Block::load(self.ckpt, backend, &format!("{prefix}.layers.{index}"), index)?;
+            let name = format!("{prefix}.layers.{index}");
+            let mut block = Block::load(self.ckpt, backend, &name, index)?;
+            let original = options.float_stream.then(|| Block::load(self.ckpt, backend, &name, index)).transpose()?;
             let stop = self.stop;
             pass.run_block(
                 &mut block,
+                original.as_ref(),
                 &mut |group, stats, block| {
                     let start = Instant::now();
                     let done = self.solve_group(backend, index, group, &stats, block);
@@ -188,7 +193,7 @@ impl Run<'_> {
         block: &mut Block,
     ) -> Result<()> {
         let plan = self.plan;
-        let mut factor: Option<Factor> = None;
+        let mut shared: Option<Shared> = None;
         for i in 0..block.linears.len() {
             let (Some(shape), Some(module)) =
                 (block.shapes().get(i).cloned(), block.linears.get(i).map(|l| l.module.clone()))
@@ -203,20 +208,21 @@ impl Run<'_> {
             let start = Instant::now();
             let opts = plan.options.solver(planned.scheme, plan.layout.scales);
             let solve = |source: SolveError| QuantizeError::Solve { module: module.clone(), source };
-            if factor.is_none() {
-                factor = Some(factorize(&stats.hessian, stats.n, &opts).map_err(solve)?);
+            if shared.is_none() {
+                shared = Some(Shared::new(stats, &opts).map_err(solve)?);
             }
-            let Some(f) = &factor else { continue };
+            let Some(shared) = &shared else { continue };
+            let f = &shared.factor;
             let w = self.dense(planned)?;
-            let (q, loss) = quantize_gptq(&w, planned.out_features, planned.in_features, &stats.hessian, f, &opts)
-                .map_err(solve)?;
+            let (q, loss) =
+                solve_linear(&w, planned.out_features, planned.in_features, shared, &opts).map_err(solve)?;
             let record = LayerRecord {
                 name: module.clone(),
                 block: Some(index),
                 out_features: planned.out_features,
                 in_features: planned.in_features,
                 scheme: planned.scheme.full_name(),
-                method: "gptq".into(),
+                method: plan.options.method.name().into(),
                 proxy_loss: loss.proxy,
                 relative_error: loss.relative(),
                 seconds: start.elapsed().as_secs_f64(),

@@ -82,6 +82,30 @@ pub struct Factor {
     pub events: Vec<String>,
 }
 
+impl Factor {
+    /// The matrix this factor inverts, `[n, n]` in original column order: `h` (upper triangle read) with dead columns
+    /// isolated and the damping that worked.
+    pub fn damped(&self, h: &[f32]) -> Result<Vec<f32>, SolveError> {
+        let n = self.n;
+        check_len("Hessian", n * n, h.len())?;
+        let mean = self.diag.iter().map(|d| f64::from(*d)).sum::<f64>() / n.max(1) as f64;
+        let mut full = vec![0f32; n * n];
+        full.par_chunks_mut(n.max(1)).enumerate().for_each(|(i, row)| {
+            for (j, v) in row.iter_mut().enumerate() {
+                *v = if i == j {
+                    let d = f64::from(self.diag[i]);
+                    ((if d == 0.0 { mean } else { d }) + self.damp_frac * mean) as f32
+                } else if self.diag[i] == 0.0 || self.diag[j] == 0.0 {
+                    0.0
+                } else {
+                    h[i.min(j) * n + i.max(j)]
+                };
+            }
+        });
+        Ok(full)
+    }
+}
+
 /// Factorizes the Hessian `h`, symmetric `[n, n]` (only its upper triangle is read).
 ///
 /// Dead columns (zero diagonal) are isolated, with the mean of the diagonal in place of the zero. Tries f32, then

@@ -32,6 +32,22 @@ pub fn quantize_gptq(
     opts: &SolverOptions,
 ) -> Result<(QuantizedMatrix, Loss), SolveError> {
     check_len("Hessian", n * n, h.len())?;
+    let matrix = gptq_codes(w, out, n, factor, opts)?;
+    let loss = proxy_loss(w, &matrix.dequantize()?, h, out, n);
+    if !(loss.proxy.is_finite() && loss.reference.is_finite()) {
+        return Err(SolveError::NonFinite { what: "proxy loss", index: 0 });
+    }
+    Ok((matrix, loss))
+}
+
+/// [`quantize_gptq`] without the loss.
+pub fn gptq_codes(
+    w: &[f32],
+    out: usize,
+    n: usize,
+    factor: &Factor,
+    opts: &SolverOptions,
+) -> Result<QuantizedMatrix, SolveError> {
     check_len("factor", n, factor.n)?;
     check_len("factor's diagonal", n, factor.diag.len())?;
     check_len("factor's permutation", n, factor.perm.len())?;
@@ -59,7 +75,7 @@ pub fn quantize_gptq(
             },
         );
     }
-    let matrix = QuantizedMatrix {
+    Ok(QuantizedMatrix {
         scheme: opts.scheme,
         out_features: out,
         in_features: n,
@@ -67,12 +83,7 @@ pub fn quantize_gptq(
         scales,
         zeros,
         group_index: None,
-    };
-    let loss = proxy_loss(w, &matrix.dequantize()?, h, out, n);
-    if !(loss.proxy.is_finite() && loss.reference.is_finite()) {
-        return Err(SolveError::NonFinite { what: "proxy loss", index: 0 });
-    }
-    Ok((matrix, loss))
+    })
 }
 
 /// What is the same for every row.

@@ -1,5 +1,6 @@
 //! How weights change: the plan, one pure file per algorithm, and the driver that streams a model through them.
 
+pub mod descent;
 pub mod driver;
 pub mod error;
 pub mod factor;
@@ -9,6 +10,8 @@ pub mod plan;
 pub mod record;
 pub mod rtn;
 pub mod scale_search;
+pub mod solve;
+pub mod target;
 pub mod verify;
 
 pub use driver::{Outcome, Progress, Silent, quantize};

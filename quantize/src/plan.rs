@@ -17,6 +17,7 @@ use serde_json::Value;
 use crate::error::{QuantizeError, Result};
 use crate::record::{ComponentSize, PlanRecord, PlannedTensor};
 use crate::scale_search::{ScaleSearch, SolverOptions};
+use crate::target::Correction;
 
 /// Which solver.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,6 +26,28 @@ pub enum Method {
     Rtn,
     /// GPTQ (arXiv 2210.17323) on calibration data.
     Gptq,
+    /// The most accurate composition: see [`Recipe`].
+    Best,
+    /// What is nearly free on top of GPTQ.
+    Fast,
+}
+
+/// What a calibrated method does beside GPTQ.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Recipe {
+    /// Shares of the drift that are corrected; any needs the float stream.
+    pub correction: Correction,
+    /// Tokens of o and down weighted by 1 / rms of the residual.
+    pub token_weights: bool,
+    /// Sweeps of coordinate descent with scale refits.
+    pub sweeps: usize,
+}
+
+impl Recipe {
+    /// Whether the float model runs beside the quantized one.
+    pub fn float_stream(&self) -> bool {
+        self.correction != Correction::default()
+    }
 }
 
 impl Method {
@@ -33,6 +56,24 @@ impl Method {
         match self {
             Method::Rtn => "rtn",
             Method::Gptq => "gptq",
+            Method::Best => "best",
+            Method::Fast => "fast",
+        }
+    }
+
+    /// Whether it needs calibration data.
+    pub fn calibrated(self) -> bool {
+        self != Method::Rtn
+    }
+
+    /// What it does beside GPTQ.
+    pub fn recipe(self) -> Recipe {
+        match self {
+            Method::Rtn | Method::Gptq => Recipe::default(),
+            Method::Fast => Recipe { token_weights: true, sweeps: 1, ..Recipe::default() },
+            Method::Best => {
+                Recipe { correction: Correction { input: 0.5, residual: 0.5 }, token_weights: true, sweeps: 3 }
+            }
         }
     }
 }
@@ -92,9 +133,11 @@ impl QuantizeOptions {
     pub fn solver(&self, scheme: Scheme, scale_type: ScaleType) -> SolverOptions {
         SolverOptions {
             damp_frac: self.damp_frac,
-            act_order: self.act_order && self.method == Method::Gptq,
+            act_order: self.act_order && self.method.calibrated(),
             scale_search: self.scale_search,
             signed_scales: self.signed_scales,
+            correction: self.method.recipe().correction,
+            sweeps: self.method.recipe().sweeps,
             ..SolverOptions::new(scheme, scale_type)
         }
     }
@@ -105,6 +148,11 @@ impl QuantizeOptions {
         m.insert("scheme".into(), self.scheme.full_name().into());
         m.insert("method".into(), self.method.name().into());
         m.insert("format".into(), self.format.name().into());
+        let recipe = self.method.recipe();
+        m.insert("input_correction".into(), f64::from(recipe.correction.input).into());
+        m.insert("residual_correction".into(), f64::from(recipe.correction.residual).into());
+        m.insert("token_weights".into(), recipe.token_weights.into());
+        m.insert("sweeps".into(), recipe.sweeps.into());
         m.insert("damp_frac".into(), self.damp_frac.into());
         m.insert("act_order".into(), self.act_order.into());
         m.insert(
@@ -425,7 +473,11 @@ fn assemble(
         before_bytes: tensors.iter().map(|t| t.before_bytes).sum(),
         after_bytes: tensors.iter().map(|t| t.after_bytes).sum(),
         // Offloaded activations are resident one chunk at a time.
-        peak_memory_bytes: peak_memory(ckpt, if options.offload.is_some() { tokens.min(2048) } else { tokens }),
+        peak_memory_bytes: peak_memory(
+            ckpt,
+            if options.offload.is_some() { tokens.min(2048) } else { tokens },
+            options.method.recipe(),
+        ),
         quantized_linears: quantized,
         kept_linears: reasons.len(),
         sizes: sizes.into_values().collect(),
@@ -434,13 +486,16 @@ fn assemble(
     Ok(Plan { options: options.clone(), linears, copies, declared, layout, config, record })
 }
 
-/// Estimate: carried activations, the widest group's Hessian with its factors, and one block in f32.
-fn peak_memory(ckpt: &Checkpoint, tokens: usize) -> u64 {
+/// Estimate: carried activations of each stream, the widest group's Hessian with its factors, and one block in f32.
+fn peak_memory(ckpt: &Checkpoint, tokens: usize, recipe: Recipe) -> u64 {
     let c = &ckpt.config;
     let (h, m) = (c.hidden_size as u64, c.intermediate_size as u64);
     let t = tokens as u64;
-    let carried = t * (h + m.max((c.num_heads * c.head_dim) as u64)) * 4;
-    let hessian = m.max(h).pow(2) * 4 * 5;
+    let streams = if recipe.float_stream() { 2 } else { 1 };
+    let carried = streams * t * (h + m.max((c.num_heads * c.head_dim) as u64)) * 4;
+    // The damped copy that sweeps read, and the drift on the device and on the host.
+    let more = u64::from(recipe.sweeps > 0) + if recipe.float_stream() { 2 } else { 0 };
+    let hessian = m.max(h).pow(2) * 4 * (5 + more);
     let matrix = h * m * 4 * 6;
     let table = (c.vocab_size as u64) * h * FloatType::Bf16.size() as u64;
     carried + hessian + matrix + table
@@ -464,7 +519,7 @@ fn written_config(
                 scheme: options.scheme,
                 targets: vec!["Linear".into()],
                 observer,
-                static_act_order: options.act_order && options.method == Method::Gptq,
+                static_act_order: options.act_order && options.method.calibrated(),
             }];
             if let Some(first) = tables.first() {
                 // The narrow targets first: loaders take the first rule that matches.
@@ -484,7 +539,7 @@ fn written_config(
             write_compressed_tensors(&groups, &ignore)
         }
         _ => {
-            let damp = (options.method == Method::Gptq).then_some(options.damp_frac);
+            let damp = options.method.calibrated().then_some(options.damp_frac);
             write_gptq(options.scheme, damp, false, &ignore)
         }
     };

@@ -73,9 +73,10 @@ pub struct LayerRecord {
     pub in_features: usize,
     /// Full scheme name.
     pub scheme: String,
-    /// `gptq` or `rtn`.
+    /// `best`, `fast`, `gptq` or `rtn`.
     pub method: String,
-    /// `tr((W−Q) H (W−Q)ᵀ)` per calibration token (H = Σ x xᵀ / N).
+    /// `tr((W−Q) H (W−Q)ᵀ)` per calibration token (H = Σ t² x xᵀ / N, t the token weights where the method has them). A
+    /// method that corrects drift aims elsewhere than W, so its loss here is not to be compared with GPTQ's.
     pub proxy_loss: f64,
     /// Proxy loss over `tr(W H Wᵀ)`.
     pub relative_error: f64,
@@ -102,7 +103,7 @@ pub struct QuantizeRecord {
     pub provenance: Provenance,
     /// Full scheme name.
     pub scheme: String,
-    /// `gptq` or `rtn`.
+    /// `best`, `fast`, `gptq` or `rtn`.
     pub method: String,
     /// `compressed-tensors` or `gptq`.
     pub format: String,

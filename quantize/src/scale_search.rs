@@ -7,6 +7,7 @@ use lowbit_kernels::{ScaleType, Scheme};
 use rayon::prelude::*;
 
 use crate::factor::SolveError;
+use crate::target::Correction;
 
 /// Compiles a function for AVX-512, AVX2 and the baseline, and picks at run time.
 ///
@@ -74,6 +75,10 @@ pub struct SolverOptions {
     pub block: usize,
     /// Whether [`ScaleSearch::Hessian`] may pick negative scales (symmetric schemes only).
     pub signed_scales: bool,
+    /// Shares of the drift that are corrected, where the statistics hold it.
+    pub correction: Correction,
+    /// Sweeps of coordinate descent after the solve.
+    pub sweeps: usize,
 }
 
 impl SolverOptions {
@@ -87,6 +92,8 @@ impl SolverOptions {
             scale_search: ScaleSearch::Hessian,
             block: 128,
             signed_scales: true,
+            correction: Correction::default(),
+            sweeps: 0,
         }
     }
 
@@ -277,7 +284,7 @@ fn asymmetric(search: &Search, w: &[f32], weight: &[f32]) -> Choice {
 
 /// Whether a rounded scale can be divided by.
 #[inline(always)]
-fn usable(scale: f32) -> bool {
+pub(crate) fn usable(scale: f32) -> bool {
     scale.is_finite() && scale != 0.0 && (1.0 / scale).is_finite()
 }
 

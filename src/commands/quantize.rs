@@ -47,7 +47,12 @@ pub fn options(q: &QuantOptions) -> Result<QuantizeOptions> {
         FormatArg::Bf16 => bail!("--format bf16 writes dense weights: that is `lowbit convert`"),
     };
     Ok(QuantizeOptions {
-        method: if q.method == MethodArg::Gptq { Method::Gptq } else { Method::Rtn },
+        method: match q.method {
+            MethodArg::Gptq => Method::Gptq,
+            MethodArg::Best => Method::Best,
+            MethodArg::Fast => Method::Fast,
+            MethodArg::Rtn => Method::Rtn,
+        },
         format,
         damp_frac: q.damp,
         act_order: !q.no_act_order,
@@ -90,7 +95,7 @@ pub fn make_plan(
     q: &QuantOptions,
     output: Option<&Path>,
 ) -> Result<Plan> {
-    let tokens = if options.method == Method::Gptq { q.samples.saturating_mul(q.seq_len) } else { 0 };
+    let tokens = if options.method.calibrated() { q.samples.saturating_mul(q.seq_len) } else { 0 };
     let mut made = plan::make(ckpt, options, output, tokens)?;
     made.record.provenance = provenance::gather(ctx, located, None, q.seed.unwrap_or(0), option_map(options, q))?;
     Ok(made)
@@ -164,7 +169,7 @@ pub fn execute(
     force: bool,
 ) -> Result<QuantizeRecord> {
     let start = Instant::now();
-    let windows = if made.options.method == Method::Gptq { Some(calibration_windows(ctx, ckpt, q)?) } else { None };
+    let windows = if made.options.method.calibrated() { Some(calibration_windows(ctx, ckpt, q)?) } else { None };
     let writing = ctx.writing();
     let outcome = lowbit_quantize::quantize(
         ckpt,
@@ -226,7 +231,7 @@ pub fn summary(r: &QuantizeRecord) -> String {
 fn calibration_windows(ctx: &Context, ckpt: &Checkpoint, q: &QuantOptions) -> Result<Windows> {
     let Some(given) = q.calib.as_deref() else {
         bail!(
-            "method gptq needs calibration data\nhint: give --calib FILE (.txt, .jsonl, .parquet), a hub data set, or `self`; or choose --method rtn"
+            "this method needs calibration data\nhint: give --calib FILE (.txt, .jsonl, .parquet), a hub data set, or `self`; or choose --method rtn"
         );
     };
     let order = q.seed.map_or(WindowOrder::Packed, WindowOrder::Random);

@@ -62,22 +62,55 @@ fn run_writes_everything_and_resumes() {
 }
 
 #[test]
+fn best_is_closer_than_gptq_at_every_width() {
+    let tmp = tempfile::tempdir().unwrap();
+    let text = root().join("assets/demo-text/evaluation.txt");
+    let kl = |method: &str, scheme: &str, more: &[&str]| {
+        // Another text than the one KL is taken on.
+        let calib = ["--calib", "self", "--samples", "16", "--seq-len", "128"];
+        let args = [&["--method", method, "--scheme", scheme, "--group-size", "64", "--force"], more].concat();
+        let out = tmp.path().join("model");
+        ok(lowbit(tmp.path()).args(["--quiet", "quantize"]).arg(demo()).arg("-o").arg(&out).args(calib).args(args));
+        ok(lowbit(tmp.path()).args(["--quiet", "verify"]).arg(&out).arg("--original").arg(demo()));
+        let mut eval = lowbit(tmp.path());
+        eval.args(["--quiet", "--json", "eval"]).arg(&out).arg("--reference").arg(demo()).arg("--kl").arg(&text);
+        let found = ok(eval.args(["--kl-window", "256", "--limit", "8"]));
+        let record: serde_json::Value = serde_json::from_slice(&found.stdout).unwrap();
+        record["kl"]["mean"].as_f64().unwrap()
+    };
+    for (scheme, more) in [("w4a16", &[][..]), ("w3a16", &["--asymmetric"]), ("w2a16", &[])] {
+        let (gptq, best) = (kl("gptq", scheme, more), kl("best", scheme, more));
+        assert!(best < gptq, "{scheme} {more:?}: best {best}, gptq {gptq}");
+    }
+}
+
+#[test]
 fn threads_do_not_change_the_bytes() {
     let tmp = tempfile::tempdir().unwrap();
-    let one = quantize(tmp.path(), "one", &["--threads", "1"]).join("model.safetensors");
-    let two = quantize(tmp.path(), "two", &["--threads", "2"]).join("model.safetensors");
-    assert!(std::fs::read(one).unwrap() == std::fs::read(two).unwrap(), "1 and 2 threads differ");
+    for method in [&["--method", "gptq"][..], &["--method", "best"], &["--method", "fast", "--asymmetric"]] {
+        let on = |threads: &str| {
+            let args = [method, &["--threads", threads]].concat();
+            quantize(tmp.path(), &args.concat(), &args).join("model.safetensors")
+        };
+        assert!(
+            std::fs::read(on("1")).unwrap() == std::fs::read(on("2")).unwrap(),
+            "{method:?}: 1 and 2 threads differ"
+        );
+    }
 }
 
 #[test]
 fn offloaded_activations_give_the_same_bytes_and_leave_no_files() {
     let tmp = tempfile::tempdir().unwrap();
     let spill = tmp.path().join("spill");
-    let resident = quantize(tmp.path(), "resident", &[]).join("model.safetensors");
-    let offloaded = quantize(tmp.path(), "offloaded", &["--offload", spill.to_str().unwrap()]);
-    let offloaded = offloaded.join("model.safetensors");
-    assert!(std::fs::read(resident).unwrap() == std::fs::read(offloaded).unwrap(), "the bytes differ");
-    assert_eq!(std::fs::read_dir(&spill).unwrap().count(), 0);
+    for method in ["gptq", "best"] {
+        let resident = quantize(tmp.path(), &format!("{method}-resident"), &["--method", method]);
+        let args = ["--method", method, "--offload", spill.to_str().unwrap()];
+        let offloaded = quantize(tmp.path(), &format!("{method}-offloaded"), &args);
+        let bytes = |dir: std::path::PathBuf| std::fs::read(dir.join("model.safetensors")).unwrap();
+        assert!(bytes(resident) == bytes(offloaded), "{method}: the bytes differ");
+        assert_eq!(std::fs::read_dir(&spill).unwrap().count(), 0);
+    }
 }
 
 #[test]

@@ -55,7 +55,6 @@ pub fn update(simd: Simd, h: &mut [f32], x: &[f32], n: usize) -> Result<()> {
 }
 
 /// `h += xᵀ y`, the whole matrix: h `[m, n]`, x `[t, m]`, y `[t, n]`; the order of additions is [`update`]'s.
-#[allow(dead_code)]
 pub fn cross(simd: Simd, h: &mut [f32], x: &[f32], y: &[f32], m: usize, n: usize) -> Result<()> {
     let t = x.len() / m.max(1);
     let (left, right) = (side_by_side(x, m, t), side_by_side(y, n, t));

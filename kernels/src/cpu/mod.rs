@@ -8,6 +8,7 @@
 mod attention;
 mod bandwidth;
 pub(crate) mod checks;
+mod cross;
 mod dense;
 mod elementwise;
 mod gemv;
@@ -308,5 +309,25 @@ impl Backend for CpuBackend {
         checks::rows("hessian input", x.len(), n)?;
         check_len("hessian", checks::product("hessian", n, n)?, h.len())?;
         hessian::update(self.simd, h, x, n)
+    }
+
+    fn cross_update(&self, h: &mut Buffer, x: &Buffer, y: &Buffer, m: usize, n: usize) -> Result<()> {
+        let (h, x, y) = (host_mut(NAME, h)?, host(NAME, x)?, host(NAME, y)?);
+        let t = checks::rows("cross input", x.len(), m)?;
+        check_len("cross input", checks::product("cross input", t, n)?, y.len())?;
+        check_len("cross product", checks::product("cross product", m, n)?, h.len())?;
+        if h.is_empty() || t == 0 { Ok(()) } else { hessian::cross(self.simd, h, x, y, m, n) }
+    }
+
+    fn subtract(&self, x: &Buffer, y: &Buffer) -> Result<Buffer> {
+        cross::subtract(host(NAME, x)?, host(NAME, y)?).map(buffer)
+    }
+
+    fn scale_rows(&self, x: &mut Buffer, width: usize, factors: &[f32]) -> Result<()> {
+        cross::scale_rows(host_mut(NAME, x)?, width, factors)
+    }
+
+    fn mean_squares(&self, x: &Buffer, width: usize) -> Result<Vec<f32>> {
+        cross::mean_squares(host(NAME, x)?, width)
     }
 }

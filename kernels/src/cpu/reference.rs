@@ -221,4 +221,15 @@ impl Backend for ScalarBackend {
         scalar::hessian_update(h, x, n);
         Ok(())
     }
+    fn cross_update(&self, h: &mut Buffer, x: &Buffer, y: &Buffer, m: usize, n: usize) -> Result<()> {
+        let (h, x, y) = (host_mut(NAME, h)?, host(NAME, x)?, host(NAME, y)?);
+        let t = checks::rows("cross input", x.len(), m)?;
+        check_len("cross input", checks::product("cross input", t, n)?, y.len())?;
+        check_len("cross product", checks::product("cross product", m, n)?, h.len())?;
+        for (at, h) in h.iter_mut().enumerate() {
+            let (i, j) = (at / n, at % n);
+            *h += (0..t).map(|t| x[t * m + i] * y[t * n + j]).sum::<f32>();
+        }
+        Ok(())
+    }
 }

@@ -365,6 +365,33 @@ pub fn hessian_adds_to_the_upper_triangle(backends: &[(String, &dyn Backend)], s
     }
 }
 
+/// The sums over two streams and what prepares them; `sizes` are (m, n, tokens).
+pub fn two_streams_agree(backends: &[(String, &dyn Backend)], sizes: &[(usize, usize, usize)]) {
+    let (scalar, mut noise) = (ScalarBackend::new(), Noise(10));
+    for &(m, n, t) in sizes {
+        let (start, x, y, factors) = (noise.many(m * n), noise.many(m * t), noise.many(n * t), noise.many(t));
+        let run = |b: &dyn Backend| {
+            let (mut h, mut left, right) = (b.upload(&start).unwrap(), b.upload(&x).unwrap(), b.upload(&y).unwrap());
+            b.cross_update(&mut h, &left, &right, m, n).unwrap();
+            let squares = b.mean_squares(&left, m).unwrap();
+            b.scale_rows(&mut left, m, &factors).unwrap();
+            let difference = b.subtract(&left, &b.upload(&x).unwrap()).unwrap();
+            assert!(b.cross_update(&mut h, &left, &right, m + 1, n).is_err());
+            assert!(b.scale_rows(&mut left, m, &factors[1..]).is_err());
+            (b.download(&h).unwrap(), squares, b.download(&difference).unwrap())
+        };
+        let want = run(&scalar);
+        // As for the Hessian; a split of f32 into bf16 terms loses no more than an eps of a product.
+        let tol = f32::EPSILON * ((t + 1) as f32).powf(1.5);
+        for (label, b) in backends {
+            let (got, case) = (run(*b), format!("m={m} n={n} t={t} {label}"));
+            close(&got.0, &want.0, tol, &case);
+            close(&got.1, &want.1, f32::EPSILON, &case);
+            close(&got.2, &want.2, 0.0, &case);
+        }
+    }
+}
+
 /// Handles of another backend and overlapping segments are errors.
 pub fn foreign_handles_and_overlaps_are_refused(backends: &[(String, &dyn Backend)]) {
     let (scalar, mut noise) = (ScalarBackend::new(), Noise(9));
