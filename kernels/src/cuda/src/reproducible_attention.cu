@@ -58,7 +58,7 @@ DEV void rp_scores(float* sm, const float* q, const float* keys, float* scores, 
 // launch    64 threads; grid (ceil(span / 64), ceil(tokens / rows), heads at a time), rows as in linear_reproducible;
 //           shared memory 2 x 32 x 68 floats. Tiles that no row sees exit at once and leave their scores unwritten.
 // limit     f32 arithmetic.
-KERNEL BOUNDS(64, 6) scores_reproducible(const float* __restrict__ q, const float* __restrict__ keys,
+KERNEL BOUNDS(64, 1) scores_reproducible(const float* __restrict__ q, const float* __restrict__ keys,
                                          float* __restrict__ scores, int tokens, int past, int head, int heads,
                                          int kv_heads, int head_dim, int capacity, int window, float scale,
                                          float soft_cap, int rows) {
@@ -124,17 +124,24 @@ DEV void rp_mix(float* sm, const float* weights, const float* totals, const floa
 #pragma unroll
   for (int i = 0; i < R; i++) {
     if (row + i >= c.tokens) continue;
-    const float total = totals[(size_t)blockIdx.z * c.tokens + row + i];
 #pragma unroll
     for (int j = 0; j < 8; j++)
-      if (col + j < c.head_dim) y[((size_t)(row + i) * c.heads + h) * c.head_dim + col + j] = __fdiv_rn(acc[i][j], total);
+      if (col + j < c.head_dim) y[((size_t)(row + i) * c.heads + h) * c.head_dim + col + j] = acc[i][j];
+  }
+  // The division may call its slow path: done on what this thread has just written, when no sum has to live across the call.
+#pragma unroll 1
+  for (int e = 0; e < R * 8; e++) {
+    const int t = row + e / 8, n = col + e % 8;
+    if (t >= c.tokens || n >= c.head_dim) continue;
+    float* const to = y + ((size_t)t * c.heads + h) * c.head_dim + n;
+    *to = __fdiv_rn(*to, totals[(size_t)blockIdx.z * c.tokens + t]);
   }
 }
 
 // mix_reproducible
 // launch    64 threads; grid (ceil(head_dim / 64), ceil(tokens / rows), heads at a time); shared memory as above.
-// limit     f32 arithmetic.
-KERNEL BOUNDS(64, 6) mix_reproducible(const float* __restrict__ weights, const float* __restrict__ totals,
+// limit     f32 arithmetic. No minimum of blocks: sm_90a spills at the registers six would leave it.
+KERNEL BOUNDS(64, 1) mix_reproducible(const float* __restrict__ weights, const float* __restrict__ totals,
                                       const float* __restrict__ values, float* __restrict__ y, int tokens, int past,
                                       int head, int heads, int kv_heads, int head_dim, int capacity, int window,
                                       int rows) {
