@@ -19,11 +19,12 @@ pub struct Global {
     /// Where to compute: auto, cpu, cuda, cuda:N, emulated (the CUDA kernels on the host), scalar (the slow reference).
     #[arg(long, global = true, default_value = "auto", value_parser = parse_device)]
     pub device: Device,
-    /// Keep decode activations in f32 on the CPU, where packed weights would meet them rounded to int8.
+    /// Keep activations in f32: on the CPU, where decode would round them to int8 before packed weights; on a GPU as --arithmetic fast.
     #[arg(long, global = true)]
     pub exact: bool,
-    /// Order of sums of the GPU kernels: `reproducible` is the CPU's, bit for bit, so that calibration gives the same codes; `fast`
-    /// uses tensor cores. Default: fast on cuda, reproducible on emulated. The CPU has one order only.
+    /// How the GPU kernels compute products: `half` reads activations rounded to bf16, as 16-bit engines do; `fast` has f32 accuracy on
+    /// tensor cores; `reproducible` takes the CPU's order of sums, bit for bit, so that calibration gives the same codes. Default on
+    /// cuda: half where speed is the aim (bench, serve, generate, suite), fast elsewhere; on emulated: reproducible. The CPU has one way.
     #[arg(long, global = true, value_enum)]
     pub arithmetic: Option<ArithmeticArg>,
     /// Print one JSON document on stdout instead of text.
@@ -40,7 +41,9 @@ pub struct Global {
 /// See `--arithmetic`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum ArithmeticArg {
-    /// Tensor cores.
+    /// Tensor cores, activations in bf16.
+    Half,
+    /// Tensor cores, f32 accuracy.
     Fast,
     /// The CPU's order.
     Reproducible,

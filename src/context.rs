@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
 use lowbit_kernels::backend::Backend;
 use lowbit_kernels::cpu::{CpuBackend, ScalarBackend};
 use lowbit_kernels::cuda::device as gpu;
@@ -21,6 +21,7 @@ pub struct Context {
     exact: bool,
     arithmetic: Option<Arithmetic>,
     opened: OnceLock<Opened>,
+    speed: OnceLock<Opened>,
     pub progress: Bars,
     pub stop: Arc<AtomicBool>,
     writing: Arc<AtomicBool>,
@@ -57,11 +58,9 @@ impl Context {
         Ok(Self {
             device: global.device,
             exact: global.exact,
-            arithmetic: global.arithmetic.map(|a| match a {
-                ArithmeticArg::Fast => Arithmetic::Fast,
-                ArithmeticArg::Reproducible => Arithmetic::Reproducible,
-            }),
+            arithmetic: chosen(global)?,
             opened: OnceLock::new(),
+            speed: OnceLock::new(),
             progress: Bars::new(global.quiet),
             stop,
             writing,
@@ -72,38 +71,55 @@ impl Context {
         })
     }
 
-    /// The backend, opened on first use: a command that computes nothing needs no device.
+    /// The backend for accuracy, opened on first use: a command that computes nothing needs no device.
     pub fn backend(&self) -> Result<Arc<dyn Backend>> {
-        Ok(self.opened()?.backend.clone())
+        self.backend_for(Purpose::Accuracy)
+    }
+
+    /// The backend whose arithmetic suits a purpose; those of one context share the device and its memory.
+    pub fn backend_for(&self, purpose: Purpose) -> Result<Arc<dyn Backend>> {
+        Ok(self.opened(purpose)?.backend.clone())
     }
 
     /// Product name of the GPU in use.
     pub fn gpu(&self) -> Result<Option<String>> {
-        Ok(self.opened()?.gpu.clone())
+        Ok(self.opened(Purpose::Accuracy)?.gpu.clone())
     }
 
     /// The arithmetic of the GPU kernels in use, and where they came from.
-    pub fn kernels(&self) -> Result<Option<String>> {
-        Ok(self.opened()?.kernels.clone())
+    pub fn kernels(&self, purpose: Purpose) -> Result<Option<String>> {
+        let o = self.opened(purpose)?;
+        Ok(o.kernels.as_ref().map(|(arithmetic, image)| format!("{}; {image}", arithmetic.name())))
     }
 
-    fn opened(&self) -> Result<&Opened> {
-        if let Some(o) = self.opened.get() {
-            return Ok(o);
-        }
-        let made = self.open()?;
-        Ok(self.opened.get_or_init(|| made))
+    /// The arithmetic of a purpose on a GPU or its emulation; `None` on the CPU.
+    pub fn arithmetic(&self, purpose: Purpose) -> Result<Option<Arithmetic>> {
+        Ok(self.opened(purpose)?.kernels.as_ref().map(|k| k.0))
+    }
+
+    fn opened(&self, purpose: Purpose) -> Result<&Opened> {
+        let accurate = match self.opened.get() {
+            Some(o) => o,
+            None => {
+                let made = self.open()?;
+                self.opened.get_or_init(|| made)
+            }
+        };
+        Ok(match purpose {
+            Purpose::Accuracy => accurate,
+            Purpose::Speed => self.speed.get_or_init(|| accurate.for_speed(self.arithmetic)),
+        })
     }
 
     fn open(&self) -> Result<Opened> {
-        let host = |backend: Arc<dyn Backend>| Ok(Opened { backend, gpu: None, kernels: None });
+        let host = |backend: Arc<dyn Backend>| Ok(Opened { backend, device: None, gpu: None, kernels: None });
         let on = |device: gpu::Device, usual: Arithmetic| -> Result<Opened> {
             let arithmetic = self.arithmetic.unwrap_or(usual);
             let product = device.as_cuda().map(|c| c.product()).transpose()?;
-            let image = device.as_cuda().map_or("compiled for the host", |c| c.image());
-            let kernels = Some(format!("{}; {image}", arithmetic.name()));
-            let backend = Arc::new(GpuBackend::new(Arc::new(device)).with_arithmetic(arithmetic));
-            Ok(Opened { backend, gpu: product, kernels })
+            let image = device.as_cuda().map_or("compiled for the host", |c| c.image()).to_string();
+            let device = Arc::new(device);
+            let backend = Arc::new(GpuBackend::new(device.clone()).with_arithmetic(arithmetic));
+            Ok(Opened { backend, device: Some(device), gpu: product, kernels: Some((arithmetic, image)) })
         };
         let gpu = |ordinal: usize| on(gpu::Device::cuda(ordinal, &device_options())?, Arithmetic::Fast);
         match self.device {
@@ -157,11 +173,52 @@ impl Context {
     }
 }
 
-/// The backend, and of a GPU its name and kernels.
+/// What a backend is opened for: it decides the arithmetic of a GPU's products where none was asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Purpose {
+    /// Calibration and scoring: activations count with all their bits.
+    Accuracy,
+    /// Serving, generation and their timing: activations in bf16, as other engines have them.
+    Speed,
+}
+
+/// The backend, and of a GPU the device, its name, its arithmetic and where its kernels came from.
 struct Opened {
     backend: Arc<dyn Backend>,
+    device: Option<Arc<gpu::Device>>,
     gpu: Option<String>,
-    kernels: Option<String>,
+    kernels: Option<(Arithmetic, String)>,
+}
+
+impl Opened {
+    /// The same device in half arithmetic, unless one was `asked` for or the usual one is reproducible.
+    fn for_speed(&self, asked: Option<Arithmetic>) -> Opened {
+        let (mut backend, mut kernels) = (self.backend.clone(), self.kernels.clone());
+        if let (Some(device), Some((Arithmetic::Fast, image)), None) = (&self.device, &self.kernels, asked) {
+            backend = Arc::new(GpuBackend::new(device.clone()).with_arithmetic(Arithmetic::Half));
+            kernels = Some((Arithmetic::Half, image.clone()));
+        }
+        Opened { backend, device: self.device.clone(), gpu: self.gpu.clone(), kernels }
+    }
+}
+
+/// The arithmetic that was asked for: by name, or by `--exact`, which leaves activations unrounded.
+fn chosen(global: &Global) -> Result<Option<Arithmetic>> {
+    let named = global.arithmetic.map(|a| match a {
+        ArithmeticArg::Half => Arithmetic::Half,
+        ArithmeticArg::Fast => Arithmetic::Fast,
+        ArithmeticArg::Reproducible => Arithmetic::Reproducible,
+    });
+    match (global.exact, named) {
+        (true, Some(Arithmetic::Half)) => {
+            bail!(
+                "--exact keeps activations in f32, --arithmetic half rounds them to bf16\nhint: leave one of them out"
+            )
+        }
+        // The emulator's usual arithmetic is exact already.
+        (true, None) if global.device != Device::Emulated => Ok(Some(Arithmetic::Fast)),
+        (_, named) => Ok(named),
+    }
 }
 
 /// Where NVRTC may be and where compiled kernels are kept, from the environment.

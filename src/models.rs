@@ -9,7 +9,7 @@ use lowbit_checkpoint::writer::{CheckpointWriter, DEFAULT_SHARD_BYTES, Declared}
 use lowbit_checkpoint::{Checkpoint, CheckpointError, Dtype};
 use lowbit_model::Model;
 
-use crate::context::Context;
+use crate::context::{Context, Purpose};
 
 /// The files of the demo model, embedded.
 const DEMO: &[(&str, &[u8])] = &[
@@ -38,10 +38,10 @@ impl Located {
         Ok(Checkpoint::open(&self.dir)?)
     }
 
-    /// Opens and loads it.
-    pub fn load(&self, ctx: &Context) -> Result<(Checkpoint, Model)> {
+    /// Opens it and loads it onto the backend of a purpose.
+    pub fn load(&self, ctx: &Context, purpose: Purpose) -> Result<(Checkpoint, Model)> {
         let ckpt = self.open()?;
-        let model = Model::load(&ckpt, ctx.backend()?)?;
+        let model = Model::load(&ckpt, ctx.backend_for(purpose)?)?;
         Ok((ckpt, model))
     }
 }

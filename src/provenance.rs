@@ -9,12 +9,13 @@ use lowbit_checkpoint::hash::model_sha256;
 use lowbit_checkpoint::provenance::Provenance;
 use serde_json::Value;
 
-use crate::context::Context;
+use crate::context::{Context, Purpose};
 use crate::models::Located;
 
 /// Gathers it; hashing reads every weight file once.
 pub fn gather(
     ctx: &Context,
+    purpose: Purpose,
     model: &Located,
     reference: Option<&Located>,
     seed: u64,
@@ -25,12 +26,17 @@ pub fn gather(
         model_sha256: model_sha256(&model.dir)?,
         reference: reference.map(|r| r.name.clone()),
         reference_sha256: reference.map(|r| model_sha256(&r.dir)).transpose()?,
-        ..without_model(ctx, seed, options)?
+        ..without_model(ctx, purpose, seed, options)?
     })
 }
 
 /// Tool, command, machine and options: of a record that is about no model.
-pub fn without_model(ctx: &Context, seed: u64, options: BTreeMap<String, Value>) -> Result<Provenance> {
+pub fn without_model(
+    ctx: &Context,
+    purpose: Purpose,
+    seed: u64,
+    options: BTreeMap<String, Value>,
+) -> Result<Provenance> {
     Ok(Provenance {
         tool: format!("lowbit {}", env!("CARGO_PKG_VERSION")),
         commit: option_env!("LOWBIT_COMMIT").map(str::to_string),
@@ -39,7 +45,7 @@ pub fn without_model(ctx: &Context, seed: u64, options: BTreeMap<String, Value>)
         device: ctx.backend()?.name().into(),
         cpu: cpu_model(),
         gpu: ctx.gpu()?,
-        kernels: ctx.kernels()?,
+        kernels: ctx.kernels(purpose)?,
         threads: ctx.threads,
         dtype: "weights as stored, activations f32".into(),
         seed,

@@ -13,7 +13,7 @@ use lowbit_quantize::Progress;
 use crate::args::BenchArgs;
 use crate::commands::eval::refuse_existing;
 use crate::commands::table::{megabytes, table};
-use crate::context::Context;
+use crate::context::{Context, Purpose};
 use crate::models::{self, Located};
 use crate::provenance;
 
@@ -44,11 +44,11 @@ pub fn measure(
     reference: Option<&Located>,
     options: &BenchOptions,
 ) -> Result<BenchRecord> {
-    let (_, model) = candidate.load(ctx)?;
-    let other = reference.map(|r| r.load(ctx)).transpose()?;
+    let (_, model) = candidate.load(ctx, Purpose::Speed)?;
+    let other = reference.map(|r| r.load(ctx, Purpose::Speed)).transpose()?;
     ctx.progress.stage("bench", 0);
     ctx.progress.detail("memory bandwidth");
-    let backend = ctx.backend()?;
+    let backend = ctx.backend_for(Purpose::Speed)?;
     let bandwidth = match backend.name() {
         // The weights are in the card's memory.
         "cuda" => {
@@ -64,7 +64,7 @@ pub fn measure(
     ctx.check_stop()?;
     Ok(BenchRecord {
         schema: lowbit_bench::SCHEMA,
-        provenance: provenance::gather(ctx, candidate, reference, options.seed, option_map(options))?,
+        provenance: provenance::gather(ctx, Purpose::Speed, candidate, reference, options.seed, option_map(options))?,
         bandwidth_bytes_per_second: out.bandwidth,
         rows: out.rows,
         speed_ups: out.speed_ups,

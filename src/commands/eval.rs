@@ -15,7 +15,7 @@ use lowbit_quantize::Progress;
 use crate::args::EvalArgs;
 use crate::commands::table::table;
 use crate::commands::tasks;
-use crate::context::Context;
+use crate::context::{Context, Purpose};
 use crate::models::{self, Located};
 use crate::provenance;
 
@@ -93,8 +93,8 @@ pub fn evaluate(
     request: &Request,
 ) -> Result<EvalRecord> {
     let start = Instant::now();
-    let (_, model) = candidate.load(ctx)?;
-    let loaded = reference.map(|r| r.load(ctx)).transpose()?;
+    let (_, model) = candidate.load(ctx, Purpose::Accuracy)?;
+    let loaded = reference.map(|r| r.load(ctx, Purpose::Accuracy)).transpose()?;
     let other: Option<&Model> = loaded.as_ref().map(|l| &l.1);
     let tokenizer = Tokenizer::load(&candidate.dir)?;
     if let Some(r) = reference {
@@ -142,7 +142,7 @@ pub fn evaluate(
     ctx.check_stop()?;
     Ok(EvalRecord {
         schema: 2,
-        provenance: provenance::gather(ctx, candidate, reference, 0, request.options())?,
+        provenance: provenance::gather(ctx, Purpose::Accuracy, candidate, reference, 0, request.options())?,
         perplexity: perplexities.first().map(|p| p.perplexity.value),
         perplexities,
         kl,

@@ -8,13 +8,13 @@ use lowbit_checkpoint::tokenizer::Tokenizer;
 use lowbit_model::{GenerateOptions, Sampling};
 
 use crate::args::GenerateArgs;
-use crate::context::Context;
+use crate::context::{Context, Purpose};
 use crate::models;
 
 /// Continues a prompt; text goes to stdout as it comes.
 pub fn generate(ctx: &Context, args: &GenerateArgs) -> Result<()> {
     let located = models::locate(ctx, &args.model)?;
-    let (_, model) = located.load(ctx)?;
+    let (_, model) = located.load(ctx, Purpose::Speed)?;
     let tokenizer = Tokenizer::load(&located.dir)?;
     let prompt = if args.chat {
         match ChatTemplate::load(&located.dir)? {

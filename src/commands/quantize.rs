@@ -20,7 +20,7 @@ use lowbit_quantize::{Method, Progress, QuantizeOptions};
 
 use crate::args::{FormatArg, HeadArg, MethodArg, PlanArgs, QuantOptions, QuantizeArgs};
 use crate::commands::table::{megabytes, table};
-use crate::context::Context;
+use crate::context::{Context, Purpose};
 use crate::models::{self, Located};
 use crate::provenance;
 
@@ -97,7 +97,8 @@ pub fn make_plan(
 ) -> Result<Plan> {
     let tokens = if options.method.calibrated() { q.samples.saturating_mul(q.seq_len) } else { 0 };
     let mut made = plan::make(ckpt, options, output, tokens)?;
-    made.record.provenance = provenance::gather(ctx, located, None, q.seed.unwrap_or(0), option_map(options, q))?;
+    made.record.provenance =
+        provenance::gather(ctx, Purpose::Accuracy, located, None, q.seed.unwrap_or(0), option_map(options, q))?;
     Ok(made)
 }
 

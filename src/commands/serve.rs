@@ -11,7 +11,7 @@ use lowbit_serve::engine::Models;
 use lowbit_serve::{Engine, EngineOptions, Server, ServerOptions};
 
 use crate::args::ServeArgs;
-use crate::context::Context;
+use crate::context::{Context, Purpose};
 use crate::models;
 
 /// Serves until SIGTERM or Ctrl-C.
@@ -31,8 +31,8 @@ pub fn serve(ctx: &Context, args: &ServeArgs) -> Result<()> {
     // A port that is taken shows before minutes of loading.
     let server = Server::bind(options)?;
     ctx.say(format!("loading {}", located.name));
-    let (_, model) = located.load(ctx)?;
-    let draft = draft.map(|d| d.load(ctx)).transpose()?.map(|d| d.1);
+    let (_, model) = located.load(ctx, Purpose::Speed)?;
+    let draft = draft.map(|d| d.load(ctx, Purpose::Speed)).transpose()?.map(|d| d.1);
     let vocab = model.config().vocab_size;
     let models = Models { model, draft, tokenizer: Arc::new(Tokenizer::load(&located.dir)?) };
     let (engine, thread) = Engine::start(

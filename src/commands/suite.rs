@@ -4,10 +4,12 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
+use lowbit_bench::suite::correctness::Activations;
 use lowbit_bench::suite::cost::tokens;
 use lowbit_bench::suite::kernels::{self, CeilingSizes};
 use lowbit_bench::suite::{SCHEMA, SuiteOptions, SuiteRecord, correctness, table as rows_of};
 use lowbit_checkpoint::writer::write_atomic;
+use lowbit_kernels::cuda::Arithmetic;
 use lowbit_quantize::Progress;
 use lowbit_report::gpu;
 use serde_json::json;
@@ -15,7 +17,7 @@ use serde_json::json;
 use crate::args::{SuiteArgs, SuitePart};
 use crate::commands::eval::refuse_existing;
 use crate::commands::table::table;
-use crate::context::Context;
+use crate::context::{Context, Purpose};
 use crate::provenance;
 
 /// `lowbit suite`.
@@ -46,7 +48,7 @@ pub fn suite(ctx: &Context, args: &SuiteArgs) -> Result<()> {
 }
 
 fn measure(ctx: &Context, args: &SuiteArgs, check: bool, time: bool) -> Result<SuiteRecord> {
-    let (start, backend) = (Instant::now(), ctx.backend()?);
+    let (start, backend) = (Instant::now(), ctx.backend_for(Purpose::Speed)?);
     if time && matches!(backend.name(), "emulated" | "scalar") {
         bail!("times on the device {} say nothing\nhint: --only correctness, or --device cuda or cpu", backend.name());
     }
@@ -59,7 +61,7 @@ fn measure(ctx: &Context, args: &SuiteArgs, check: bool, time: bool) -> Result<S
     map.insert("cold_bytes".to_string(), options.cold_bytes.into());
     let mut record = SuiteRecord {
         schema: SCHEMA,
-        provenance: provenance::without_model(ctx, 0, map)?,
+        provenance: provenance::without_model(ctx, Purpose::Speed, 0, map)?,
         correctness: Vec::new(),
         ceilings: None,
         kernels: Vec::new(),
@@ -69,7 +71,14 @@ fn measure(ctx: &Context, args: &SuiteArgs, check: bool, time: bool) -> Result<S
     ctx.progress.stage("suite", 0);
     let detail = |text: &str| ctx.progress.detail(text);
     if check {
-        record.correctness = correctness::check(backend.as_ref(), &correctness::cases(), &detail);
+        let accurate = ctx.backend()?;
+        // What rounds activations is held against a reference that does the same.
+        let activations = activations(ctx, Purpose::Accuracy)?;
+        record.correctness = correctness::check(accurate.as_ref(), &correctness::cases(activations), &detail);
+        if self::activations(ctx, Purpose::Speed)? != activations {
+            let linears = correctness::linears(Activations::Bf16);
+            record.correctness.extend(correctness::check(backend.as_ref(), &linears, &detail));
+        }
     }
     if time {
         let ceilings =
@@ -83,8 +92,18 @@ fn measure(ctx: &Context, args: &SuiteArgs, check: bool, time: bool) -> Result<S
     Ok(record)
 }
 
+/// How the products of a purpose's backend read their activations.
+fn activations(ctx: &Context, purpose: Purpose) -> Result<Activations> {
+    let half = ctx.arithmetic(purpose)? == Some(Arithmetic::Half);
+    Ok(if half { Activations::Bf16 } else { Activations::F32 })
+}
+
 fn dry_run(ctx: &Context, check: bool, time: bool) -> Result<()> {
-    let cases = if check { correctness::cases() } else { Vec::new() };
+    let mut cases = Vec::new();
+    if check {
+        cases.extend(correctness::cases(Activations::F32));
+        cases.extend(correctness::linears(Activations::Bf16));
+    }
     let rows = if time { rows_of::rows() } else { Vec::new() };
     let json = json!({
         "correctness": cases.iter().map(|c| json!({"op": c.op, "case": c.case, "tolerance": c.tolerance})).collect::<Vec<_>>(),

@@ -3,6 +3,7 @@
 //! Small enough that a race checker gets through in a minute. `kernels/tests` has the exhaustive table; this one is
 //! what a machine without the sources runs.
 
+use half::bf16;
 use lowbit_kernels::backend::{Activation, AttentionShape, Backend, FloatType, HostWeight, Segment};
 use lowbit_kernels::cpu::ScalarBackend;
 use lowbit_kernels::{GroupSize, KernelError, Scheme};
@@ -12,6 +13,9 @@ use super::data::{self, Noise};
 use super::record::CorrectnessRow;
 
 const EPS: f64 = f32::EPSILON as f64;
+
+/// Most tokens of a product whose kernel may read activations in f32 where it might round them.
+const CHOICE: usize = 64;
 
 type Run = dyn Fn(&dyn Backend) -> Result<Vec<f32>, KernelError>;
 
@@ -54,10 +58,18 @@ fn largest_difference(got: &[f32], want: &[f32]) -> Option<f64> {
     differences.try_fold(0.0, |m: f64, d| d.is_finite().then(|| m.max(d)))
 }
 
+/// How a tensor core reads the activations of a product.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Activations {
+    /// With all their bits.
+    F32,
+    /// Rounded to bf16, half to even; kernels for few tokens may keep the f32.
+    Bf16,
+}
+
 /// The table.
-pub fn cases() -> Vec<Case> {
-    let mut list = Vec::new();
-    linears(&mut list);
+pub fn cases(activations: Activations) -> Vec<Case> {
+    let mut list = linears(activations);
     embeddings(&mut list);
     attentions(&mut list);
     rows(&mut list);
@@ -92,14 +104,25 @@ fn weight(name: &str, noise: &mut Noise, out: usize, cols: usize) -> HostWeight 
     }
 }
 
-fn linears(list: &mut Vec<Case>) {
+/// Products of every format. For rounded activations the reference gets them rounded, so the tolerance stays that of f32
+/// sums; where a kernel may choose, they are given in bf16 from the start.
+pub fn linears(activations: Activations) -> Vec<Case> {
+    let mut list = Vec::new();
     let mut one = |format: &'static str, out: usize, cols: usize, tokens: usize| {
+        let (op, rounded) = match activations {
+            Activations::F32 => ("linear", false),
+            Activations::Bf16 => ("linear, bf16 activations", true),
+        };
         // |x| ≤ 1 and |w| ≤ 1; an asymmetric sum passes through code·x and zero·x, each ≤ 1 a column too.
         let tolerance = 2.0 * EPS * cols as f64;
-        add(list, "linear", format!("{format} {out}x{cols}, {}", token_count(tokens)), tolerance, move |b| {
+        add(&mut list, op, format!("{format} {out}x{cols}, {}", token_count(tokens)), tolerance, move |b| {
             let mut noise = Noise(1);
             let w = b.upload_weight(&weight(format, &mut noise, out, cols))?;
-            let (x, bias) = (b.upload(&noise.many(tokens * cols))?, b.upload(&noise.many(out))?);
+            let mut x = noise.many(tokens * cols);
+            if rounded && (tokens <= CHOICE || b.name() == "scalar") {
+                x.iter_mut().for_each(|v| *v = bf16::from_f32(*v).to_f32());
+            }
+            let (x, bias) = (b.upload(&x)?, b.upload(&noise.many(out))?);
             b.download(&b.linear(&x, &w, Some(&bias))?)
         });
     };
@@ -111,7 +134,9 @@ fn linears(list: &mut Vec<Case>) {
     for format in ["bf16", "w4-g128", "w8-g128"] {
         one(format, 64, 4096, 1);
         one(format, 64, 4096, 16);
+        one(format, 264, 1024, 130);
     }
+    list
 }
 
 fn embeddings(list: &mut Vec<Case>) {
@@ -257,8 +282,9 @@ mod tests {
 
     #[test]
     fn the_reference_agrees_with_itself() {
-        let rows = check(&ScalarBackend::new(), &cases(), &|_| ());
-        for r in &rows {
+        let rows = check(&ScalarBackend::new(), &cases(Activations::F32), &|_| ());
+        let half = check(&ScalarBackend::new(), &linears(Activations::Bf16), &|_| ());
+        for r in rows.iter().chain(&half) {
             assert!(r.passed && r.error == Some(0.0), "{} {}: {:?} {:?}", r.op, r.case, r.error, r.problem);
         }
         let ops = ["linear", "embed", "rms_norm", "rope", "hessian_update", "score", "argmax", "add_assign", "abs_max"];

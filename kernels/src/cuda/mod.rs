@@ -65,10 +65,13 @@ struct Cache {
     head_dim: usize,
 }
 
-/// In which order the sums of the graph are taken.
+/// How the products of the graph are computed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Arithmetic {
-    /// Tensor cores and sums in parts: the fast kernels, equal to the CPU to rounding.
+    /// As [`Arithmetic::Fast`], but a tensor core reads activations rounded to bf16 (half to even), as 16-bit engines
+    /// do; sums are f32. For speed, where 8 bits of an activation are enough. Hessians stay accurate to f32.
+    Half,
+    /// Tensor cores and sums in parts: the fast kernels, equal to the CPU to f32 rounding.
     Fast,
     /// The CPU backend's order of f32 operations (`reproducible.cu`): the same bits in products, norms, rotations,
     /// attention, SiLU and Hessians, so that calibration gives the same codes. On the ordinary cores, so slower.
@@ -79,9 +82,15 @@ impl Arithmetic {
     /// As written on the command line and in records.
     pub fn name(self) -> &'static str {
         match self {
+            Arithmetic::Half => "half",
             Arithmetic::Fast => "fast",
             Arithmetic::Reproducible => "reproducible",
         }
+    }
+
+    /// bf16 terms that a tensor core reads an activation as: 1 is a rounding, 3 hold every bit of an f32.
+    pub fn terms(self) -> u32 {
+        if self == Arithmetic::Half { 1 } else { 3 }
     }
 }
 
@@ -287,8 +296,12 @@ impl Backend for GpuBackend {
         let weight = self.weight(w)?;
         let bias = bias.map(|b| self.mem(b)).transpose()?;
         let y = self.new_buffer(checks::product("linear output", tokens, w.out_features)?)?;
-        let linear = if self.is_reproducible() { ops_reproducible::linear } else { ops_linear::linear };
-        linear(&self.device, self.mem(x)?, weight, bias, self.mem(&y)?, tokens)?;
+        let (x, to) = (self.mem(x)?, self.mem(&y)?);
+        if self.is_reproducible() {
+            ops_reproducible::linear(&self.device, x, weight, bias, to, tokens)?;
+        } else {
+            ops_linear::linear(&self.device, x, weight, bias, to, tokens, self.arithmetic.terms())?;
+        }
         Ok(y)
     }
 

@@ -22,7 +22,8 @@ const PLANE_BYTES: u32 = 64 * 32 * 2;
 /// Bytes of the columns of one token that the matrix–vector kernels stage at a time.
 const WINDOW_BYTES: u32 = 1024 * 4;
 
-/// `y = x · Wᵀ (+ bias)`: x `[tokens, in]`, y `[tokens, out]`, bias `[out]`, f32.
+/// `y = x · Wᵀ (+ bias)`: x `[tokens, in]`, y `[tokens, out]`, bias `[out]`, f32. `terms`: bf16 terms that a tensor core
+/// reads x as, 3 for all of an f32, 1 for x rounded to bf16; the matrix–vector kernels read f32 either way.
 pub fn linear(
     d: &Device,
     x: &Memory,
@@ -30,6 +31,7 @@ pub fn linear(
     bias: Option<&Memory>,
     y: &Memory,
     tokens: usize,
+    terms: u32,
 ) -> Result<()> {
     check("linear input", x, tokens, w.in_features)?;
     check("linear output", y, tokens, w.out_features)?;
@@ -54,16 +56,17 @@ pub fn linear(
                 out_arg,
                 in_arg,
                 Arg::I32(dtype_code(*dtype)),
+                Arg::U32(terms),
             ];
             if few {
-                return d.launch("gemv_dense", gemv_launch(tokens, w.out_features)?, &args);
+                return d.launch("gemv_dense", gemv_launch(tokens, w.out_features)?, &args[..8]);
             }
-            let terms = match dtype {
+            let weight_terms = match dtype {
                 FloatType::F32 => 3,
                 FloatType::F16 => 2,
                 FloatType::Bf16 => 1,
             };
-            d.launch("gemm_dense", gemm_launch(tokens, w.out_features, terms)?, &args)
+            d.launch("gemm_dense", gemm_launch(tokens, w.out_features, terms + weight_terms)?, &args)
         }
         Layout::Packed { words, scales, zeros, bits, group_cols } => {
             let group = Arg::I32(size("group", *group_cols)?);
@@ -80,11 +83,12 @@ pub fn linear(
                 in_arg,
                 group,
                 bits_arg,
+                Arg::U32(terms),
             ];
             match (few, bits) {
                 (true, 4) => d.launch("gemv_w4", gemv_launch(tokens, w.out_features)?, &args[..10]),
                 (true, 8) => d.launch("gemv_w8", gemv_launch(tokens, w.out_features)?, &args[..10]),
-                (false, 4 | 8) => d.launch("gemm_packed", gemm_launch(tokens, w.out_features, 1)?, &args),
+                (false, 4 | 8) => d.launch("gemm_packed", gemm_launch(tokens, w.out_features, terms + 1)?, &args),
                 (_, other) => Err(KernelError::Unsupported {
                     backend: d.name(),
                     op: "linear",
@@ -110,8 +114,8 @@ fn gemv_launch(tokens: usize, out: usize) -> Result<Launch> {
     Ok(Launch { grid: [blocks(out, WARPS * rows)?, 1, 1], block: [THREADS, 1, 1], shared_bytes })
 }
 
-fn gemm_launch(tokens: usize, out: usize, weight_terms: u32) -> Result<Launch> {
-    let shared_bytes = 2 * (3 + weight_terms) * PLANE_BYTES;
+fn gemm_launch(tokens: usize, out: usize, planes: u32) -> Result<Launch> {
+    let shared_bytes = 2 * planes * PLANE_BYTES;
     Ok(Launch { grid: [blocks(out, TILE)?, blocks(tokens, TILE)?, 1], block: [THREADS, 1, 1], shared_bytes })
 }
 
@@ -193,10 +197,14 @@ mod tests {
     }
 
     fn run(d: &Device, w: &DeviceWeight, x: &[f32], bias: Option<&[f32]>, tokens: usize) -> Vec<f32> {
+        run_with(d, w, x, bias, tokens, 3)
+    }
+
+    fn run_with(d: &Device, w: &DeviceWeight, x: &[f32], bias: Option<&[f32]>, tokens: usize, terms: u32) -> Vec<f32> {
         let x = d.upload(&bytes_of(x)).unwrap();
         let bias = bias.map(|b| d.upload(&bytes_of(b)).unwrap());
         let y = d.alloc(tokens * w.out_features * 4).unwrap();
-        linear(d, &x, w, bias.as_ref(), &y, tokens).unwrap();
+        linear(d, &x, w, bias.as_ref(), &y, tokens, terms).unwrap();
         floats_of(&d.read(&y, 0..y.bytes()).unwrap())
     }
 
@@ -237,6 +245,26 @@ mod tests {
                         let share = share_of_bound(&got, &x, &exact, &bias, cols);
                         assert!(share <= 1.0, "{name} cols={cols} out={out} tokens={tokens}");
                     }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn one_term_is_x_rounded_to_bf16_and_the_rest_exact() {
+        let (d, mut noise) = (Device::emulated(2).unwrap(), Noise(6));
+        for (cols, out) in [(1, 3), (17, 16), (48, 65), (192, 17)] {
+            for (name, w, exact) in weights(&mut noise, out, cols) {
+                if cols % 16 != 0 && matches!(w, HostWeight::Packed(_)) && name.contains("Cols") {
+                    continue;
+                }
+                let w = DeviceWeight::upload(&d, &w).unwrap();
+                for tokens in [9, 65, 130] {
+                    let (x, bias) = (noise.many(tokens * cols), noise.many(out));
+                    let rounded: Vec<f32> = x.iter().map(|v| bf16::from_f32(*v).to_f32()).collect();
+                    let got = run_with(&d, &w, &x, Some(&bias), tokens, 1);
+                    let share = share_of_bound(&got, &rounded, &exact, &bias, cols);
+                    assert!(share <= 1.0, "{name} cols={cols} out={out} tokens={tokens}");
                 }
             }
         }
@@ -297,7 +325,7 @@ mod tests {
         let w = DeviceWeight::upload(&d, &dense(&mut noise, FloatType::F32, 3, 8).0).unwrap();
         let memory = |n: usize| d.alloc(n * 4).unwrap();
         let refuse =
-            |x: usize, y: usize, bias: usize| match linear(&d, &memory(x), &w, Some(&memory(bias)), &memory(y), 2) {
+            |x: usize, y: usize, bias: usize| match linear(&d, &memory(x), &w, Some(&memory(bias)), &memory(y), 2, 3) {
                 Err(KernelError::Length { what, .. }) => what,
                 _ => "accepted",
             };

@@ -1,23 +1,24 @@
 #include "gpu.h"
-// gemm_dense, gemm_packed: y[t][o] = sum_i x[t][i] W[o][i] (+ bias[o]) on tensor cores, to f32 accuracy.
-//           x = x0 + x1 + x2 with bf16 terms (24 bits: exact). Code minus zero point is exact in bf16, and so is a bf16
-//           weight: 3 products, all exact. An f16 weight is two terms, an f32 weight three; products x_a w_b with
-//           a + b <= 2 are taken (5 and 6), the rest is below 2^-23 |x w|. Products with a + b > 0 have accumulators of
-//           their own: added to the large ones they would be rounded away.
+// gemm_dense, gemm_packed: y[t][o] = sum_i x[t][i] W[o][i] (+ bias[o]) on tensor cores.
+//           terms 3: to f32 accuracy. x = x0 + x1 + x2 with bf16 terms (24 bits: exact). Code minus zero point is exact in
+//           bf16, and so is a bf16 weight: 3 products, all exact. An f16 weight is two terms, an f32 weight three; products
+//           x_a w_b with a + b <= 2 are taken (5 and 6), the rest is below 2^-23 |x w|. Products with a + b > 0 have
+//           accumulators of their own: added to the large ones they would be rounded away.
+//           terms 1: x is rounded to bf16 (half to even); weights keep their terms: 1, 2 or 3 products.
 //           Packed: W[o][i] = s[o][g] (q[o][i] - z[o][g]); s multiplies the accumulator once per group.
 //           Every accumulator is moved into an f32 total at the end of its group (64 columns when dense), so the
 //           tensor core's truncating additions stay within short chains.
 // shapes    x [tokens, in] f32; y [tokens, out] f32; bias [out] f32 or null; scales [out, in/group_cols] f32; zeros
 //           likewise, u8. Dense: w [out, in] in f32, f16 or bf16 (dtype 0, 1, 2), any width. Packed: words
-//           [out, in*bits/32], lowest bits first, bits 4 or 8; in and group_cols multiples of 16.
-// launch    128 threads; grid (ceil(out/64), ceil(tokens/64)); dynamic shared memory 2 x (3 + P) x 4 KiB, P = 3, 2, 1,
-//           1 weight terms for f32, f16, bf16, packed.
+//           [out, in*bits/32], lowest bits first, bits 4 or 8; in and group_cols multiples of 16. terms 1 or 3.
+// launch    128 threads; grid (ceil(out/64), ceil(tokens/64)); dynamic shared memory 2 x (terms + P) x 4 KiB, P = 3, 2,
+//           1, 1 weight terms for f32, f16, bf16, packed.
 // mapping   64 x 64 x 32 tiles, 4 warps of 32 x 32, mma.m16n8k16. The next step's x and weights travel to registers
 //           (bf16 weights by cp.async, when in % 8 == 0) during a step's products; they are split or decoded once per
 //           tile on the way into the other half of shared memory: one barrier a step. Rows of 64 bytes, 16-byte chunks
 //           swizzled. A token's result does not depend on the tokens beside it.
-// limit     3 mma per 16 columns: a third of the bf16 peak when packed or bf16. Each column of blocks splits x again
-//           (16 values a thread and step, against 48 mma a warp).
+// limit     `terms` mma per 16 columns when packed or bf16. Each column of blocks splits x again (16 values a thread and
+//           step, against 48 mma a warp).
 
 enum { GM_F32 = 0, GM_F16 = 1, GM_BF16 = 2, GM_W4 = 4, GM_W8 = 8 };
 enum { GM_PLANE = 64 * 32 };  // elements of one term of one tile
@@ -65,10 +66,11 @@ template <int BITS> DEV u32 gm_code(const u32* q, int i, float zero) {
   return __float_as_uint(__uint_as_float(0x4b000000u | code) - zero) >> 16;
 }
 
-template <int SRC>
+// SRC: how the weight is stored; X: bf16 terms of x.
+template <int SRC, int X>
 DEV void gm_tile(const u8* w, const float* scales, const u8* zeros, const float* x, const float* bias, float* y,
                  int tokens, int out, int in, int group_cols, u16* sm) {
-  const int P = SRC == GM_F32 ? 3 : SRC == GM_F16 ? 2 : 1, STAGE = (3 + P) * GM_PLANE, BITS = SRC == GM_W4 ? 4 : 8;
+  const int P = SRC == GM_F32 ? 3 : SRC == GM_F16 ? 2 : 1, STAGE = (X + P) * GM_PLANE, BITS = SRC == GM_W4 ? 4 : 8;
   const bool PACKED = SRC == GM_W4 || SRC == GM_W8;
   int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, m0 = blockIdx.y * 64, n0 = blockIdx.x * 64;
   int wm = (warp & 1) * 32, wn = (warp >> 1) * 32, steps = (in + 31) / 32, groups = PACKED ? in / group_cols : 1;
@@ -130,7 +132,7 @@ DEV void gm_tile(const u8* w, const float* scales, const u8* zeros, const float*
       q[0] = v.x; q[1] = v.y; q[2] = v.z; q[3] = v.w;
       zero = __uint_as_float(0x4b000000u | (inside ? zeros[(size_t)row * groups + col / group_cols] : 0u));
     } else if (direct) {
-      u16* planes = sm + (s & 1) * STAGE + 3 * GM_PLANE;
+      u16* planes = sm + (s & 1) * STAGE + X * GM_PLANE;
 #pragma unroll
       for (int r = 0; r < 2; r++) {
         int c = tid + r * 128, row = c >> 2, chunk = c & 3, col = k0 + chunk * 8;
@@ -149,9 +151,9 @@ DEV void gm_tile(const u8* w, const float* scales, const u8* zeros, const float*
     }
   };
   auto store = [&](int s) {
-    u16 *xs = sm + (s & 1) * STAGE, *ws = xs + 3 * GM_PLANE;
+    u16 *xs = sm + (s & 1) * STAGE, *ws = xs + X * GM_PLANE;
 #pragma unroll
-    for (int r = 0; r < 4; r++) gm_store4<3>(xs, (tid + r * 128) >> 3, tid & 7, xr[r]);
+    for (int r = 0; r < 4; r++) gm_store4<X>(xs, (tid + r * 128) >> 3, tid & 7, xr[r]);
     if (PACKED) {
       u32 v[8];
 #pragma unroll
@@ -173,13 +175,13 @@ DEV void gm_tile(const u8* w, const float* scales, const u8* zeros, const float*
     cp_async_wait<0>();
     __syncthreads();  // step s is stored; step s - 1, in the other half, has been read
     if (s + 1 < steps) fetch(s + 1);
-    u16 *xs = sm + (s & 1) * STAGE, *ws = xs + 3 * GM_PLANE;
+    u16 *xs = sm + (s & 1) * STAGE, *ws = xs + X * GM_PLANE;
 #pragma unroll
     for (int kk = 0; kk < 2; kk++) {
       if (s * 32 + kk * 16 >= in) break;
-      u32 a[3][2][4], b[P][2][4];
+      u32 a[X][2][4], b[P][2][4];
 #pragma unroll
-      for (int p = 0; p < 3; p++)
+      for (int p = 0; p < X; p++)
 #pragma unroll
         for (int i = 0; i < 2; i++)
           ldmatrix_x4(a[p][i], gm_at(xs + p * GM_PLANE, wm + i * 16 + (lane & 15), kk * 2 + (lane >> 4)));
@@ -194,7 +196,7 @@ DEV void gm_tile(const u8* w, const float* scales, const u8* zeros, const float*
       for (int order = 2; order >= 0; order--)
 #pragma unroll
         for (int p = 0; p < P; p++) {
-          if (p > order) continue;
+          if (p > order || order - p >= X) continue;
 #pragma unroll
           for (int i = 0; i < 2; i++)
 #pragma unroll
@@ -223,20 +225,29 @@ DEV void gm_tile(const u8* w, const float* scales, const u8* zeros, const float*
       }
 }
 
+template <int X>
+DEV void gm_dense(const u8* w, const float* x, const float* bias, float* y, int tokens, int out, int in, int dtype,
+                  u16* sm) {
+  if (dtype == 0) gm_tile<GM_F32, X>(w, nullptr, nullptr, x, bias, y, tokens, out, in, 64, sm);
+  else if (dtype == 1) gm_tile<GM_F16, X>(w, nullptr, nullptr, x, bias, y, tokens, out, in, 64, sm);
+  else gm_tile<GM_BF16, X>(w, nullptr, nullptr, x, bias, y, tokens, out, in, 64, sm);
+}
+
 KERNEL BOUNDS(128, 2) gemm_dense(const u8* __restrict__ w, const float* __restrict__ x, const float* __restrict__ bias,
-                                 float* __restrict__ y, int tokens, int out, int in, int dtype) {
+                                 float* __restrict__ y, int tokens, int out, int in, int dtype, int terms) {
   SHARED_DYN(u16, sm);
-  if (dtype == 0) gm_tile<GM_F32>(w, nullptr, nullptr, x, bias, y, tokens, out, in, 64, sm);
-  else if (dtype == 1) gm_tile<GM_F16>(w, nullptr, nullptr, x, bias, y, tokens, out, in, 64, sm);
-  else gm_tile<GM_BF16>(w, nullptr, nullptr, x, bias, y, tokens, out, in, 64, sm);
+  if (terms == 1) gm_dense<1>(w, x, bias, y, tokens, out, in, dtype, sm);
+  else gm_dense<3>(w, x, bias, y, tokens, out, in, dtype, sm);
 }
 
 KERNEL BOUNDS(128, 2) gemm_packed(const u32* __restrict__ words, const float* __restrict__ scales,
                                   const u8* __restrict__ zeros, const float* __restrict__ x,
                                   const float* __restrict__ bias, float* __restrict__ y, int tokens, int out, int in,
-                                  int group_cols, int bits) {
+                                  int group_cols, int bits, int terms) {
   SHARED_DYN(u16, sm);
   const u8* w = reinterpret_cast<const u8*>(words);
-  if (bits == 4) gm_tile<GM_W4>(w, scales, zeros, x, bias, y, tokens, out, in, group_cols, sm);
-  else gm_tile<GM_W8>(w, scales, zeros, x, bias, y, tokens, out, in, group_cols, sm);
+  if (bits == 4 && terms == 1) gm_tile<GM_W4, 1>(w, scales, zeros, x, bias, y, tokens, out, in, group_cols, sm);
+  else if (bits == 4) gm_tile<GM_W4, 3>(w, scales, zeros, x, bias, y, tokens, out, in, group_cols, sm);
+  else if (terms == 1) gm_tile<GM_W8, 1>(w, scales, zeros, x, bias, y, tokens, out, in, group_cols, sm);
+  else gm_tile<GM_W8, 3>(w, scales, zeros, x, bias, y, tokens, out, in, group_cols, sm);
 }
