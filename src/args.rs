@@ -363,18 +363,32 @@ pub enum Compat {
 #[derive(Args, Debug)]
 pub struct BenchArgs {
     /// Model.
-    pub model: String,
+    #[arg(required_unless_present = "synthetic", conflicts_with = "synthetic")]
+    pub model: Option<String>,
     /// The model to compare with.
-    #[arg(long)]
+    #[arg(long, conflicts_with = "synthetic")]
     pub reference: Option<String>,
-    /// Prompt tokens of the prefill test (0: none).
-    #[arg(short, long, default_value_t = 512)]
-    pub prompt: usize,
-    /// Tokens of the decode test (0: none).
-    #[arg(short = 'n', long, default_value_t = 128)]
-    pub generate: usize,
-    /// Batch sizes of the decode test.
-    #[arg(short, long, value_delimiter = ',', default_value = "1")]
+    /// Instead of a model: random weights in the shape of llama-3.1-8b, llama-3.2-1b, qwen3-32b or tiny, one format after the
+    /// other.
+    #[arg(long, value_name = "SHAPE")]
+    pub synthetic: Option<String>,
+    /// Formats of the linears of a synthetic model; the others are compared with the first.
+    #[arg(long, value_delimiter = ',', default_value = "bf16,w8a16-g128,w4a16-g128", requires = "synthetic")]
+    pub formats: Vec<String>,
+    /// Format of the head of a synthetic model: bf16 or w8a16.
+    #[arg(long, default_value = "bf16", requires = "synthetic")]
+    pub head: String,
+    /// Prompt tokens of the prefill test (0: none). [default: 512; synthetic 4096]
+    #[arg(short, long)]
+    pub prompt: Option<usize>,
+    /// Tokens of the decode test (0: none). [default: 128; synthetic 32]
+    #[arg(short = 'n', long)]
+    pub generate: Option<usize>,
+    /// Random tokens in the cache before the decode test. [default: 0; synthetic 1024]
+    #[arg(short, long)]
+    pub depth: Option<usize>,
+    /// Batch sizes of the decode test. [default: 1; synthetic 1,4,16,64]
+    #[arg(short, long, value_delimiter = ',')]
     pub batch: Vec<usize>,
     /// Timed repetitions.
     #[arg(short, long, default_value_t = 5)]

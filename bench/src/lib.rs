@@ -2,7 +2,8 @@
 //! [`suite`] checks and times single operations.
 //!
 //! Rates follow llama-bench: `pp{N}` processes N random tokens of one sequence from an empty cache and computes the
-//! logits of the last; `tg{N}` feeds N random tokens one at a time, logits every step, `batch` sequences at once.
+//! logits of the last; `tg{N}` feeds N random tokens one at a time, logits every step, `batch` sequences at once;
+//! `tg{N} @ d{D}` starts from D tokens in each cache, random keys and values that no prompt was computed for.
 //! Tokenization and sampling are excluded, one warm-up comes first, each repetition is timed on its own. With a
 //! reference, the two alternate repetition by repetition, and who goes first alternates too.
 
@@ -16,8 +17,8 @@ pub mod record;
 pub mod slo;
 pub mod stats;
 pub mod suite;
+pub mod synthetic;
 
-use lowbit_checkpoint::provenance::Provenance;
 use lowbit_model::Model;
 
 pub use error::{BenchError, Result};
@@ -33,6 +34,8 @@ pub struct BenchOptions {
     pub prompt: usize,
     /// Tokens of the decode test; 0 leaves it out.
     pub generate: usize,
+    /// Random tokens in each sequence's cache before a decode test.
+    pub depth: usize,
     /// Sequences decoded at once, one decode test each; prefill is always of one sequence.
     pub batches: Vec<usize>,
     /// Timed repetitions of every test; a comparison needs two.
@@ -52,6 +55,7 @@ impl Default for BenchOptions {
         Self {
             prompt: 512,
             generate: 128,
+            depth: 0,
             batches: vec![1],
             repetitions: 5,
             threads: std::thread::available_parallelism().map_or(1, |n| n.get()),
@@ -63,6 +67,11 @@ impl Default for BenchOptions {
 }
 
 impl BenchOptions {
+    /// Tokens the recorded memory of a cache is for.
+    fn kv_tokens(&self) -> usize {
+        self.prompt.saturating_add(self.depth).saturating_add(self.generate)
+    }
+
     fn check(&self, compared: bool) -> Result<()> {
         let positive = |what, n: usize| if n == 0 { Err(BenchError::Zero(what)) } else { Ok(()) };
         positive("the number of repetitions", self.repetitions)?;
@@ -96,11 +105,26 @@ pub struct Contender<'a> {
     pub model: &'a Model,
 }
 
+/// What the machine can do at best, measured in the same run.
+#[derive(Clone, Debug)]
+pub struct Limits {
+    /// Bandwidth the roofline shares refer to.
+    pub bytes_per_second: f64,
+    /// Flops a second of a large bf16 linear, where they were measured.
+    pub flops_per_second: Option<f64>,
+}
+
+impl Limits {
+    fn check(&self) -> Result<()> {
+        let positive = |v: f64| if v.is_finite() && v > 0.0 { Ok(()) } else { Err(BenchError::Bandwidth(v)) };
+        positive(self.bytes_per_second)?;
+        self.flops_per_second.map_or(Ok(()), positive)
+    }
+}
+
 /// Everything measured.
 #[derive(Clone, Debug)]
 pub struct BenchOutput {
-    /// Read bandwidth the roofline shares refer to, bytes a second.
-    pub bandwidth: f64,
     /// Rates.
     pub rows: Vec<BenchRow>,
     /// Candidate over reference; empty without a reference.
@@ -109,45 +133,30 @@ pub struct BenchOutput {
     pub latency: Vec<LatencyRow>,
     /// Memory.
     pub memory: Vec<MemoryRow>,
+    /// What could not run.
+    pub left: Vec<suite::Left>,
 }
 
-impl BenchOutput {
-    /// As `bench.json`.
-    pub fn into_record(self, provenance: Provenance) -> BenchRecord {
-        BenchRecord {
-            schema: SCHEMA,
-            provenance,
-            bandwidth_bytes_per_second: self.bandwidth,
-            rows: self.rows,
-            speed_ups: self.speed_ups,
-            latency: self.latency,
-            memory: self.memory,
-        }
-    }
-}
-
-/// Measures `candidate`, against `reference` when there is one. `bandwidth` is the measured read bandwidth in bytes a
-/// second with the same threads; `progress` hears what is being measured.
+/// Measures `candidate`, against `reference` when there is one. `limits` were measured on the same device with the same
+/// threads; `progress` hears what is being measured.
 pub fn run(
     candidate: (&str, &Model),
     reference: Option<(&str, &Model)>,
     options: &BenchOptions,
-    bandwidth: f64,
+    limits: &Limits,
     progress: &dyn Fn(&str),
 ) -> Result<BenchOutput> {
     options.check(reference.is_some())?;
-    if !(bandwidth.is_finite() && bandwidth > 0.0) {
-        return Err(BenchError::Bandwidth(bandwidth));
-    }
+    limits.check()?;
     let mut contenders = vec![Contender { role: "candidate", name: candidate.0, model: candidate.1 }];
     if let Some((name, model)) = reference {
         contenders.push(Contender { role: "reference", name, model });
     }
-    let (rows, speed_ups) = rates::measure(&contenders, options, bandwidth, progress)?;
+    let (rows, speed_ups) = rates::measure(&contenders, options, limits, progress)?;
     let latency = latency::measure(&contenders, options, progress)?;
-    let kv_tokens = options.prompt.saturating_add(options.generate);
+    let kv_tokens = options.kv_tokens();
     let memory = memory::rows(&contenders, kv_tokens)?;
-    Ok(BenchOutput { bandwidth, rows, speed_ups, latency, memory })
+    Ok(BenchOutput { rows, speed_ups, latency, memory, left: Vec::new() })
 }
 
 /// Which contender goes at `turn` of repetition `repetition`: the order turns round every repetition, so that drift

@@ -22,15 +22,26 @@ fn kv_bytes(layers: u64, kv_heads: u64, head_dim: u64) -> Result<u64> {
         .ok_or(BenchError::Overflow("the KV cache"))
 }
 
-/// Bytes of weights and KV one decode step of `batch` sequences reads, on average over `steps` steps from an empty
-/// cache: step i attends to i + 1 tokens. Weights are read once for all sequences.
-pub fn bytes_per_decode_step(model: &Model, batch: usize, steps: usize) -> Result<u64> {
-    step_bytes(model.decode_weight_bytes(), kv_bytes_per_token(model)?, batch, steps)
+/// Bytes of weights and KV one decode step of `batch` sequences reads, on average over `steps` steps from a cache of
+/// `depth` tokens each: step i attends to depth + i + 1 tokens. Weights are read once for all sequences.
+pub fn bytes_per_decode_step(model: &Model, batch: usize, depth: usize, steps: usize) -> Result<u64> {
+    step_bytes(model.decode_weight_bytes(), kv_bytes_per_token(model)?, batch, depth, steps)
 }
 
-fn step_bytes(weights: u64, kv_per_token: u64, batch: usize, steps: usize) -> Result<u64> {
+/// Flops of the maths of a prompt of `tokens`: every linear of the blocks for each token, the head for the last, and two
+/// products of causal attention, a multiplication and an addition each.
+pub fn flops_of_prefill(model: &Model, tokens: usize) -> Result<u64> {
+    let c = model.config();
+    let (blocks, head) = model.linear_elements();
+    let pairs = tokens as u128 * (tokens as u128 + 1) / 2;
+    let attention = 2 * pairs * (c.num_layers * c.num_heads * c.head_dim) as u128;
+    let flops = 2 * (u128::from(blocks) * tokens as u128 + u128::from(head) + attention);
+    u64::try_from(flops).map_err(|_| BenchError::Overflow("the flops of a prompt"))
+}
+
+fn step_bytes(weights: u64, kv_per_token: u64, batch: usize, depth: usize, steps: usize) -> Result<u64> {
     let overflow = BenchError::Overflow("the bytes of a decode step");
-    let twice_average = steps as u64 + 1;
+    let twice_average = 2 * depth as u64 + steps as u64 + 1;
     let kv = kv_per_token.checked_mul(batch as u64).and_then(|b| b.checked_mul(twice_average)).map(|b| b / 2);
     kv.and_then(|kv| kv.checked_add(weights)).ok_or(overflow)
 }
@@ -44,6 +55,7 @@ pub fn rows(contenders: &[Contender], kv_tokens: usize) -> Result<Vec<MemoryRow>
             let per_token = kv_bytes_per_token(c.model)?;
             Ok(MemoryRow {
                 role: c.role.to_string(),
+                model: c.name.to_string(),
                 weight_bytes: c.model.weight_bytes(),
                 kv_bytes: per_token.checked_mul(kv_tokens as u64).ok_or(BenchError::Overflow("the KV cache"))?,
                 kv_tokens,
@@ -78,7 +90,8 @@ mod tests {
     fn a_step_reads_weights_once_and_half_the_final_cache() {
         assert_eq!(kv_bytes(2, 3, 4).unwrap(), 2 * 2 * 3 * 4 * 4);
         // Steps see 1, 2 and 3 tokens: 2 on average, in each of 5 sequences.
-        assert_eq!(step_bytes(1000, 10, 5, 3).unwrap(), 1000 + 10 * 2 * 5);
-        assert!(step_bytes(1, u64::MAX, 2, 3).is_err());
+        assert_eq!(step_bytes(1000, 10, 5, 0, 3).unwrap(), 1000 + 10 * 2 * 5);
+        assert_eq!(step_bytes(1000, 10, 5, 100, 3).unwrap(), 1000 + 10 * 102 * 5);
+        assert!(step_bytes(1, u64::MAX, 2, 0, 3).is_err());
     }
 }

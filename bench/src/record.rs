@@ -3,6 +3,8 @@
 use lowbit_checkpoint::provenance::Provenance;
 use serde::{Deserialize, Serialize};
 
+use crate::suite::{Ceilings, Left};
+
 /// One row: a model, a test, a batch size.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct BenchRow {
@@ -24,11 +26,20 @@ pub struct BenchRow {
     pub bytes_per_step: u64,
     /// Share of the measured memory bandwidth this reaches (decode only).
     pub roofline_frac: Option<f64>,
+    /// Flops of the maths of one repetition (prefill only).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub flops: Option<u64>,
+    /// Share of the measured flops of a large bf16 linear this reaches, where those were measured.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub flops_frac: Option<f64>,
 }
 
 /// Candidate over reference for one test.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct SpeedUp {
+    /// The candidate's name.
+    #[serde(default)]
+    pub model: String,
     /// Test.
     pub test: String,
     /// Batch.
@@ -61,6 +72,9 @@ pub struct LatencyRow {
 pub struct MemoryRow {
     /// `candidate` or `reference`.
     pub role: String,
+    /// Model name.
+    #[serde(default)]
+    pub model: String,
     /// Weights as stored.
     pub weight_bytes: u64,
     /// KV cache of one sequence at `kv_tokens`.
@@ -78,8 +92,11 @@ pub struct BenchRecord {
     pub schema: u32,
     /// Where it came from.
     pub provenance: Provenance,
-    /// Measured read bandwidth, bytes a second, with the same threads.
+    /// Measured bandwidth, bytes a second: of reads with the same threads; on a GPU the larger of `ceilings`.
     pub bandwidth_bytes_per_second: f64,
+    /// Copy, addition and a large linear on the GPU, in the same run.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ceilings: Option<Ceilings>,
     /// Rates.
     pub rows: Vec<BenchRow>,
     /// Comparisons.
@@ -88,4 +105,7 @@ pub struct BenchRecord {
     pub latency: Vec<LatencyRow>,
     /// Memory.
     pub memory: Vec<MemoryRow>,
+    /// Tests that could not run, a model that did not fit above all (synthetic models only).
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub left: Vec<Left>,
 }

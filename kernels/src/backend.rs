@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use crate::cpu::checks;
 use crate::error::{KernelError, Result, check_len};
+use crate::random::RandomWeight;
 use crate::scheme::Scheme;
 
 /// f32 memory on the backend's device.
@@ -197,6 +198,10 @@ pub trait Backend: Send + Sync {
     fn download_range(&self, x: &Buffer, range: Range<usize>) -> Result<Vec<f32>>;
     /// Prepares a weight in the layout this backend reads fastest.
     fn upload_weight(&self, w: &HostWeight) -> Result<WeightHandle>;
+    /// Makes a random weight, bit for bit that of [`RandomWeight::host`]. Default: on the host, then uploaded.
+    fn random_weight(&self, w: &RandomWeight) -> Result<WeightHandle> {
+        self.upload_weight(&w.host()?)
+    }
 
     /// `out[t] = scale · table[ids[t]]`; `table` `[vocab, hidden]`, result `[T, hidden]`. An id outside the table is an error.
     fn embed(&self, table: &WeightHandle, ids: &[u32], scale: f32) -> Result<Buffer>;

@@ -8,6 +8,7 @@ pub mod error;
 pub mod pack;
 pub mod qdq;
 pub mod quantized;
+pub mod random;
 pub mod scheme;
 
 pub use error::{KernelError, Result};

@@ -3,12 +3,12 @@
 //! The stages are what calibration needs: each ends where a group of linears that share an input begins
 //! (q/k/v → o → gate/up → down), so quantizing one group and going on costs no second pass.
 
-use lowbit_checkpoint::Checkpoint;
 use lowbit_checkpoint::config::ModelConfig;
 use lowbit_kernels::backend::{AttentionShape, Backend, Buffer, HostWeight, KvBuffer, Segment, WeightHandle};
 
 use crate::error::{At, ModelError, Result};
 use crate::rope::Rope;
+use crate::source::Source;
 
 /// A linear on the device.
 pub struct Linear {
@@ -22,10 +22,10 @@ pub struct Linear {
 
 impl Linear {
     /// Reads and uploads `module`.
-    pub fn load(ckpt: &Checkpoint, backend: &dyn Backend, module: &str, out: usize, n: usize) -> Result<Self> {
-        let host = ckpt.linear(module, out, n)?;
-        let bias = ckpt.bias(module, out)?;
-        Self::from_host(backend, module, &host, bias.as_deref())
+    pub fn load(from: &dyn Source, backend: &dyn Backend, module: &str, out: usize, n: usize) -> Result<Self> {
+        let weight = from.weight(backend, module, out, n)?;
+        let bias = from.bias(module, out)?.map(|b| backend.upload(&b).at(module)).transpose()?;
+        Ok(Self { module: module.to_string(), weight, bias })
     }
 
     /// Uploads a weight that is already in memory (a freshly quantized one).
@@ -121,16 +121,16 @@ pub struct Block {
 
 impl Block {
     /// Loads block `index`; `prefix` is `model.layers.N`.
-    pub fn load(ckpt: &Checkpoint, backend: &dyn Backend, prefix: &str, index: usize) -> Result<Self> {
-        let c = &ckpt.config;
+    pub fn load(from: &dyn Source, backend: &dyn Backend, prefix: &str, index: usize) -> Result<Self> {
+        let c = from.config();
         let shapes = linear_shapes(c);
         let linears = shapes
             .iter()
-            .map(|s| Linear::load(ckpt, backend, &format!("{prefix}.{}", s.suffix), s.out_features, s.in_features))
+            .map(|s| Linear::load(from, backend, &format!("{prefix}.{}", s.suffix), s.out_features, s.in_features))
             .collect::<Result<Vec<_>>>()?;
         let norm = |name: &str, len: usize| -> Result<Buffer> {
             let full = format!("{prefix}.{name}.weight");
-            backend.upload(&ckpt.store.vector(&full, len)?).at(&full)
+            backend.upload(&from.vector(&full, len)?).at(&full)
         };
         let optional = |on: bool, name: &str, len: usize| if on { norm(name, len).map(Some) } else { Ok(None) };
         let h = c.hidden_size;

@@ -4,9 +4,11 @@ use std::sync::Arc;
 
 use lowbit_checkpoint::{Checkpoint, ModelConfig};
 use lowbit_kernels::backend::{Backend, Buffer, KvBuffer, KvUsage, Segment, WeightHandle};
+use lowbit_kernels::random::normals;
 
 use crate::block::{Block, Linear, Tap};
 use crate::error::{At, ModelError, Result};
+use crate::source::Source;
 
 /// Where a checkpoint keeps its decoder: `model.` or, inside multimodal folders, `language_model.model.`.
 pub fn prefix(ckpt: &Checkpoint) -> Result<&'static str> {
@@ -29,11 +31,11 @@ pub struct Embedding {
 
 impl Embedding {
     /// Loads it.
-    pub fn load(ckpt: &Checkpoint, backend: &dyn Backend) -> Result<Self> {
-        let c = &ckpt.config;
-        let module = format!("{}.embed_tokens", prefix(ckpt)?);
-        let host = ckpt.linear(&module, c.vocab_size, c.hidden_size)?;
-        Ok(Self { table: backend.upload_weight(&host).at(&module)?, scale: c.embed_scale })
+    pub fn load(from: &dyn Source, backend: &dyn Backend) -> Result<Self> {
+        let c = from.config();
+        let module = format!("{}.embed_tokens", from.prefix()?);
+        let table = from.weight(backend, &module, c.vocab_size, c.hidden_size)?;
+        Ok(Self { table, scale: c.embed_scale })
     }
 
     /// `[T, hidden]`.
@@ -51,16 +53,16 @@ pub struct Head {
 
 impl Head {
     /// Loads it; a tied head reads the embedding's matrix.
-    pub fn load(ckpt: &Checkpoint, backend: &dyn Backend) -> Result<Self> {
-        let c = &ckpt.config;
-        let p = prefix(ckpt)?;
+    pub fn load(from: &dyn Source, backend: &dyn Backend) -> Result<Self> {
+        let c = from.config();
+        let p = from.prefix()?;
         let own = if p == "model" { "lm_head" } else { "language_model.lm_head" };
         // Some untied configs come without a head of their own: transformers then ties silently; we ask the config.
         let module = if c.tie_word_embeddings { format!("{p}.embed_tokens") } else { own.to_string() };
         let name = format!("{p}.norm.weight");
         Ok(Self {
-            norm: backend.upload(&ckpt.store.vector(&name, c.hidden_size)?).at(&name)?,
-            head: Linear::load(ckpt, backend, &module, c.vocab_size, c.hidden_size)?,
+            norm: backend.upload(&from.vector(&name, c.hidden_size)?).at(&name)?,
+            head: Linear::load(from, backend, &module, c.vocab_size, c.hidden_size)?,
             config: c.clone(),
         })
     }
@@ -101,6 +103,24 @@ impl KvCache {
         self.layers.iter_mut().try_for_each(|l| backend.kv_release(l, slot)).at("kv_release")
     }
 
+    /// Puts `tokens` random keys and values into `slots` as if that many tokens had been computed: for measurements at
+    /// a depth. Attention's time does not depend on the values, so all slots and layers hold the same.
+    pub fn fill_random(&mut self, backend: &dyn Backend, slots: &[usize], tokens: usize, seed: u32) -> Result<()> {
+        if tokens > self.capacity {
+            return Err(ModelError::CacheFull { tokens, capacity: self.capacity });
+        }
+        let Some(width) = self.layers.first().map(|l| l.width) else { return Ok(()) };
+        let values = |seed| backend.upload(&normals(tokens * width, 1.0, seed)).at("random cache");
+        let (k, v) = (values(seed)?, values(seed ^ 1)?);
+        for layer in &mut self.layers {
+            for &slot in slots {
+                let segment = Segment { slot, row: 0, tokens, past: 0 };
+                backend.kv_append(layer, &k, &v, std::slice::from_ref(&segment)).at("kv_append")?;
+            }
+        }
+        Ok(())
+    }
+
     /// What one layer holds; all layers hold the same.
     pub fn usage(&self, backend: &dyn Backend) -> KvUsage {
         let none = KvUsage { page_tokens: self.capacity, pages: 0 };
@@ -119,15 +139,15 @@ pub struct Model {
 
 impl Model {
     /// Loads every weight (memory-mapped where the backend allows).
-    pub fn load(ckpt: &Checkpoint, backend: Arc<dyn Backend>) -> Result<Self> {
-        let p = prefix(ckpt)?;
+    pub fn load(from: &dyn Source, backend: Arc<dyn Backend>) -> Result<Self> {
+        let (p, config) = (from.prefix()?, from.config());
         let b = backend.as_ref();
-        let embedding = Embedding::load(ckpt, b)?;
-        let blocks = (0..ckpt.config.num_layers)
-            .map(|i| Block::load(ckpt, b, &format!("{p}.layers.{i}"), i))
+        let embedding = Embedding::load(from, b)?;
+        let blocks = (0..config.num_layers)
+            .map(|i| Block::load(from, b, &format!("{p}.layers.{i}"), i))
             .collect::<Result<Vec<_>>>()?;
-        let head = Head::load(ckpt, b)?;
-        Ok(Self { config: ckpt.config.clone(), backend, embedding, blocks, head })
+        let head = Head::load(from, b)?;
+        Ok(Self { config: config.clone(), backend, embedding, blocks, head })
     }
 
     /// Its config.
@@ -227,6 +247,12 @@ impl Model {
     pub fn weight_bytes(&self) -> u64 {
         let embedding = if self.config.tie_word_embeddings { 0 } else { self.embedding.table.stored_bytes as u64 };
         self.decode_weight_bytes() + embedding
+    }
+
+    /// Elements of the blocks' linears, and of the head.
+    pub fn linear_elements(&self) -> (u64, u64) {
+        let of = |l: &Linear| l.weight.out_features as u64 * l.weight.in_features as u64;
+        (self.blocks.iter().flat_map(|b| &b.linears).map(of).sum(), of(&self.head.head))
     }
 
     /// Bytes of weights one decode step reads: every linear and the head (of the embedding one row, not counted).

@@ -6,8 +6,11 @@ pub mod error;
 pub mod generate;
 pub mod rope;
 pub mod sampling;
+pub mod source;
+pub mod synthetic;
 
 pub use decoder::{Embedding, Head, KvCache, Model};
 pub use error::{ModelError, Result};
 pub use generate::{GenerateOptions, Generation, generate, write_texts};
 pub use sampling::Sampling;
+pub use source::Source;

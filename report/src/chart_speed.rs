@@ -117,6 +117,8 @@ mod tests {
             samples_ns: vec![],
             bytes_per_step: 0,
             roofline_frac: None,
+            flops: None,
+            flops_frac: None,
         };
         for text in [throughput(&[]), throughput(&[row])] {
             assert!(!text.contains("NaN") && !text.contains("inf"), "{text}");

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 mod architecture;
+mod bench;
 mod emulated;
 mod errors;
 mod golden;

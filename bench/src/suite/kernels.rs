@@ -64,14 +64,6 @@ pub fn ceilings(
     })
 }
 
-/// Bytes a second that the backend's device moves: of a copy, reads and writes counted. What a decode step is held
-/// against on a device whose memory is not the host's.
-pub fn copy_bandwidth(backend: &dyn Backend, elements: usize, options: &SuiteOptions) -> Result<f64> {
-    let (kernel, mut weights) = (Kernel::Copy { n: elements }, Weights::default());
-    let times = Work::new(backend, &mut weights, &kernel, options)?.time(kernel.op(), options)?;
-    Ok(kernel.bytes() as f64 * 1e9 / stats::median(&times.samples_ns)?)
-}
-
 /// Times `rows`. One that fails is recorded and the next is tried; none starts once `options.limit` has passed since
 /// `start`.
 pub fn run(
@@ -156,8 +148,6 @@ mod tests {
         let (b, sizes) = (ScalarBackend::new(), CeilingSizes { elements: 1000, linear: [2, 16, 16] });
         let c = ceilings(&b, &sizes, &quick(), &|_| ()).unwrap();
         assert_eq!(c.bytes_per_second, c.copy_bytes_per_second.max(c.add_bytes_per_second));
-        let bandwidth = copy_bandwidth(&b, 1000, &quick()).unwrap();
-        assert!(bandwidth > 0.0 && bandwidth.is_finite());
         let timed = run(&b, &small(), &c, &quick(), Instant::now(), &|_| ()).unwrap();
         assert_eq!((timed.rows.len(), timed.left.len()), (6, 0), "{:?}", timed.left);
         for r in &timed.rows {

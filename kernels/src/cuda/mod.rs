@@ -23,6 +23,7 @@ mod ops_embed;
 mod ops_hessian;
 mod ops_linear;
 mod ops_norm;
+mod ops_random;
 mod ops_reproducible;
 mod ops_rope;
 mod ops_score;
@@ -50,6 +51,7 @@ use crate::backend::{
 };
 use crate::cpu::checks;
 use crate::error::{KernelError, Result, check_len};
+use crate::random::RandomWeight;
 
 /// f32 elements on the device.
 pub struct GpuBuffer {
@@ -263,6 +265,12 @@ impl Backend for GpuBackend {
         let (out_features, in_features) = w.dims();
         let memory = Box::new(DeviceWeight::upload(&self.device, w)?);
         Ok(WeightHandle { out_features, in_features, stored_bytes: w.stored_bytes(), memory })
+    }
+
+    fn random_weight(&self, w: &RandomWeight) -> Result<WeightHandle> {
+        let (out_features, in_features, stored_bytes) = (w.out_features, w.in_features, w.stored_bytes()?);
+        let memory = Box::new(ops_random::weight(&self.device, w)?);
+        Ok(WeightHandle { out_features, in_features, stored_bytes, memory })
     }
 
     fn embed(&self, table: &WeightHandle, ids: &[u32], scale: f32) -> Result<Buffer> {

@@ -15,6 +15,7 @@ use crate::backend::{FloatType, HostWeight, PackedWeight};
 use crate::error::{KernelError, Result, check_len};
 use crate::pack::{unpack_rows, words_for};
 use crate::quantized::QuantizedMatrix;
+use crate::scheme::Scheme;
 
 /// Columns that share a scale within one tensor-core step: groups must be multiples of it.
 pub const GROUP_STEP: usize = 16;
@@ -63,6 +64,11 @@ pub fn dtype_code(dtype: FloatType) -> i32 {
 }
 
 impl DeviceWeight {
+    /// Whether codes of `scheme` in rows of `cols`, in groups of neighbours, stay packed on the device.
+    pub fn keeps_codes(scheme: Scheme, cols: usize) -> bool {
+        matches!(scheme.bits, 4 | 8) && scheme.group_cols(cols).is_multiple_of(GROUP_STEP)
+    }
+
     /// Checks every length and copies to the device.
     pub fn upload(d: &Device, w: &HostWeight) -> Result<Self> {
         let (out_features, in_features) = w.dims();
@@ -87,8 +93,7 @@ fn product(what: &'static str, a: usize, b: usize) -> Result<usize> {
 
 /// Whether kernels read the codes as they are.
 fn is_direct(p: &PackedWeight) -> bool {
-    let group = p.scheme.group_cols(p.in_features);
-    matches!(p.scheme.bits, 4 | 8) && p.group_index.is_none() && group.is_multiple_of(GROUP_STEP)
+    p.group_index.is_none() && DeviceWeight::keeps_codes(p.scheme, p.in_features)
 }
 
 fn packed(d: &Device, p: &PackedWeight) -> Result<Layout> {
@@ -139,7 +144,7 @@ mod tests {
     use crate::backend::Bytes;
     use crate::cuda::rows::{floats_of, words_of};
     use crate::pack::pack_rows;
-    use crate::scheme::{GroupSize, Scheme};
+    use crate::scheme::GroupSize;
 
     const ROWS: usize = 3;
     const COLS: usize = 96;

@@ -24,6 +24,7 @@ namespace EMU_SIDE {
 #include "../cuda/src/linear_gemv.cu"
 #include "../cuda/src/linear_gemm.cu"
 #include "../cuda/src/hessian.cu"
+#include "../cuda/src/random.cu"
 #include "../cuda/src/reproducible.cu"
 #include "../cuda/src/reproducible_attention.cu"
 
@@ -72,7 +73,7 @@ const emu::Kernel EMU_TABLE[] = {
     K(attention_prefill), K(attention_decode), K(attention_decode_merge),
     K(score), K(argmax),
     K(gemv_dense), K(gemv_w4), K(gemv_w8), K(gemm_dense), K(gemm_packed),
-    K(hessian_update),
+    K(hessian_update), K(random_fill),
     K(linear_reproducible), K(hessian_reproducible), K(rms_norm_reproducible), K(rope_reproducible),
     K(activation_reproducible), K(scores_reproducible), K(weights_reproducible), K(mix_reproducible),
     K(planted_clean), K(planted_read_past_end), K(planted_write_past_end), K(planted_write_beside),

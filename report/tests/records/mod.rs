@@ -175,10 +175,13 @@ pub fn bench() -> BenchRecord {
                 samples_ns: vec![1, 2, 3],
                 bytes_per_step: 466_358_912,
                 roofline_frac: test.starts_with("tg").then_some(rate / 60.0),
+                flops: None,
+                flops_frac: None,
             });
         }
     }
     let up = |test: &str, batch, ratio: f64| SpeedUp {
+        model: "qwen".into(),
         test: test.into(),
         batch,
         ratio,
@@ -190,6 +193,7 @@ pub fn bench() -> BenchRecord {
         schema: 1,
         provenance: provenance("bench", "./out/qwen2.5-0.5b-w4a16", 'b'),
         bandwidth_bytes_per_second: 21.3e9,
+        ceilings: None,
         rows,
         speed_ups: vec![up("pp512", 1, 1.048), up("tg128", 4, 1.61), up("tg128", 1, 2.133)],
         latency: both
@@ -204,12 +208,14 @@ pub fn bench() -> BenchRecord {
         memory: both
             .map(|role| MemoryRow {
                 role: role.into(),
+                model: "qwen".into(),
                 weight_bytes: 466_358_912,
                 kv_bytes: 12_582_912,
                 kv_tokens: 1024,
                 peak_rss_bytes: Some(2_345_000_000),
             })
             .to_vec(),
+        left: Vec::new(),
     }
 }
 

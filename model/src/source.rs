@@ -1,0 +1,42 @@
+//! Where a decoder's tensors come from: a checkpoint, or nowhere ([`crate::synthetic`]).
+
+use lowbit_checkpoint::{Checkpoint, ModelConfig};
+use lowbit_kernels::backend::{Backend, WeightHandle};
+
+use crate::error::{At, Result};
+
+/// Tensors by their module's name.
+pub trait Source {
+    /// What the graph needs to know.
+    fn config(&self) -> &ModelConfig;
+    /// What the decoder's modules are named under: `model`, or `language_model.model`.
+    fn prefix(&self) -> Result<&str>;
+    /// The weight `[out, in]` of a linear or of the embedding, on the device.
+    fn weight(&self, backend: &dyn Backend, module: &str, out: usize, n: usize) -> Result<WeightHandle>;
+    /// A linear's bias, where it has one.
+    fn bias(&self, module: &str, out: usize) -> Result<Option<Vec<f32>>>;
+    /// A vector of `len`, by its full name: the weight of a norm.
+    fn vector(&self, name: &str, len: usize) -> Result<Vec<f32>>;
+}
+
+impl Source for Checkpoint {
+    fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    fn prefix(&self) -> Result<&str> {
+        crate::decoder::prefix(self)
+    }
+
+    fn weight(&self, backend: &dyn Backend, module: &str, out: usize, n: usize) -> Result<WeightHandle> {
+        backend.upload_weight(&self.linear(module, out, n)?).at(module)
+    }
+
+    fn bias(&self, module: &str, out: usize) -> Result<Option<Vec<f32>>> {
+        Ok(Checkpoint::bias(self, module, out)?)
+    }
+
+    fn vector(&self, name: &str, len: usize) -> Result<Vec<f32>> {
+        Ok(self.store.vector(name, len)?)
+    }
+}
