@@ -373,10 +373,10 @@ pub struct BenchArgs {
     #[arg(long, value_name = "SHAPE")]
     pub synthetic: Option<String>,
     /// Formats of the linears of a synthetic model; the others are compared with the first.
-    #[arg(long, value_delimiter = ',', default_value = "bf16,w8a16-g128,w4a16-g128", requires = "synthetic")]
+    #[arg(long, value_delimiter = ',', default_value = "bf16,w8a16-g128,w4a16-g128", conflicts_with = "model")]
     pub formats: Vec<String>,
     /// Format of the head of a synthetic model: bf16 or w8a16.
-    #[arg(long, default_value = "bf16", requires = "synthetic")]
+    #[arg(long, default_value = "bf16", conflicts_with = "model")]
     pub head: String,
     /// Prompt tokens of the prefill test (0: none). [default: 512; synthetic 4096]
     #[arg(short, long)]

@@ -41,7 +41,7 @@ fn what_cannot_be_made_is_refused() {
         (&["bench", "--synthetic", "tiny", "--formats", "fp8"], "w4a16-g128"),
         (&["bench", "--synthetic", "tiny", "demo"], "--synthetic"),
         (&["bench"], "MODEL"),
-        (&["bench", "demo", "--head", "w8a16"], "--synthetic"),
+        (&["bench", "demo", "--head", "w8a16"], "--head"),
     ] {
         let out = lowbit(tmp.path()).args(["--device", "cpu"]).args(args).output().unwrap();
         assert_eq!(out.status.code(), Some(3), "{args:?}: {}", stderr(&out));
