@@ -27,6 +27,9 @@ pub struct Global {
     /// cuda: half where speed is the aim (bench, serve, generate, suite), fast elsewhere; on emulated: reproducible. The CPU has one way.
     #[arg(long, global = true, value_enum)]
     pub arithmetic: Option<ArithmeticArg>,
+    /// On a GPU, submit every operation of a decode step by itself instead of repeating a recorded one.
+    #[arg(long, global = true, hide = true)]
+    pub no_graph: bool,
     /// Print one JSON document on stdout instead of text.
     #[arg(long, global = true)]
     pub json: bool,

@@ -20,6 +20,7 @@ pub struct Context {
     device: Device,
     exact: bool,
     arithmetic: Option<Arithmetic>,
+    graphs: bool,
     opened: OnceLock<Opened>,
     speed: OnceLock<Opened>,
     pub progress: Bars,
@@ -59,6 +60,7 @@ impl Context {
             device: global.device,
             exact: global.exact,
             arithmetic: chosen(global)?,
+            graphs: !global.no_graph,
             opened: OnceLock::new(),
             speed: OnceLock::new(),
             progress: Bars::new(global.quiet),
@@ -107,8 +109,24 @@ impl Context {
         };
         Ok(match purpose {
             Purpose::Accuracy => accurate,
-            Purpose::Speed => self.speed.get_or_init(|| accurate.for_speed(self.arithmetic)),
+            Purpose::Speed => self.speed.get_or_init(|| self.for_speed(accurate)),
         })
+    }
+
+    fn on_gpu(&self, device: Arc<gpu::Device>, arithmetic: Arithmetic) -> Arc<dyn Backend> {
+        Arc::new(GpuBackend::new(device).with_arithmetic(arithmetic).with_recorded_steps(self.graphs))
+    }
+
+    /// The same device in half arithmetic, unless one was asked for or the usual one is reproducible.
+    fn for_speed(&self, accurate: &Opened) -> Opened {
+        let (mut backend, mut kernels) = (accurate.backend.clone(), accurate.kernels.clone());
+        if let (Some(device), Some((Arithmetic::Fast, image)), None) =
+            (&accurate.device, &accurate.kernels, self.arithmetic)
+        {
+            backend = self.on_gpu(device.clone(), Arithmetic::Half);
+            kernels = Some((Arithmetic::Half, image.clone()));
+        }
+        Opened { backend, device: accurate.device.clone(), gpu: accurate.gpu.clone(), kernels }
     }
 
     fn open(&self) -> Result<Opened> {
@@ -116,9 +134,10 @@ impl Context {
         let on = |device: gpu::Device, usual: Arithmetic| -> Result<Opened> {
             let arithmetic = self.arithmetic.unwrap_or(usual);
             let product = device.as_cuda().map(|c| c.product()).transpose()?;
-            let image = device.as_cuda().map_or("compiled for the host", |c| c.image()).to_string();
+            let image = device.as_cuda().map_or("compiled for the host", |c| c.image());
+            let image = format!("{image}{}", if self.graphs { "" } else { "; decode steps not recorded" });
             let device = Arc::new(device);
-            let backend = Arc::new(GpuBackend::new(device.clone()).with_arithmetic(arithmetic));
+            let backend = self.on_gpu(device.clone(), arithmetic);
             Ok(Opened { backend, device: Some(device), gpu: product, kernels: Some((arithmetic, image)) })
         };
         let gpu = |ordinal: usize| on(gpu::Device::cuda(ordinal, &device_options())?, Arithmetic::Fast);
@@ -188,18 +207,6 @@ struct Opened {
     device: Option<Arc<gpu::Device>>,
     gpu: Option<String>,
     kernels: Option<(Arithmetic, String)>,
-}
-
-impl Opened {
-    /// The same device in half arithmetic, unless one was `asked` for or the usual one is reproducible.
-    fn for_speed(&self, asked: Option<Arithmetic>) -> Opened {
-        let (mut backend, mut kernels) = (self.backend.clone(), self.kernels.clone());
-        if let (Some(device), Some((Arithmetic::Fast, image)), None) = (&self.device, &self.kernels, asked) {
-            backend = Arc::new(GpuBackend::new(device.clone()).with_arithmetic(Arithmetic::Half));
-            kernels = Some((Arithmetic::Half, image.clone()));
-        }
-        Opened { backend, device: self.device.clone(), gpu: self.gpu.clone(), kernels }
-    }
 }
 
 /// The arithmetic that was asked for: by name, or by `--exact`, which leaves activations unrounded.

@@ -1,5 +1,6 @@
 //! Latency of a single stream: time to first token and gaps between tokens.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use lowbit_kernels::backend::Segment;
@@ -47,11 +48,13 @@ fn request(model: &Model, prompt: &[u32], output: usize) -> Result<Request> {
     let next = |ids: &[u32], past: usize, cache: &mut _| -> Result<u32> {
         let segment = Segment { slot: 0, row: 0, tokens: ids.len(), past };
         let segments = std::slice::from_ref(&segment);
-        let hidden = match past {
-            0 => model.forward(ids, segments, cache)?,
-            _ => model.forward_decode(ids, segments, cache)?,
+        let logits = match past {
+            0 => {
+                let hidden = model.forward(ids, segments, cache)?;
+                Arc::new(model.next_logits(&model.gather_hidden(&hidden, &[ids.len().saturating_sub(1)])?)?)
+            }
+            _ => model.decode_step(ids, segments, cache)?,
         };
-        let logits = model.next_logits(&model.gather_hidden(&hidden, &[ids.len().saturating_sub(1)])?)?;
         let top = model.backend().argmax(&logits, vocab)?;
         top.first().copied().ok_or(BenchError::Samples("no token came out"))
     };

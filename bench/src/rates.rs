@@ -222,8 +222,8 @@ fn time_decode(model: &Model, ids: &[u32], batch: usize, depth: usize, cache: &m
     for (i, step) in ids.chunks_exact(batch).enumerate() {
         let past = depth + i;
         let segments = (0..batch).map(|slot| Segment { slot, row: slot, tokens: 1, past }).collect::<Vec<_>>();
-        let hidden = model.forward_decode(step, &segments, cache)?;
-        wait_for(model, &model.next_logits(&hidden)?)?;
+        let logits = model.decode_step(step, &segments, cache)?;
+        wait_for(model, &logits)?;
     }
     Ok(start.elapsed())
 }

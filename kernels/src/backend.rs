@@ -188,6 +188,10 @@ pub trait Backend: Send + Sync {
     fn decode_phase(&self) -> Option<&dyn Backend> {
         None
     }
+    /// Decode steps that are recorded once and repeated, where the device gains by that: for `model`, which see.
+    fn steps(&self) -> Result<Option<Box<dyn Steps>>> {
+        Ok(None)
+    }
     /// Copies floats to the device.
     fn upload(&self, data: &[f32]) -> Result<Buffer>;
     /// Zeros.
@@ -305,6 +309,23 @@ pub trait Backend: Send + Sync {
     fn abs_max(&self, x: &Buffer) -> Result<f32> {
         Ok(self.download(x)?.iter().fold(0f32, |m, v| if v.is_nan() { f32::INFINITY } else { m.max(v.abs()) }))
     }
+}
+
+/// One fixed sequence of operations on one token each of some sequences, run again and again for other tokens.
+///
+/// The sequence may depend on the number of rows and on nothing else: the same operations on the same weights and caches
+/// (all of which must stay alive) and buffers of the same sizes every time, none of them copied to or from the host.
+pub trait Steps: Send + Sync {
+    /// Where the operations of a step between [`Self::begin`] and [`Self::finish`] are to be called; its buffers may be given
+    /// to the backend it came from.
+    fn backend(&self) -> &dyn Backend;
+    /// Starts a step of one token a segment. With a result, the whole step has been submitted: the buffer holds what
+    /// [`Self::finish`] was once given, for these tokens. Without, the caller calls the operations, then `finish`.
+    fn begin(&mut self, ids: &[u32], segments: &[Segment]) -> Result<Option<Arc<Buffer>>>;
+    /// Ends a step; the buffer is good until the next one begins.
+    fn finish(&mut self, result: Buffer) -> Result<Arc<Buffer>>;
+    /// Ends a step that failed.
+    fn abandon(&mut self);
 }
 
 /// `[cols, rows]` of a row-major `[rows, cols]`.

@@ -9,6 +9,7 @@ use lowbit_kernels::random::normals;
 use crate::block::{Block, Linear, Tap};
 use crate::error::{At, ModelError, Result};
 use crate::source::Source;
+use crate::step::{ModelId, Recordings};
 
 /// Where a checkpoint keeps its decoder: `model.` or, inside multimodal folders, `language_model.model.`.
 pub fn prefix(ckpt: &Checkpoint) -> Result<&'static str> {
@@ -90,6 +91,8 @@ pub struct KvCache {
     pub slots: usize,
     /// Tokens a slot can hold.
     pub capacity: usize,
+    /// Of decode steps over it.
+    pub(crate) recordings: Option<Recordings>,
 }
 
 impl KvCache {
@@ -130,6 +133,7 @@ impl KvCache {
 
 /// A loaded model.
 pub struct Model {
+    id: ModelId,
     config: ModelConfig,
     backend: Arc<dyn Backend>,
     embedding: Embedding,
@@ -147,7 +151,7 @@ impl Model {
             .map(|i| Block::load(from, b, &format!("{p}.layers.{i}"), i))
             .collect::<Result<Vec<_>>>()?;
         let head = Head::load(from, b)?;
-        Ok(Self { config: config.clone(), backend, embedding, blocks, head })
+        Ok(Self { id: ModelId::new(), config: config.clone(), backend, embedding, blocks, head })
     }
 
     /// Its config.
@@ -166,7 +170,7 @@ impl Model {
         let layers = (0..c.num_layers)
             .map(|_| self.backend.kv_cache(slots, capacity, c.num_kv_heads, c.head_dim).at("kv_cache"))
             .collect::<Result<Vec<_>>>()?;
-        Ok(KvCache { layers, slots, capacity })
+        Ok(KvCache { layers, slots, capacity, recordings: None })
     }
 
     /// Runs `ids` (all segments' tokens, concatenated) through the blocks and the final norm: `[T, hidden]`.
@@ -191,6 +195,22 @@ impl Model {
         self.run(self.decode_backend(), ids, segments, cache, &mut |_, _| Ok(()))
     }
 
+    pub(crate) fn id(&self) -> ModelId {
+        self.id
+    }
+
+    /// Hidden states and logits of a decode step on a backend for recorded steps.
+    pub(crate) fn step_logits(
+        &self,
+        b: &dyn Backend,
+        ids: &[u32],
+        segments: &[Segment],
+        cache: &mut KvCache,
+    ) -> Result<Buffer> {
+        let hidden = self.run(b, ids, segments, cache, &mut |_, _| Ok(()))?;
+        self.head.logits(b, &hidden)
+    }
+
     fn decode_backend(&self) -> &dyn Backend {
         self.backend.decode_phase().unwrap_or(self.backend.as_ref())
     }
@@ -203,6 +223,16 @@ impl Model {
         cache: &mut KvCache,
         tap: &mut Tap<'_>,
     ) -> Result<Buffer> {
+        self.check(ids, segments, cache)?;
+        let mut x = self.embedding.apply(b, ids)?;
+        for (block, kv) in self.blocks.iter().zip(&mut cache.layers) {
+            block.forward(b, &mut x, segments, kv, tap)?;
+        }
+        self.head.norm(b, &x)
+    }
+
+    /// The segments are of `ids` and fit the cache.
+    pub(crate) fn check(&self, ids: &[u32], segments: &[Segment], cache: &KvCache) -> Result<()> {
         let total: usize = segments.iter().map(|s| s.tokens).sum();
         if total != ids.len() {
             return Err(ModelError::Argument(format!("segments hold {total} tokens, ids {}", ids.len())));
@@ -213,11 +243,7 @@ impl Model {
                 return Err(ModelError::CacheFull { tokens, capacity: cache.capacity });
             }
         }
-        let mut x = self.embedding.apply(b, ids)?;
-        for (block, kv) in self.blocks.iter().zip(&mut cache.layers) {
-            block.forward(b, &mut x, segments, kv, tap)?;
-        }
-        self.head.norm(b, &x)
+        Ok(())
     }
 
     /// Logits `[T, vocab]` of hidden rows, in prefill's arithmetic: for scoring.

@@ -1,5 +1,6 @@
 //! Greedy and sampled generation with a time stamp for each token.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use lowbit_kernels::backend::Segment;
@@ -51,14 +52,13 @@ pub fn generate(
     let mut past = 0;
     while out.tokens.len() < options.max_new_tokens {
         let segments = [Segment { slot: 0, row: 0, tokens: step.len(), past }];
-        let hidden = if past == 0 {
-            model.forward(&step, &segments, &mut cache)?
+        let logits = if past == 0 {
+            let hidden = model.forward(&step, &segments, &mut cache)?;
+            Arc::new(model.next_logits(&model.gather_hidden(&hidden, &[step.len() - 1])?)?)
         } else {
-            model.forward_decode(&step, &segments, &mut cache)?
+            model.decode_step(&step, &segments, &mut cache)?
         };
         past += step.len();
-        let last = model.gather_hidden(&hidden, &[step.len() - 1])?;
-        let logits = model.next_logits(&last)?;
         let next = if options.sampling.temperature <= 0.0 {
             let best = model.backend().argmax(&logits, model.config().vocab_size).at("argmax")?;
             best.first().copied().unwrap_or_default()

@@ -7,6 +7,7 @@ pub mod generate;
 pub mod rope;
 pub mod sampling;
 pub mod source;
+mod step;
 pub mod synthetic;
 
 pub use decoder::{Embedding, Head, KvCache, Model};

@@ -4,15 +4,19 @@
 //! their arguments in the order written there, so that grids, shared sizes and argument lists of the host side are
 //! tested on the emulator before a GPU sees them.
 
+use std::collections::HashMap;
 use std::fmt;
 use std::ops::Range;
+use std::sync::{Arc, Mutex, PoisonError};
 
 #[cfg(feature = "cuda")]
 use super::driver::{CudaDevice, CudaMemory};
 #[cfg(feature = "emulated")]
 pub use super::emulated::EmulatorOptions;
 #[cfg(feature = "emulated")]
-use super::emulated::{EmulatedDevice, EmulatedMemory};
+use super::emulated::{EmulatedDevice, EmulatedMemory, EmulatedRecording};
+#[cfg(feature = "cuda")]
+use super::graph::CudaGraph;
 #[cfg(feature = "cuda")]
 use super::nvrtc::DeviceOptions;
 use crate::error::{KernelError, Result};
@@ -26,7 +30,12 @@ pub const MAX_SHARED_BYTES: u32 = 227 << 10;
 /// Where kernels run.
 pub struct Device {
     inner: Inner,
+    /// Of a recorder: allocations that are used again, so that a repeated step finds its memory where it was.
+    arena: Option<Arena>,
 }
+
+/// Blocks by size; one that nobody else holds is free. All use is in the order of one stream.
+type Arena = Mutex<HashMap<usize, Vec<Arc<Allocation>>>>;
 
 enum Inner {
     #[cfg(feature = "emulated")]
@@ -35,9 +44,23 @@ enum Inner {
     Cuda(CudaDevice),
 }
 
-/// Memory of one device, freed when dropped.
+/// Memory of one device, or a part of such; freed with the last that holds some of it.
 pub struct Memory {
-    inner: Allocation,
+    block: Arc<Allocation>,
+    offset: usize,
+    bytes: usize,
+}
+
+/// Launches in their order, to be repeated with the same arguments.
+pub struct Recording {
+    inner: Recorded,
+}
+
+enum Recorded {
+    #[cfg(feature = "emulated")]
+    Emulated(EmulatedRecording),
+    #[cfg(feature = "cuda")]
+    Cuda(CudaGraph),
 }
 
 enum Allocation {
@@ -96,19 +119,19 @@ impl Device {
     /// The emulator with its checks chosen.
     #[cfg(feature = "emulated")]
     pub fn emulated_with(options: EmulatorOptions) -> Result<Self> {
-        Ok(Self { inner: Inner::Emulated(EmulatedDevice::new(options)?) })
+        Ok(Self { inner: Inner::Emulated(EmulatedDevice::new(options)?), arena: None })
     }
 
     /// GPU `ordinal`; an error, never a panic, where there is no driver or no such GPU.
     #[cfg(feature = "cuda")]
     pub fn cuda(ordinal: usize, options: &DeviceOptions) -> Result<Self> {
-        Ok(Self { inner: Inner::Cuda(CudaDevice::open(ordinal, options)?) })
+        Ok(Self { inner: Inner::Cuda(CudaDevice::open(ordinal, options)?), arena: None })
     }
 
     /// As [`Device::cuda`] from the embedded PTX, whether there is an NVRTC or not.
     #[cfg(feature = "cuda")]
     pub fn cuda_from_ptx(ordinal: usize) -> Result<Self> {
-        Ok(Self { inner: Inner::Cuda(CudaDevice::open_from_ptx(ordinal)?) })
+        Ok(Self { inner: Inner::Cuda(CudaDevice::open_from_ptx(ordinal)?), arena: None })
     }
 
     /// `emulated` or `cuda`.
@@ -134,24 +157,43 @@ impl Device {
     /// Memory with undefined contents (NaN bytes on the emulator). Aligned to 256 bytes on CUDA; to 16 on the
     /// emulator, where the end lies as close as that allows to a page that must not be touched.
     pub fn alloc(&self, bytes: usize) -> Result<Memory> {
-        let inner = match &self.inner {
+        if let Some(block) = self.free_block(bytes) {
+            #[cfg(feature = "emulated")]
+            if let (Inner::Emulated(d), Allocation::Emulated(m)) = (&self.inner, block.as_ref()) {
+                d.forget(m)?;
+            }
+            return Ok(Memory { block, offset: 0, bytes });
+        }
+        let block = Arc::new(match &self.inner {
             #[cfg(feature = "emulated")]
             Inner::Emulated(d) => Allocation::Emulated(d.alloc(bytes)?),
             #[cfg(feature = "cuda")]
             Inner::Cuda(d) => Allocation::Cuda(d.alloc(bytes)?),
-        };
-        Ok(Memory { inner })
+        });
+        if let Some(arena) = &self.arena {
+            let mut blocks = arena.lock().unwrap_or_else(PoisonError::into_inner);
+            blocks.entry(bytes).or_default().push(block.clone());
+        }
+        Ok(Memory { block, offset: 0, bytes })
+    }
+
+    fn free_block(&self, bytes: usize) -> Option<Arc<Allocation>> {
+        let mut blocks = self.arena.as_ref()?.lock().unwrap_or_else(PoisonError::into_inner);
+        blocks.get_mut(&bytes)?.iter().find(|b| Arc::strong_count(b) == 1).cloned()
     }
 
     /// Memory of zero bytes.
     pub fn alloc_zeroed(&self, bytes: usize) -> Result<Memory> {
-        let inner = match &self.inner {
+        let m = self.alloc(bytes)?;
+        match (&self.inner, m.block.as_ref()) {
             #[cfg(feature = "emulated")]
-            Inner::Emulated(d) => Allocation::Emulated(d.alloc_zeroed(bytes)?),
+            (Inner::Emulated(d), Allocation::Emulated(block)) => d.clear(block)?,
             #[cfg(feature = "cuda")]
-            Inner::Cuda(d) => Allocation::Cuda(d.alloc_zeroed(bytes)?),
-        };
-        Ok(Memory { inner })
+            (Inner::Cuda(d), Allocation::Cuda(block)) => d.clear(block)?,
+            #[cfg(all(feature = "emulated", feature = "cuda"))]
+            _ => return Err(self.foreign()),
+        }
+        Ok(m)
     }
 
     /// A copy of `bytes`.
@@ -163,11 +205,12 @@ impl Device {
 
     /// Copies `bytes` to `offset`.
     pub fn write(&self, m: &mut Memory, offset: usize, bytes: &[u8]) -> Result<()> {
-        match (&self.inner, &mut m.inner) {
+        let at = m.within(&(offset..offset.saturating_add(bytes.len())))?.start;
+        match (&self.inner, m.block.as_ref()) {
             #[cfg(feature = "emulated")]
-            (Inner::Emulated(d), Allocation::Emulated(m)) => d.write(m, offset, bytes),
+            (Inner::Emulated(d), Allocation::Emulated(m)) => d.write(m, at, bytes),
             #[cfg(feature = "cuda")]
-            (Inner::Cuda(d), Allocation::Cuda(m)) => d.write(m, offset, bytes),
+            (Inner::Cuda(d), Allocation::Cuda(m)) => d.write(m, at, bytes),
             #[cfg(all(feature = "emulated", feature = "cuda"))]
             _ => Err(self.foreign()),
         }
@@ -175,11 +218,74 @@ impl Device {
 
     /// Copies `range` back, after everything launched before.
     pub fn read(&self, m: &Memory, range: Range<usize>) -> Result<Vec<u8>> {
-        match (&self.inner, &m.inner) {
+        let range = m.within(&range)?;
+        match (&self.inner, m.block.as_ref()) {
             #[cfg(feature = "emulated")]
             (Inner::Emulated(d), Allocation::Emulated(m)) => d.read(m, range),
             #[cfg(feature = "cuda")]
             (Inner::Cuda(d), Allocation::Cuda(m)) => d.read(m, range),
+            #[cfg(all(feature = "emulated", feature = "cuda"))]
+            _ => Err(self.foreign()),
+        }
+    }
+
+    /// The same device for sequences of launches that are recorded and repeated: its memory is used again instead of being
+    /// freed, and between [`Device::record`] and [`Device::recorded`] launches are kept instead of run.
+    pub fn recorder(&self) -> Result<Self> {
+        let inner = match &self.inner {
+            #[cfg(feature = "emulated")]
+            Inner::Emulated(d) => Inner::Emulated(d.recorder()),
+            #[cfg(feature = "cuda")]
+            Inner::Cuda(d) => Inner::Cuda(d.recorder()?),
+        };
+        Ok(Self { inner, arena: Some(Arena::default()) })
+    }
+
+    /// From now on launches and clears are recorded; copies to and from the host are errors.
+    pub fn record(&self) -> Result<()> {
+        match &self.inner {
+            #[cfg(feature = "emulated")]
+            Inner::Emulated(d) => d.record(),
+            #[cfg(feature = "cuda")]
+            Inner::Cuda(d) => d.record(),
+        }
+    }
+
+    /// Ends [`Device::record`]; what was recorded has not run yet.
+    pub fn recorded(&self) -> Result<Recording> {
+        let inner = match &self.inner {
+            #[cfg(feature = "emulated")]
+            Inner::Emulated(d) => Recorded::Emulated(d.recorded()?),
+            #[cfg(feature = "cuda")]
+            Inner::Cuda(d) => Recorded::Cuda(d.recorded()?),
+        };
+        Ok(Recording { inner })
+    }
+
+    /// Runs a recording, in the order of everything else on this device.
+    ///
+    /// The caller vouches that all memory its launches were given is still alive, and that what the kernels read there
+    /// keeps within the sizes they were recorded with.
+    pub fn repeat(&self, recording: &Recording) -> Result<()> {
+        match (&self.inner, &recording.inner) {
+            #[cfg(feature = "emulated")]
+            (Inner::Emulated(d), Recorded::Emulated(r)) => d.repeat(r),
+            #[cfg(feature = "cuda")]
+            (Inner::Cuda(d), Recorded::Cuda(r)) => d.repeat(r),
+            #[cfg(all(feature = "emulated", feature = "cuda"))]
+            _ => Err(self.foreign()),
+        }
+    }
+
+    /// Copies `bytes` to the start of memory that recordings read, in stream order and without waiting for it. For
+    /// recorders; a few kilobytes at most.
+    pub fn stage(&self, m: &Memory, bytes: &[u8]) -> Result<()> {
+        let at = m.within(&(0..bytes.len()))?.start;
+        match (&self.inner, m.block.as_ref()) {
+            #[cfg(feature = "emulated")]
+            (Inner::Emulated(d), Allocation::Emulated(m)) => d.write(m, at, bytes),
+            #[cfg(feature = "cuda")]
+            (Inner::Cuda(d), Allocation::Cuda(m)) => d.stage(m, at, bytes),
             #[cfg(all(feature = "emulated", feature = "cuda"))]
             _ => Err(self.foreign()),
         }
@@ -220,8 +326,8 @@ impl Device {
     /// The argument in the low bytes of a word.
     #[cfg(feature = "cuda")]
     fn word(&self, arg: &Arg<'_>) -> Result<u64> {
-        let address = |m: &Memory, offset: usize| match &m.inner {
-            Allocation::Cuda(m) => Ok(m.address() + offset as u64),
+        let address = |m: &Memory, offset: usize| match m.block.as_ref() {
+            Allocation::Cuda(block) => Ok(block.address() + (m.offset + offset) as u64),
             #[cfg(feature = "emulated")]
             Allocation::Emulated(_) => Err(self.foreign()),
         };
@@ -244,19 +350,28 @@ impl Device {
 impl Memory {
     /// Bytes asked for.
     pub fn bytes(&self) -> usize {
-        match &self.inner {
-            #[cfg(feature = "emulated")]
-            Allocation::Emulated(m) => m.bytes(),
-            #[cfg(feature = "cuda")]
-            Allocation::Cuda(m) => m.bytes(),
-        }
+        self.bytes
     }
 
-    /// The emulator's own view; `None` for memory of a GPU.
+    /// A part of it, on the same memory.
+    pub fn part(&self, range: Range<usize>) -> Result<Self> {
+        let inside = self.within(&range)?;
+        Ok(Self { block: self.block.clone(), offset: inside.start, bytes: inside.len() })
+    }
+
+    /// `range` of the block this lies in.
+    fn within(&self, range: &Range<usize>) -> Result<Range<usize>> {
+        if range.start > range.end || range.end > self.bytes {
+            return Err(KernelError::Length { what: "device memory", expected: self.bytes, found: range.end });
+        }
+        Ok(self.offset + range.start..self.offset + range.end)
+    }
+
+    /// The emulator's own view and the place in it; `None` for memory of a GPU.
     #[cfg(feature = "emulated")]
-    pub(super) fn as_emulated(&self) -> Option<&EmulatedMemory> {
-        match &self.inner {
-            Allocation::Emulated(m) => Some(m),
+    pub(super) fn as_emulated(&self) -> Option<(&EmulatedMemory, usize)> {
+        match self.block.as_ref() {
+            Allocation::Emulated(m) => Some((m, self.offset)),
             #[cfg(feature = "cuda")]
             Allocation::Cuda(_) => None,
         }

@@ -14,6 +14,7 @@ use cudarc::driver::sys::{self, CUfunction_attribute_enum as FunctionAttribute};
 use cudarc::driver::{CudaContext, CudaStream, DriverError, result};
 
 use super::device::Launch;
+use super::graph::{CudaGraph, Recorder};
 use super::module::{self, Images};
 use super::nvrtc::DeviceOptions;
 use crate::error::{KernelError, Result};
@@ -49,9 +50,9 @@ struct Launched {
 }
 
 /// What memory and device share; freed with the last of them.
-struct Shared {
-    context: Arc<CudaContext>,
-    stream: Arc<CudaStream>,
+pub(super) struct Shared {
+    pub(super) context: Arc<CudaContext>,
+    pub(super) stream: Arc<CudaStream>,
     module: sys::CUmodule,
     launched: Mutex<Launched>,
     /// Stream-ordered allocation.
@@ -65,18 +66,23 @@ unsafe impl Send for Shared {}
 unsafe impl Sync for Shared {}
 
 impl Shared {
-    fn bind(&self) -> Result<()> {
+    pub(super) fn bind(&self) -> Result<()> {
         self.context.bind_to_thread().map_err(|e| self.late("cuCtxSetCurrent", e))
     }
 
     /// An error that may stem from a launch before.
-    fn late(&self, doing: &str, e: DriverError) -> KernelError {
+    pub(super) fn late(&self, doing: &str, e: DriverError) -> KernelError {
         let last = self.launched.lock().unwrap_or_else(PoisonError::into_inner).last;
         let hint = last.map(|k| format!("the last kernel launched was {k}; launches report late"));
         KernelError::Device { device: NAME, problem: format!("{doing}: {:?}", e.0), hint }
     }
 
-    fn synchronize(&self, doing: &str) -> Result<()> {
+    /// What an error of a later copy may stem from.
+    pub(super) fn submitted(&self, what: &'static str) {
+        self.launched.lock().unwrap_or_else(PoisonError::into_inner).last = Some(what);
+    }
+
+    pub(super) fn synchronize(&self, doing: &str) -> Result<()> {
         self.stream.synchronize().map_err(|e| self.late(doing, e))
     }
 }
@@ -98,11 +104,6 @@ pub struct CudaMemory {
 }
 
 impl CudaMemory {
-    /// Bytes asked for.
-    pub fn bytes(&self) -> usize {
-        self.bytes
-    }
-
     /// The device address, for kernel arguments.
     pub fn address(&self) -> u64 {
         self.address
@@ -130,6 +131,8 @@ pub struct CudaDevice {
     shared: Arc<Shared>,
     arch: String,
     image: String,
+    /// Of a device that records steps (`graph.rs`).
+    recorder: Option<Recorder>,
 }
 
 impl CudaDevice {
@@ -171,22 +174,61 @@ impl CudaDevice {
         let arch = format!("sm_{major}{minor}{}", if major >= 9 { "a" } else { "" });
         context.bind_to_thread().map_err(|e| failed("binding the context", e))?;
         let (module, image) = module::load(&arch, images)?;
-        let (stream, pooled) = (context.default_stream(), context.has_async_alloc());
+        // A stream of our own: the default one waits for others', and others for it.
+        let stream = context.new_stream().map_err(|e| failed("making a stream", e))?;
+        let pooled = context.has_async_alloc();
         if pooled {
             keep_freed_memory(&context)?;
         }
         let shared = Shared { context, stream, module, launched: Mutex::default(), pooled };
-        let device = Self { shared: Arc::new(shared), arch, image };
+        let device = Self { shared: Arc::new(shared), arch, image, recorder: None };
         device.check_memory()?;
         Ok(device)
     }
 
     /// Uses every memory call once, so that a missing symbol is found here.
     fn check_memory(&self) -> Result<()> {
-        let mut m = self.alloc_zeroed(2 * ALIGN)?;
-        self.write(&mut m, ALIGN, &[7; ALIGN])?;
+        let m = self.alloc(2 * ALIGN)?;
+        self.clear(&m)?;
+        self.write(&m, ALIGN, &[7; ALIGN])?;
         let back = self.read(&m, ALIGN - 1..ALIGN + 1)?;
         if back == [0, 7] { Ok(()) } else { Err(absent(format!("memory read back as {back:?}"), "check the GPU")) }
+    }
+
+    /// The same GPU with a recorder: see [`super::device::Device::recorder`].
+    pub fn recorder(&self) -> Result<Self> {
+        let recorder = Some(Recorder::new(&self.shared)?);
+        Ok(Self { shared: self.shared.clone(), arch: self.arch.clone(), image: self.image.clone(), recorder })
+    }
+
+    fn own_recorder(&self) -> Result<&Recorder> {
+        self.recorder.as_ref().ok_or_else(|| absent("this device records nothing".to_string(), "take a recorder of it"))
+    }
+
+    /// Launches are recorded from now on.
+    pub fn record(&self) -> Result<()> {
+        self.own_recorder()?.begin(&self.shared)
+    }
+
+    /// What was recorded, ready to run.
+    pub fn recorded(&self) -> Result<CudaGraph> {
+        self.own_recorder()?.end(&self.shared)
+    }
+
+    /// Submits it.
+    pub fn repeat(&self, graph: &CudaGraph) -> Result<()> {
+        self.refuse_recorded()?;
+        graph.launch(&self.shared)
+    }
+
+    /// Copies a few bytes without waiting: through pinned memory, or waiting where they are too many for it.
+    pub fn stage(&self, m: &CudaMemory, offset: usize, bytes: &[u8]) -> Result<()> {
+        self.refuse_recorded()?;
+        self.own(m, &(offset..offset.saturating_add(bytes.len())))?;
+        match self.own_recorder()?.stage(&self.shared, m.address + offset as u64, bytes)? {
+            true => Ok(()),
+            false => self.write(m, offset, bytes),
+        }
     }
 
     /// `cuda`.
@@ -231,19 +273,36 @@ impl CudaDevice {
         Ok(CudaMemory { shared: self.shared.clone(), address, bytes })
     }
 
-    /// Memory of zero bytes.
-    pub fn alloc_zeroed(&self, bytes: usize) -> Result<CudaMemory> {
-        let m = self.alloc(bytes)?;
-        if bytes > 0 {
-            // SAFETY: `m` holds at least `bytes` bytes and was allocated on this stream.
-            unsafe { result::memset_d8_async(m.address, 0, bytes, self.shared.stream.cu_stream()) }
+    /// Zeros.
+    pub fn clear(&self, m: &CudaMemory) -> Result<()> {
+        self.own(m, &(0..m.bytes))?;
+        if m.bytes > 0 {
+            self.shared.bind()?;
+            // SAFETY: the memory is alive and holds that many bytes; every use of it is in the order of this stream.
+            unsafe { result::memset_d8_async(m.address, 0, m.bytes, self.stream()) }
                 .map_err(|e| self.shared.late("clearing memory", e))?;
         }
-        Ok(m)
+        Ok(())
+    }
+
+    /// Where launches go: the device's stream, or the one that records them.
+    fn stream(&self) -> sys::CUstream {
+        self.recorder.as_ref().and_then(Recorder::capturing).unwrap_or_else(|| self.shared.stream.cu_stream())
+    }
+
+    /// A copy to or from the host has no place in a recording.
+    fn refuse_recorded(&self) -> Result<()> {
+        match self.recorder.as_ref().and_then(Recorder::capturing) {
+            None => Ok(()),
+            Some(_) => {
+                Err(absent("a copy to or from the host cannot be recorded".to_string(), "run it before the recording"))
+            }
+        }
     }
 
     /// Copies `bytes` to `offset`.
-    pub fn write(&self, m: &mut CudaMemory, offset: usize, bytes: &[u8]) -> Result<()> {
+    pub fn write(&self, m: &CudaMemory, offset: usize, bytes: &[u8]) -> Result<()> {
+        self.refuse_recorded()?;
         self.own(m, &(offset..offset.saturating_add(bytes.len())))?;
         if bytes.is_empty() {
             return Ok(());
@@ -258,6 +317,7 @@ impl CudaDevice {
 
     /// Copies `range` back, after everything submitted before.
     pub fn read(&self, m: &CudaMemory, range: Range<usize>) -> Result<Vec<u8>> {
+        self.refuse_recorded()?;
         self.own(m, &range)?;
         let mut out = vec![0u8; range.len()];
         if out.is_empty() {
@@ -289,7 +349,7 @@ impl CudaDevice {
         let (grid, block) = (l.grid.into(), l.block.into());
         // SAFETY: the function belongs to the loaded module; `pointers` point into `args`, which the call copies; the
         // addresses in it are of memory that is freed in stream order, so not before the kernel is done.
-        unsafe { result::launch_kernel(function, grid, block, l.shared_bytes, s.stream.cu_stream(), &mut pointers) }
+        unsafe { result::launch_kernel(function, grid, block, l.shared_bytes, self.stream(), &mut pointers) }
             .map_err(|e| error("launching", e))
     }
 

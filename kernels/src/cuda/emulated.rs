@@ -5,6 +5,7 @@ use std::ffi::{CStr, CString, c_char, c_int};
 use std::ops::Range;
 use std::ptr::NonNull;
 use std::slice;
+use std::sync::{Mutex, PoisonError};
 
 use super::device::{Arg, Launch};
 use crate::error::{KernelError, Result};
@@ -45,6 +46,19 @@ struct RawArg {
     kind: u32,
 }
 
+/// Launches in order.
+pub struct EmulatedRecording(Vec<Step>);
+
+enum Step {
+    Launch { kernel: &'static str, launch: Launch, args: Vec<RawArg> },
+    Clear { base: *mut u8, bytes: usize },
+}
+
+// SAFETY: plain addresses; who repeats a recording vouches for the memory (`Device::repeat`).
+unsafe impl Send for EmulatedRecording {}
+// SAFETY: as above.
+unsafe impl Sync for EmulatedRecording {}
+
 unsafe extern "C" {
     fn emu_checks_available() -> c_int;
     fn emu_alloc(bytes: u64, fill: c_int) -> *mut u8;
@@ -79,13 +93,6 @@ unsafe impl Send for EmulatedMemory {}
 // SAFETY: as above.
 unsafe impl Sync for EmulatedMemory {}
 
-impl EmulatedMemory {
-    /// Bytes asked for.
-    pub fn bytes(&self) -> usize {
-        self.bytes
-    }
-}
-
 impl Drop for EmulatedMemory {
     fn drop(&mut self) {
         // SAFETY: `base` came from `emu_alloc` and is freed once; launches are over when they return.
@@ -96,6 +103,8 @@ impl Drop for EmulatedMemory {
 /// The host as a device.
 pub struct EmulatedDevice {
     options: EmulatorOptions,
+    /// Launches since recording began.
+    recording: Mutex<Option<EmulatedRecording>>,
 }
 
 impl EmulatedDevice {
@@ -118,7 +127,7 @@ impl EmulatedDevice {
         if options.threads == 0 {
             return Err(device_error("0 threads", "give at least 1"));
         }
-        Ok(Self { options })
+        Ok(Self { options, recording: Mutex::new(None) })
     }
 
     /// `emulated`.
@@ -131,9 +140,55 @@ impl EmulatedDevice {
         Self::allocate(bytes, 0xff)
     }
 
-    /// Memory of zero bytes.
-    pub fn alloc_zeroed(&self, bytes: usize) -> Result<EmulatedMemory> {
-        Self::allocate(bytes, 0)
+    /// The contents become undefined again. (Not part of a recording.)
+    pub fn forget(&self, m: &EmulatedMemory) -> Result<()> {
+        // SAFETY: the whole of live memory, which is reached through raw pointers only.
+        unsafe { m.base.as_ptr().write_bytes(0xff, m.bytes) };
+        Ok(())
+    }
+
+    /// Zeros.
+    pub fn clear(&self, m: &EmulatedMemory) -> Result<()> {
+        let step = Step::Clear { base: m.base.as_ptr(), bytes: m.bytes };
+        self.keep_or_run(step)
+    }
+
+    /// The same device with a recording of its own.
+    pub fn recorder(&self) -> Self {
+        Self { options: self.options, recording: Mutex::new(None) }
+    }
+
+    /// Launches are kept from now on.
+    pub fn record(&self) -> Result<()> {
+        *self.recording.lock().unwrap_or_else(PoisonError::into_inner) = Some(EmulatedRecording(Vec::new()));
+        Ok(())
+    }
+
+    /// What was kept.
+    pub fn recorded(&self) -> Result<EmulatedRecording> {
+        let kept = self.recording.lock().unwrap_or_else(PoisonError::into_inner).take();
+        kept.ok_or_else(|| device_error("nothing is being recorded", "call record first"))
+    }
+
+    /// Runs it.
+    pub fn repeat(&self, recording: &EmulatedRecording) -> Result<()> {
+        recording.0.iter().try_for_each(|s| self.run(s))
+    }
+
+    fn keep_or_run(&self, step: Step) -> Result<()> {
+        if let Some(kept) = self.recording.lock().unwrap_or_else(PoisonError::into_inner).as_mut() {
+            kept.0.push(step);
+            return Ok(());
+        }
+        self.run(&step)
+    }
+
+    /// A copy to or from the host has no place in a recording.
+    fn refuse_recorded(&self) -> Result<()> {
+        match self.recording.lock().unwrap_or_else(PoisonError::into_inner).as_ref() {
+            None => Ok(()),
+            Some(_) => Err(device_error("a copy to or from the host cannot be recorded", "run it before")),
+        }
     }
 
     fn allocate(bytes: usize, fill: c_int) -> Result<EmulatedMemory> {
@@ -146,15 +201,17 @@ impl EmulatedDevice {
     }
 
     /// Copies `bytes` to `offset`.
-    pub fn write(&self, m: &mut EmulatedMemory, offset: usize, bytes: &[u8]) -> Result<()> {
+    pub fn write(&self, m: &EmulatedMemory, offset: usize, bytes: &[u8]) -> Result<()> {
+        self.refuse_recorded()?;
         within(m, &(offset..offset.saturating_add(bytes.len())))?;
-        // SAFETY: the range was checked, `m` is borrowed exclusively, and `bytes` is other memory.
+        // SAFETY: the range was checked, the memory is reached through raw pointers only, and `bytes` is other memory.
         unsafe { m.base.as_ptr().add(offset).copy_from_nonoverlapping(bytes.as_ptr(), bytes.len()) };
         Ok(())
     }
 
     /// Copies `range` back.
     pub fn read(&self, m: &EmulatedMemory, range: Range<usize>) -> Result<Vec<u8>> {
+        self.refuse_recorded()?;
         within(m, &range)?;
         // SAFETY: the range was checked, every byte was filled at allocation, and no launch is running on `m`: the
         // launchers hold what they write exclusively.
@@ -163,7 +220,19 @@ impl EmulatedDevice {
 
     /// Runs a kernel to its end.
     pub fn launch(&self, kernel: &'static str, l: &Launch, args: &[Arg<'_>]) -> Result<()> {
-        let raw = args.iter().map(raw_arg).collect::<Result<Vec<RawArg>>>()?;
+        let args = args.iter().map(raw_arg).collect::<Result<Vec<RawArg>>>()?;
+        self.keep_or_run(Step::Launch { kernel, launch: *l, args })
+    }
+
+    fn run(&self, step: &Step) -> Result<()> {
+        let (kernel, l, raw) = match step {
+            Step::Launch { kernel, launch, args } => (*kernel, launch, args),
+            Step::Clear { base, bytes } => {
+                // SAFETY: all of an allocation that is alive (see `Device::repeat`).
+                unsafe { base.write_bytes(0, *bytes) };
+                return Ok(());
+            }
+        };
         let error = |problem: String| KernelError::Launch { kernel, launch: l.to_string(), problem };
         let name = CString::new(kernel).map_err(|_| error("a NUL in the kernel's name".to_string()))?;
         let mut message = [0u8; MESSAGE_BYTES];
@@ -201,9 +270,10 @@ fn within(m: &EmulatedMemory, range: &Range<usize>) -> Result<()> {
 
 fn raw_arg(arg: &Arg<'_>) -> Result<RawArg> {
     let pointer = |m: &super::device::Memory, offset: usize, kind: char| {
-        let m = m.as_emulated().ok_or(KernelError::ForeignHandle { backend: NAME, what: "memory" })?;
+        let foreign = KernelError::ForeignHandle { backend: NAME, what: "memory" };
+        let (m, place) = m.as_emulated().ok_or(foreign)?;
         let base = m.base.as_ptr();
-        Ok(RawArg { value: base as u64 + offset as u64, base, bytes: m.bytes as u64, kind: kind as u32 })
+        Ok(RawArg { value: base as u64 + (place + offset) as u64, base, bytes: m.bytes as u64, kind: kind as u32 })
     };
     let value =
         |v: u32, kind: char| RawArg { value: u64::from(v), base: std::ptr::null_mut(), bytes: 0, kind: kind as u32 };

@@ -12,6 +12,8 @@ pub mod device;
 pub mod driver;
 #[cfg(feature = "emulated")]
 mod emulated;
+#[cfg(feature = "cuda")]
+mod graph;
 mod kv_fork;
 #[cfg(feature = "cuda")]
 mod module;
@@ -30,6 +32,7 @@ mod ops_score;
 #[cfg(feature = "cuda")]
 pub mod ptx;
 mod rows;
+mod steps;
 mod weights;
 
 use std::ops::Range;
@@ -41,13 +44,14 @@ pub use emulated::EmulatorOptions;
 #[cfg(feature = "cuda")]
 pub use nvrtc::{Compiled, DeviceOptions, compile};
 
-use self::ops_embed::PackedTable;
+use self::ops_embed::{Ids, PackedTable};
 use self::ops_reproducible::Turns;
 use self::ops_rope::CacheView;
 use self::rows::{RowTable, bytes_of, floats_of};
+use self::steps::{GpuSteps, StepInputs};
 use self::weights::{DeviceWeight, Layout};
 use crate::backend::{
-    Activation, AttentionShape, Backend, Buffer, HostWeight, KvBuffer, Segment, TokenScore, WeightHandle,
+    Activation, AttentionShape, Backend, Buffer, HostWeight, KvBuffer, Segment, Steps, TokenScore, WeightHandle,
 };
 use crate::cpu::checks;
 use crate::error::{KernelError, Result, check_len};
@@ -102,10 +106,13 @@ pub struct GpuBackend {
     arithmetic: Arithmetic,
     /// Slots and positions of the last call: every layer of a forward pass asks for the same.
     rows: Mutex<Option<Arc<RowTable>>>,
-    /// Rotary frequencies of the last call, likewise.
-    frequencies: Mutex<Option<Arc<Frequencies>>>,
+    /// Rotary frequencies seen: one or two a model. Recorded steps read them, so they are kept.
+    frequencies: Mutex<Vec<Arc<Frequencies>>>,
     /// Rotations of the last call, likewise; reproducible arithmetic only.
     turns: Mutex<Option<Arc<RowTurns>>>,
+    /// The step under way, whose ids, slots and positions are on the device.
+    step: Mutex<Option<Arc<StepInputs>>>,
+    records: bool,
 }
 
 /// What [`Turns`] were made of.
@@ -124,14 +131,22 @@ struct Frequencies {
 impl GpuBackend {
     /// On a device, which other backends may share, with fast arithmetic.
     pub fn new(device: Arc<Device>) -> Self {
-        let (rows, frequencies, turns) = (Mutex::new(None), Mutex::new(None), Mutex::new(None));
-        Self { device, arithmetic: Arithmetic::Fast, rows, frequencies, turns }
+        let (rows, turns, step) = (Mutex::new(None), Mutex::new(None), Mutex::new(None));
+        let (arithmetic, frequencies) = (Arithmetic::Fast, Mutex::default());
+        Self { device, arithmetic, rows, frequencies, turns, step, records: true }
     }
 
     /// The same with another order of sums.
     #[must_use]
     pub fn with_arithmetic(mut self, arithmetic: Arithmetic) -> Self {
         self.arithmetic = arithmetic;
+        self
+    }
+
+    /// Whether decode steps are recorded and repeated (fast arithmetic only; on by default).
+    #[must_use]
+    pub fn with_recorded_steps(mut self, on: bool) -> Self {
+        self.records = on;
         self
     }
 
@@ -177,8 +192,20 @@ impl GpuBackend {
         })
     }
 
+    /// Takes ids, slots and positions from `step` from now on; the one before.
+    fn set_step(&self, step: Option<Arc<StepInputs>>) -> Option<Arc<StepInputs>> {
+        std::mem::replace(&mut *self.step.lock().unwrap_or_else(PoisonError::into_inner), step)
+    }
+
+    fn step(&self) -> Option<Arc<StepInputs>> {
+        self.step.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
     /// Slots and positions of a call's rows, on the device.
     fn rows(&self, segments: &[Segment], total: usize) -> Result<Arc<RowTable>> {
+        if let Some(step) = self.step().filter(|s| s.table.is_of(segments, total)) {
+            return Ok(step.table.clone());
+        }
         let mut last = self.rows.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(table) = last.as_ref().filter(|t| t.is_of(segments, total)) {
             return Ok(table.clone());
@@ -220,13 +247,13 @@ impl GpuBackend {
     }
 
     fn frequencies(&self, inv_freq: &[f32]) -> Result<Arc<Frequencies>> {
-        let mut last = self.frequencies.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(f) = last.as_ref().filter(|f| f.host == inv_freq) {
+        let mut seen = self.frequencies.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(f) = seen.iter().find(|f| f.host == inv_freq) {
             return Ok(f.clone());
         }
         let memory = self.device.upload(&bytes_of(inv_freq))?;
         let f = Arc::new(Frequencies { host: inv_freq.to_vec(), memory });
-        *last = Some(f.clone());
+        seen.push(f.clone());
         Ok(f)
     }
 }
@@ -239,6 +266,13 @@ fn buffer(len: usize, memory: Memory) -> Buffer {
 impl Backend for GpuBackend {
     fn name(&self) -> &'static str {
         self.device.name()
+    }
+
+    fn steps(&self) -> Result<Option<Box<dyn Steps>>> {
+        if self.is_reproducible() || !self.records {
+            return Ok(None);
+        }
+        Ok(Some(Box::new(GpuSteps::new(self)?)))
     }
 
     fn upload(&self, data: &[f32]) -> Result<Buffer> {
@@ -277,6 +311,11 @@ impl Backend for GpuBackend {
         let (w, d) = (self.weight(table)?, &self.device);
         let (vocab, hidden) = (w.out_features, w.in_features);
         let y = self.new_buffer(checks::product("embeddings", ids.len(), hidden)?)?;
+        let step = self.step().filter(|s| s.ids == ids);
+        if let Some(step) = &step {
+            step.limit(vocab, usize::MAX, usize::MAX);
+        }
+        let ids = Ids { host: ids, device: step.as_ref().map(|s| &s.ids_memory) };
         match &w.layout {
             Layout::Dense { raw, dtype } => {
                 ops_embed::embed_dense(d, raw, *dtype, vocab, hidden, ids, scale, self.mem(&y)?)?;
@@ -346,6 +385,9 @@ impl Backend for GpuBackend {
         let total = checks::rows("keys", k.len, cache.width)?;
         checks::segments(self.name(), "kv_append", segments, total)?;
         checks::cached(self.name(), "kv_append", segments, cache)?;
+        if let Some(step) = self.step() {
+            step.limit(usize::MAX, cache.slots, cache.capacity);
+        }
         let (view, rows) = (self.cache(cache)?, self.rows(segments, total)?);
         ops_rope::kv_append(&self.device, view, self.mem(k)?, self.mem(v)?, &rows, segments, total)
     }
@@ -369,6 +411,9 @@ impl Backend for GpuBackend {
         let total = checks::rows("queries", q.len, width)?;
         checks::segments(self.name(), "attention", segments, total)?;
         checks::cached(self.name(), "attention", segments, kv)?;
+        if let Some(step) = self.step() {
+            step.limit(usize::MAX, kv.slots, kv.capacity);
+        }
         if self.is_reproducible() {
             let y = self.zeros(q.len)?;
             ops_reproducible::attention(&self.device, self.mem(q)?, view, self.mem(&y)?, segments, total, shape)?;

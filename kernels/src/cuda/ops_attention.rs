@@ -41,6 +41,12 @@ fn parts(position: usize, window: Option<usize>) -> usize {
     position / PART - first / PART + 1
 }
 
+/// The most [`parts`] of any position below `horizon`.
+fn most_parts(horizon: usize, window: Option<usize>) -> usize {
+    let all = horizon.div_ceil(PART).max(1);
+    window.map_or(all, |w| all.min(w.saturating_sub(1).div_ceil(PART) + 1))
+}
+
 /// What both kernels are launched with.
 struct Call<'a> {
     q: &'a Memory,
@@ -151,7 +157,24 @@ pub fn attention(
     let single = segments.iter().all(|s| s.tokens <= 1);
     if single && decode_shared(shape.heads / shape.kv_heads, shape.head_dim) <= SHARED_LIMIT {
         let used = segments.iter().filter(|s| s.tokens == 1);
-        return call.decode(d, used.map(|s| parts(s.past, shape.window)).max().unwrap_or(1));
+        let longest = || used.map(|s| parts(s.past, shape.window)).max().unwrap_or(1);
+        return call.decode(d, rows.horizon().map_or_else(longest, |h| most_parts(h, shape.window)));
     }
     call.prefill(d)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_horizon_is_enough_for_every_position_below_it() {
+        for window in [None, Some(1), Some(100), Some(128), Some(129), Some(130), Some(1000)] {
+            for horizon in [1, 128, 129, 256, 700] {
+                let most = (0..horizon).map(|p| parts(p, window)).max().unwrap();
+                let launched = most_parts(horizon, window);
+                assert!((most..=most + 1).contains(&launched), "{horizon} {window:?}: {launched} for {most}");
+            }
+        }
+    }
 }

@@ -7,6 +7,25 @@ use crate::backend::FloatType;
 use crate::error::{KernelError, Result};
 use crate::pack::words_for;
 
+/// Token ids of a call.
+#[derive(Clone, Copy)]
+pub struct Ids<'a> {
+    /// On the host, where they are checked.
+    pub host: &'a [u32],
+    /// u32 on the device, where they are there already.
+    pub device: Option<&'a Memory>,
+}
+
+impl Ids<'_> {
+    /// Runs `launch` with the ids on the device.
+    fn on_device(&self, d: &Device, launch: impl FnOnce(&Memory) -> Result<()>) -> Result<()> {
+        match self.device {
+            Some(m) => holds("token ids", m, self.host.len(), 4).and_then(|()| launch(m)),
+            None => launch(&d.upload(&bytes_of(self.host))?),
+        }
+    }
+}
+
 /// Every id is below `vocab`.
 fn check_ids(d: &Device, ids: &[u32], vocab: usize) -> Result<()> {
     match ids.iter().find(|id| **id as usize >= vocab) {
@@ -25,34 +44,28 @@ pub fn embed_dense(
     dtype: FloatType,
     vocab: usize,
     hidden: usize,
-    ids: &[u32],
+    ids: Ids<'_>,
     scale: f32,
     y: &Memory,
 ) -> Result<()> {
     holds("embedding table", table, product("embedding table", vocab, hidden)?, dtype.size())?;
-    let n = product("embeddings", ids.len(), hidden)?;
+    let n = product("embeddings", ids.host.len(), hidden)?;
     floats("embeddings", y, n)?;
-    check_ids(d, ids, vocab)?;
+    check_ids(d, ids.host, vocab)?;
     if n == 0 {
         return Ok(());
     }
     size("embeddings", n)?;
-    let ids_memory = d.upload(&bytes_of(ids))?;
     let dtype = match dtype {
         FloatType::F32 => 0,
         FloatType::F16 => 1,
         FloatType::Bf16 => 2,
     };
-    let args = [
-        Arg::In(table),
-        Arg::In(&ids_memory),
-        Arg::Out(y),
-        Arg::I32(size("tokens", ids.len())?),
-        Arg::I32(size("hidden width", hidden)?),
-        Arg::I32(dtype),
-        Arg::F32(scale),
-    ];
-    d.launch("embed_dense", flat(n, 1)?, &args)
+    let (tokens, hidden) = (Arg::I32(size("tokens", ids.host.len())?), Arg::I32(size("hidden width", hidden)?));
+    ids.on_device(d, |memory| {
+        let args = [Arg::In(table), Arg::In(memory), Arg::Out(y), tokens, hidden, Arg::I32(dtype), Arg::F32(scale)];
+        d.launch("embed_dense", flat(n, 1)?, &args)
+    })
 }
 
 /// A packed embedding table on the device, `[vocab, hidden]`, column groups of `group_cols`.
@@ -74,7 +87,7 @@ pub struct PackedTable<'a> {
 }
 
 /// `y[t] = scale · table[ids[t]]` dequantized, y `[ids.len(), hidden]`.
-pub fn embed_packed(d: &Device, table: &PackedTable<'_>, ids: &[u32], scale: f32, y: &Memory) -> Result<()> {
+pub fn embed_packed(d: &Device, table: &PackedTable<'_>, ids: Ids<'_>, scale: f32, y: &Memory) -> Result<()> {
     let PackedTable { vocab, hidden, group_cols, bits, .. } = *table;
     if group_cols == 0 || !hidden.is_multiple_of(group_cols) {
         return Err(KernelError::NotDivisible { what: "hidden width", value: hidden, by: group_cols });
@@ -87,27 +100,26 @@ pub fn embed_packed(d: &Device, table: &PackedTable<'_>, ids: &[u32], scale: f32
     holds("embedding words", table.words, product("embedding words", vocab, words_for(hidden, bits))?, 4)?;
     floats("embedding scales", table.scales, groups)?;
     holds("embedding zero points", table.zeros, groups, 1)?;
-    let n = product("embeddings", ids.len(), hidden)?;
+    let n = product("embeddings", ids.host.len(), hidden)?;
     floats("embeddings", y, n)?;
-    check_ids(d, ids, vocab)?;
+    check_ids(d, ids.host, vocab)?;
     if n == 0 {
         return Ok(());
     }
     size("embeddings", n)?;
-    let ids_memory = d.upload(&bytes_of(ids))?;
-    let args = [
-        Arg::In(table.words),
-        Arg::In(table.scales),
-        Arg::In(table.zeros),
-        Arg::In(&ids_memory),
-        Arg::Out(y),
-        Arg::I32(size("tokens", ids.len())?),
+    let sizes = [
+        Arg::I32(size("tokens", ids.host.len())?),
         Arg::I32(size("hidden width", hidden)?),
         Arg::I32(size("group", group_cols)?),
         Arg::I32(i32::from(bits)),
         Arg::F32(scale),
     ];
-    d.launch("embed_packed", flat(n, 1)?, &args)
+    ids.on_device(d, |memory| {
+        let mut args = vec![Arg::In(table.words), Arg::In(table.scales), Arg::In(table.zeros)];
+        args.extend([Arg::In(memory), Arg::Out(y)]);
+        args.extend(sizes);
+        d.launch("embed_packed", flat(n, 1)?, &args)
+    })
 }
 
 #[cfg(all(test, feature = "emulated"))]
@@ -138,14 +150,15 @@ mod tests {
                 group_cols,
                 bits,
             };
-            embed_packed(&d, &table, &[2, 1], 1.5, &y).unwrap();
+            let ids = |host| Ids { host, device: None };
+            embed_packed(&d, &table, ids(&[2, 1]), 1.5, &y).unwrap();
             let want =
                 [2, 1].iter().flat_map(|id| (0..hidden).map(move |c| (id * hidden + c, id * 3 + c / group_cols)));
             let want: Vec<f32> = want
                 .map(|(at, group)| (i32::from(codes[at]) - i32::from(zeros[group])) as f32 * scales[group] * 1.5)
                 .collect();
             assert_eq!(floats_of(&d.read(&y, 0..2 * hidden * 4).unwrap()), want, "{bits} bits");
-            assert!(embed_packed(&d, &table, &[3], 1.5, &y).is_err());
+            assert!(embed_packed(&d, &table, ids(&[3]), 1.5, &y).is_err());
         }
     }
 }

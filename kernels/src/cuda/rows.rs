@@ -55,6 +55,7 @@ pub fn size(what: &'static str, n: usize) -> Result<i32> {
 pub struct RowTable {
     segments: Vec<Segment>,
     total: usize,
+    horizon: Option<usize>,
     /// i32 `[total]`, [`NO_SLOT`] where no segment holds the row.
     pub slots: Memory,
     /// i32 `[total]`, [`NO_SLOT`] likewise.
@@ -74,7 +75,18 @@ impl RowTable {
         }
         let slots = device.upload(&bytes_of(&slots))?;
         let positions = device.upload(&bytes_of(&positions))?;
-        Ok(Self { segments: segments.to_vec(), total, slots, positions })
+        Ok(Self { segments: segments.to_vec(), total, horizon: None, slots, positions })
+    }
+
+    /// Of a recorded step, one row a segment: `slots` and `positions` are written anew for each repetition, positions below
+    /// `horizon`.
+    pub fn of_step(segments: &[Segment], slots: Memory, positions: Memory, horizon: usize) -> Self {
+        Self { segments: segments.to_vec(), total: segments.len(), horizon: Some(horizon), slots, positions }
+    }
+
+    /// Where launches must serve other positions than those of the segments: all below this.
+    pub fn horizon(&self) -> Option<usize> {
+        self.horizon
     }
 
     /// Rows of the call.

@@ -1,5 +1,7 @@
 //! A model and its cache, and the two ways to run it.
 
+use std::sync::Arc;
+
 use lowbit_kernels::backend::{Buffer, Segment};
 use lowbit_model::{KvCache, Model};
 
@@ -53,13 +55,12 @@ impl Runner {
     }
 
     /// One token each at (slot, position), in decode arithmetic: logits `[rows, vocab]`. Rows of one slot must be in
-    /// the order of their positions.
-    pub fn decode(&mut self, rows: &[(usize, usize, u32)]) -> Result<Buffer> {
+    /// the order of their positions. The logits are good until the next call.
+    pub fn decode(&mut self, rows: &[(usize, usize, u32)]) -> Result<Arc<Buffer>> {
         let ids: Vec<u32> = rows.iter().map(|r| r.2).collect();
         let place = |(row, r): (usize, &(usize, usize, u32))| Segment { slot: r.0, row, tokens: 1, past: r.1 };
         let segments: Vec<Segment> = rows.iter().enumerate().map(place).collect();
-        let hidden = self.model.forward_decode(&ids, &segments, &mut self.cache)?;
-        Ok(self.model.next_logits(&hidden)?)
+        Ok(self.model.decode_step(&ids, &segments, &mut self.cache)?)
     }
 
     /// Logits on the host.
