@@ -14,7 +14,8 @@ SHAPES = [
     (4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336), (128256, 4096),
     (8192, 5120), (1024, 5120), (5120, 8192), (25600, 5120), (5120, 25600), (151936, 5120),
 ]
-BATCHES = [1, 4, 8, 16, 64, 256]
+BATCHES = [1, 4, 8, 16, 64, 128, 256, 512, 4096]
+HEAD_ROWS = 100_000  # a weight of more rows is a head: not for every token of a prompt
 COLD_BYTES = 512 << 20
 SAMPLE_SECONDS = 0.01
 GROUP = 128
@@ -53,6 +54,8 @@ def rows_of(name, out, cols):
     copies = min(256, max(1, -(-COLD_BYTES // int(weight_bytes * out * cols))))
     products = [make(out, cols) for _ in range(copies)]
     for tokens in BATCHES:
+        if out > HEAD_ROWS and tokens > 512:
+            continue
         x = torch.randn(tokens, cols, device="cuda", dtype=torch.bfloat16)
         sample(products, x, 1, 0)
         calls = 1

@@ -7,7 +7,7 @@ use std::path::Path;
 
 use lowbit_kernels::cuda::DeviceOptions;
 use lowbit_kernels::cuda::nvrtc::{compile_ptx, source_hash};
-use lowbit_kernels::cuda::ptx::ARCH;
+use lowbit_kernels::cuda::ptx::{ARCH, HOPPER};
 
 fn main() -> Result<(), Box<dyn Error>> {
     let args: Vec<String> = std::env::args().skip(1).collect();
@@ -15,21 +15,14 @@ fn main() -> Result<(), Box<dyn Error>> {
         return Err("usage: ptx NVRTC_FOLDER NVRTC_VERSION OUT_FOLDER".into());
     };
     let options = DeviceOptions { nvrtc: Some(nvrtc.into()), ..DeviceOptions::default() };
-    let text = compile_ptx(ARCH, &options)?;
-    if !text.contains(&format!("V{version}\n")) {
-        return Err(format!("{nvrtc} is not NVRTC {version}").into());
-    }
-    for newer in ["compute_90", "compute_90a"] {
-        if without_target(&compile_ptx(newer, &options)?) != without_target(&text) {
-            return Err(format!("{newer} gives other code than {ARCH}: embed it too").into());
-        }
-    }
     let out = Path::new(out);
-    fs::write(out.join(format!("{ARCH}.ptx")), &text)?;
-    fs::write(out.join("sources.sha256"), format!("{} nvrtc {version} {ARCH}\n", source_hash()))?;
+    for arch in [ARCH, HOPPER] {
+        let text = compile_ptx(arch, &options)?;
+        if !text.contains(&format!("V{version}\n")) {
+            return Err(format!("{nvrtc} is not NVRTC {version}").into());
+        }
+        fs::write(out.join(format!("{arch}.ptx")), &text)?;
+    }
+    fs::write(out.join("sources.sha256"), format!("{} nvrtc {version} {ARCH} {HOPPER}\n", source_hash()))?;
     Ok(())
-}
-
-fn without_target(ptx: &str) -> Vec<&str> {
-    ptx.lines().filter(|l| !l.starts_with(".target")).collect()
 }

@@ -163,6 +163,28 @@ fn matrix_instructions_agree() {
 }
 
 #[test]
+fn wide_warpgroup_products_agree_with_the_host() {
+    const K: usize = 64;
+    let value = |seed: usize| move |i: usize| bf16::from_f32(((i * 37 + seed) * 7919 % 401) as f32 / 200.0 - 1.0);
+    let (a, b): (Vec<_>, Vec<_>) = ((0..64 * K).map(value(1)).collect(), (0..256 * K).map(value(2)).collect());
+    let raw = |v: &[bf16]| v.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<_>>();
+    for checked in [false, true] {
+        let d = device(checked, 1);
+        let (da, db) = (d.upload(&raw(&a)).unwrap(), d.upload(&raw(&b)).unwrap());
+        let (c, y) = (d.alloc(64 * 256 * 4).unwrap(), d.alloc(8).unwrap());
+        let l = Launch { grid: [1, 1, 1], block: [128, 1, 1], shared_bytes: (64 + 256) * 128 };
+        d.launch("planted_matrix_wide", l, &[Arg::In(&da), Arg::In(&db), Arg::Out(&c), Arg::Out(&y)]).unwrap();
+        for (e, got) in floats(&d, &c).iter().enumerate() {
+            let (row, column) = (e / 256, e % 256);
+            let want: f64 =
+                (0..K).map(|k| f64::from(a[row * K + k].to_f32()) * f64::from(b[column * K + k].to_f32())).sum();
+            assert!((f64::from(*got) - want).abs() <= 1e-5, "element {e}: {got} against {want}");
+        }
+        assert!(floats(&d, &y).iter().all(|off| *off <= 1e-5), "{:?}", floats(&d, &y));
+    }
+}
+
+#[test]
 fn memory_is_checked_on_the_host_side() {
     let d = device(false, 0);
     let mut m = d.upload(&[1, 2, 3, 4, 5]).unwrap();

@@ -4,6 +4,8 @@ use super::cost::{Format, Kernel, tokens};
 
 /// Tokens of a product: decode of so many sequences at once.
 pub const BATCHES: [usize; 6] = [1, 4, 8, 16, 64, 256];
+/// Tokens of a prompt or of many sequences, of the formats that are compared there.
+pub const PROMPTS: [usize; 3] = [128, 512, 4096];
 /// Tokens a Hessian is given at a time: one calibration window.
 const WINDOW: usize = 2048;
 
@@ -76,7 +78,13 @@ pub fn rows() -> Vec<Row> {
     for m in &MODELS {
         for &(layers, out, cols) in m.linears {
             for format in Format::ALL {
-                rows.extend(BATCHES.map(|tokens| {
+                let mut counts = BATCHES.to_vec();
+                // A prompt's logits are not computed for every token.
+                let head = if layers == "head" { 2 } else { PROMPTS.len() };
+                if format != Format::W8a16 {
+                    counts.extend(&PROMPTS[..head]);
+                }
+                rows.extend(counts.into_iter().map(|tokens| {
                     let kernel = Kernel::Linear { format, out, cols, tokens };
                     Row { model: m.name, layers, kernel }
                 }));
@@ -108,7 +116,7 @@ mod tests {
     #[test]
     fn every_shape_is_there_once() {
         let rows = rows();
-        let linears = (5 + 6) * 3 * BATCHES.len();
+        let linears = (5 + 6) * (3 * BATCHES.len() + 2 * PROMPTS.len()) - 2 * 2;
         assert_eq!(rows.len(), linears + 2 * (4 + 4) + 2);
         for (i, r) in rows.iter().enumerate() {
             assert!(!rows[..i].contains(r), "{} twice", r.name());

@@ -27,6 +27,10 @@ pub const MAX_BLOCK_THREADS: u64 = 1024;
 /// Shared memory a block may ask for at launch: 227 KiB, the most of any device here (Hopper).
 pub const MAX_SHARED_BYTES: u32 = 227 << 10;
 
+/// Multiprocessors of the emulator: few, so that blocks have several tiles each.
+#[cfg(feature = "emulated")]
+const EMULATED_SMS: usize = 3;
+
 /// Where kernels run.
 pub struct Device {
     inner: Inner,
@@ -320,6 +324,26 @@ impl Device {
                 let mut words = args.iter().map(|a| self.word(a)).collect::<Result<Vec<u64>>>()?;
                 d.launch(kernel, &l, &mut words)
             }
+        }
+    }
+
+    /// Multiprocessors: blocks beyond a small multiple of it wait for others. The emulator counts as [`EMULATED_SMS`].
+    pub fn multiprocessors(&self) -> usize {
+        match &self.inner {
+            #[cfg(feature = "emulated")]
+            Inner::Emulated(_) => EMULATED_SMS,
+            #[cfg(feature = "cuda")]
+            Inner::Cuda(d) => d.multiprocessors(),
+        }
+    }
+
+    /// Whether the kernels of warpgroup products are there: Hopper with code for `sm_90a`, and the emulator.
+    pub fn has_warpgroup_products(&self) -> bool {
+        match &self.inner {
+            #[cfg(feature = "emulated")]
+            Inner::Emulated(_) => true,
+            #[cfg(feature = "cuda")]
+            Inner::Cuda(d) => d.arch() == "sm_90a",
         }
     }
 

@@ -133,6 +133,7 @@ pub struct CudaDevice {
     image: String,
     /// Of a device that records steps (`graph.rs`).
     recorder: Option<Recorder>,
+    multiprocessors: usize,
 }
 
 impl CudaDevice {
@@ -181,7 +182,10 @@ impl CudaDevice {
             keep_freed_memory(&context)?;
         }
         let shared = Shared { context, stream, module, launched: Mutex::default(), pooled };
-        let device = Self { shared: Arc::new(shared), arch, image, recorder: None };
+        let count = sys::CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
+        let count = shared.context.attribute(count).map_err(|e| failed("multiprocessors", e))?;
+        let multiprocessors = usize::try_from(count).unwrap_or(1).max(1);
+        let device = Self { shared: Arc::new(shared), arch, image, recorder: None, multiprocessors };
         device.check_memory()?;
         Ok(device)
     }
@@ -198,7 +202,8 @@ impl CudaDevice {
     /// The same GPU with a recorder: see [`super::device::Device::recorder`].
     pub fn recorder(&self) -> Result<Self> {
         let recorder = Some(Recorder::new(&self.shared)?);
-        Ok(Self { shared: self.shared.clone(), arch: self.arch.clone(), image: self.image.clone(), recorder })
+        let (arch, image) = (self.arch.clone(), self.image.clone());
+        Ok(Self { shared: self.shared.clone(), arch, image, recorder, multiprocessors: self.multiprocessors })
     }
 
     fn own_recorder(&self) -> Result<&Recorder> {
@@ -242,9 +247,14 @@ impl CudaDevice {
     }
 
     /// What kernels run and who compiled them: `cubin sm_90a, NVRTC 13.0` (with `, from the cache` when not now), or
-    /// `PTX compute_80, NVRTC 12.0.140, embedded`, which the driver compiles.
+    /// `PTX compute_80, NVRTC 12.0.140, embedded` (`compute_90a` on Hopper), which the driver compiles.
     pub fn image(&self) -> &str {
         &self.image
+    }
+
+    /// Multiprocessors.
+    pub fn multiprocessors(&self) -> usize {
+        self.multiprocessors
     }
 
     /// The GPU's product name.

@@ -4,8 +4,9 @@
 //! Activations, caches and weights stay on the device; the host sends token ids, targets and, once a forward pass,
 //! the slot and position of each row. The device finishes what it was given only when something is copied back.
 //!
-//! Results do not depend on the rest of the batch, with two limits: a product of more than eight tokens, and
-//! attention in a call of more than single tokens, may round differently from smaller ones.
+//! Results do not depend on the rest of the batch, with limits: a product of more than eight tokens, one of more than 64, and
+//! attention in a call of more than single tokens, may round differently from smaller ones; so may products of different
+//! numbers of tokens from 65 on in [`Arithmetic::Half`].
 
 pub mod device;
 #[cfg(feature = "cuda")]
@@ -29,6 +30,7 @@ mod ops_random;
 mod ops_reproducible;
 mod ops_rope;
 mod ops_score;
+mod ops_wide;
 #[cfg(feature = "cuda")]
 pub mod ptx;
 mod rows;

@@ -23,11 +23,13 @@ pub(super) enum Images<'a> {
 
 /// Loads the kernels for `arch` into the current context; the module, and where it came from (see `CudaDevice::image`).
 pub(super) fn load(arch: &str, images: Images<'_>) -> Result<(sys::CUmodule, String)> {
-    let Images::Any(options) = images else { return Ok((load_ptx(&ptx::text()?, None)?, embedded())) };
+    let ptx_arch = ptx::arch_for(arch);
+    let embedded = |without| Ok((load_ptx(ptx_arch, without)?, embedded(ptx_arch)));
+    let Images::Any(options) = images else { return embedded(None) };
     let nvrtc = match Nvrtc::find(options, driver_major()?) {
         Ok(nvrtc) => nvrtc,
         Err(e) if options.nvrtc.is_some() => return Err(e),
-        Err(e) => return Ok((load_ptx(&ptx::text()?, Some(&e))?, embedded())),
+        Err(e) => return embedded(Some(&e)),
     };
     let made = nvrtc.cubin(arch, options)?;
     // SAFETY: the image is a whole cubin (checked by `nvrtc`), and outlives the call, which copies it.
@@ -38,13 +40,14 @@ pub(super) fn load(arch: &str, images: Images<'_>) -> Result<(sys::CUmodule, Str
 }
 
 /// The embedded PTX, in words.
-fn embedded() -> String {
+fn embedded(arch: &str) -> String {
     let made = ptx::MADE_FROM.split_whitespace().nth(2).unwrap_or_default();
-    format!("PTX {}, NVRTC {made}, embedded", ptx::ARCH)
+    format!("PTX {arch}, NVRTC {made}, embedded")
 }
 
-/// Has the driver compile `text`. `without` says why there is no NVRTC, for the error.
-fn load_ptx(text: &CStr, without: Option<&KernelError>) -> Result<sys::CUmodule> {
+/// Has the driver compile the embedded PTX. `without` says why there is no NVRTC, for the error.
+fn load_ptx(arch: &str, without: Option<&KernelError>) -> Result<sys::CUmodule> {
+    let text = ptx::text(arch)?;
     let mut log = vec![0u8; LOG_BYTES];
     let mut names = [sys::CUjit_option::CU_JIT_ERROR_LOG_BUFFER, sys::CUjit_option::CU_JIT_ERROR_LOG_BUFFER_SIZE_BYTES];
     // A size is passed in the pointer's place.
@@ -58,7 +61,7 @@ fn load_ptx(text: &CStr, without: Option<&KernelError>) -> Result<sys::CUmodule>
     };
     status.result().map(|()| module).map_err(|e| {
         let said = CStr::from_bytes_until_nul(&log).map(|l| l.to_string_lossy()).unwrap_or_default();
-        let problem = format!("compiling the embedded PTX ({}): {:?}\n{said}", ptx::ARCH, e.0);
+        let problem = format!("compiling the embedded PTX ({arch}): {:?}\n{said}", e.0);
         let why = without.map_or(String::new(), |e| format!(" ({e})"));
         absent(problem.trim_end().to_string(), &format!("install NVRTC{why}, or update the NVIDIA driver"))
     })

@@ -1,9 +1,11 @@
 //! Launches of the products with a weight.
 //!
-//! Up to [`GEMV_TOKENS`] tokens take the matrix–vector kernels, more the tensor-core tiles. Within each, the result of
-//! a token does not depend on the tokens beside it, bit for bit; between the two it agrees to f32 rounding.
+//! Up to [`GEMV_TOKENS`] tokens take the matrix–vector kernels, more the tensor-core tiles, and from 65 on the wide tiles
+//! (`ops_wide.rs`) where device and weight have them. Within each, the result of a token does not depend on the tokens
+//! beside it, bit for bit (wide tiles with one term excepted); between them it agrees to rounding.
 
 use super::device::{Arg, Device, Launch, Memory};
+use super::ops_wide;
 use super::rows::size;
 use super::weights::{DeviceWeight, Layout, dtype_code};
 use crate::backend::FloatType;
@@ -40,6 +42,9 @@ pub fn linear(
     }
     if tokens == 0 || w.out_features == 0 {
         return Ok(());
+    }
+    if ops_wide::takes(d, w, tokens, terms) {
+        return ops_wide::linear(d, x, w, bias, y, tokens, terms);
     }
     let few = tokens <= GEMV_TOKENS;
     let sizes = [size("tokens", tokens)?, size("weight rows", w.out_features)?, size("weight columns", w.in_features)?];
@@ -120,7 +125,7 @@ fn gemm_launch(tokens: usize, out: usize, planes: u32) -> Result<Launch> {
 }
 
 #[cfg(all(test, feature = "emulated"))]
-mod tests {
+pub(in crate::cuda) mod tests {
     use half::{bf16, f16};
 
     use super::*;
@@ -130,20 +135,25 @@ mod tests {
     use crate::pack::pack_rows;
     use crate::scheme::{GroupSize, Scheme};
 
-    struct Noise(u64);
+    pub(in crate::cuda) struct Noise(pub u64);
 
     impl Noise {
         fn bits(&mut self) -> u32 {
             self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
             (self.0 >> 32) as u32
         }
-        fn many(&mut self, n: usize) -> Vec<f32> {
+        pub(in crate::cuda) fn many(&mut self, n: usize) -> Vec<f32> {
             (0..n).map(|_| self.bits() as f32 / 2f32.powi(31) - 1.0).collect()
         }
     }
 
     /// A weight with its exact values.
-    fn dense(noise: &mut Noise, dtype: FloatType, out: usize, cols: usize) -> (HostWeight, Vec<f64>) {
+    pub(in crate::cuda) fn dense(
+        noise: &mut Noise,
+        dtype: FloatType,
+        out: usize,
+        cols: usize,
+    ) -> (HostWeight, Vec<f64>) {
         let (mut raw, mut exact) = (Vec::new(), Vec::new());
         for v in noise.many(out * cols) {
             match dtype {
@@ -161,7 +171,13 @@ mod tests {
         (HostWeight::Dense { dtype, out_features: out, in_features: cols, data }, exact)
     }
 
-    fn packed(noise: &mut Noise, bits: u8, group: GroupSize, out: usize, cols: usize) -> (HostWeight, Vec<f64>) {
+    pub(in crate::cuda) fn packed(
+        noise: &mut Noise,
+        bits: u8,
+        group: GroupSize,
+        out: usize,
+        cols: usize,
+    ) -> (HostWeight, Vec<f64>) {
         let scheme = Scheme { bits, symmetric: false, group };
         let (groups, per_group) = (scheme.groups(cols).unwrap(), scheme.group_cols(cols));
         let codes: Vec<u8> = (0..out * cols).map(|_| noise.bits() as u8 & scheme.max_code()).collect();
@@ -209,7 +225,7 @@ mod tests {
     }
 
     /// Worst error over its bound `eps · sqrt(k) · Σ|x w|` (at most 1), for one product.
-    fn share_of_bound(got: &[f32], x: &[f32], exact: &[f64], bias: &[f32], cols: usize) -> f64 {
+    pub(in crate::cuda) fn share_of_bound(got: &[f32], x: &[f32], exact: &[f64], bias: &[f32], cols: usize) -> f64 {
         let (out, mut worst) = (bias.len(), 0f64);
         for (i, g) in got.iter().enumerate() {
             let (t, o) = (i / out, i % out);
@@ -259,7 +275,10 @@ mod tests {
                     continue;
                 }
                 let w = DeviceWeight::upload(&d, &w).unwrap();
-                for tokens in [9, 65, 130] {
+                for tokens in [9, 64, 130] {
+                    let wide = ops_wide::takes(&d, &w, tokens, 1) && matches!(w.layout, Layout::Packed { .. });
+                    let round = |v: &f64| f64::from(bf16::from_f32(*v as f32).to_f32());
+                    let exact: Vec<f64> = exact.iter().map(|v| if wide { round(v) } else { *v }).collect();
                     let (x, bias) = (noise.many(tokens * cols), noise.many(out));
                     let rounded: Vec<f32> = x.iter().map(|v| bf16::from_f32(*v).to_f32()).collect();
                     let got = run_with(&d, &w, &x, Some(&bias), tokens, 1);
@@ -276,14 +295,14 @@ mod tests {
         let (out, cols) = (37, 192);
         for (name, w, _) in weights(&mut noise, out, cols) {
             let w = DeviceWeight::upload(&d, &w).unwrap();
-            let x = noise.many(70 * cols);
+            let x = noise.many(64 * cols);
             let few = run(&d, &w, &x[..8 * cols], None, 8);
             for t in 1..8 {
                 assert_eq!(run(&d, &w, &x[..t * cols], None, t), few[..t * out], "{name} {t} of 8 tokens");
             }
-            let many = run(&d, &w, &x, None, 70);
-            assert_eq!(run(&d, &w, &x[..9 * cols], None, 9), many[..9 * out], "{name} 9 of 70 tokens");
-            assert_eq!(run(&d, &w, &x[60 * cols..69 * cols], None, 9), many[60 * out..69 * out], "{name} later tokens");
+            let many = run(&d, &w, &x, None, 64);
+            assert_eq!(run(&d, &w, &x[..9 * cols], None, 9), many[..9 * out], "{name} 9 of 64 tokens");
+            assert_eq!(run(&d, &w, &x[55 * cols..], None, 9), many[55 * out..], "{name} later tokens");
         }
     }
 

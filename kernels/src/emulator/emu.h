@@ -27,6 +27,7 @@ typedef unsigned long long u64;
 #define KERNEL void
 #define BOUNDS(threads, blocks)
 #define DEV static inline
+#define MEMBER inline
 
 struct dim3 {
   u32 x, y, z;
@@ -73,7 +74,8 @@ enum Type { F16, BF16 };
 void mma_16816(float* d, const u32* a, const u32* b, Type type);
 void mma_16832_s8(int* d, const u32* a, const u32* b);
 u64 wgmma_desc(const void* p);
-void wgmma_64x64(float* d, u64 a, u64 b, Type type);
+// d [64, n] (+)= a b^T; a from shared memory, or from each thread's registers where `a` is not null.
+void wgmma(float* d, u32 n, const u32* a, u64 da, u64 db, Type type, bool add);
 void wgmma_commit();
 void wgmma_wait(u32 left);
 u32 atomic(int op, u32* p, u32 value, u32 compare);
@@ -232,9 +234,16 @@ DEV u32 hfma2(u32 a, u32 b, u32 c) {  // an f32 fma then one rounding is exact e
   u32 lo = f2h(fmaf(h2f((u16)a), h2f((u16)b), h2f((u16)c)));
   return lo | (u32)f2h(fmaf(h2f((u16)(a >> 16)), h2f((u16)(b >> 16)), h2f((u16)(c >> 16)))) << 16;
 }
+DEV u32 bfma2(u32 a, u32 b, u32 c) {  // as hfma2: 24 >= 2 * 8 + 2 bits
+  u32 lo = f2b(fmaf(b2f((u16)a), b2f((u16)b), b2f((u16)c)));
+  return lo | (u32)f2b(fmaf(b2f((u16)(a >> 16)), b2f((u16)(b >> 16)), b2f((u16)(c >> 16)))) << 16;
+}
+DEV u32 bf16_pair(float lo, float hi) { return f2b(lo) | (u32)f2b(hi) << 16; }
 DEV u32 hsub2(u32 a, u32 b) {
   return (u32)f2h(h2f((u16)a) - h2f((u16)b)) | (u32)f2h(h2f((u16)(a >> 16)) - h2f((u16)(b >> 16))) << 16;
 }
+DEV void keep(u32&) {}
+DEV void keep(float&) {}
 template <int TABLE> static inline u32 lop3(u32 a, u32 b, u32 c) {
   u32 r = 0;
   for (int i = 0; i < 8; i++)
@@ -259,7 +268,16 @@ DEV void mma_16832_s8(int (&d)[4], const u32 (&a)[4], const u32* b) { emu::mma_1
 DEV u64 wgmma_desc(const void* p) { return emu::wgmma_desc(p); }
 DEV void wgmma_fence() {}
 DEV void fence_async_proxy() {}
-DEV void wgmma_m64n64k16_f16(float (&d)[32], u64 a, u64 b) { emu::wgmma_64x64(d, a, b, emu::F16); }
-DEV void wgmma_m64n64k16_bf16(float (&d)[32], u64 a, u64 b) { emu::wgmma_64x64(d, a, b, emu::BF16); }
+DEV void wgmma_m64n64k16_f16(float (&d)[32], u64 a, u64 b) { emu::wgmma(d, 64, nullptr, a, b, emu::F16, true); }
+DEV void wgmma_m64n64k16_bf16(float (&d)[32], u64 a, u64 b) { emu::wgmma(d, 64, nullptr, a, b, emu::BF16, true); }
+DEV void wgmma_m64n128k16_bf16(float (&d)[64], u64 a, u64 b, int add) { emu::wgmma(d, 128, nullptr, a, b, emu::BF16, add); }
+DEV void wgmma_m64n128k16_f16(float (&d)[64], u64 a, u64 b, int add) { emu::wgmma(d, 128, nullptr, a, b, emu::F16, add); }
+DEV void wgmma_m64n256k16_bf16(float (&d)[128], u64 a, u64 b, int add) { emu::wgmma(d, 256, nullptr, a, b, emu::BF16, add); }
+DEV void wgmma_rs_m64n128k16_bf16(float (&d)[64], const u32 (&a)[4], u64 b, int add) {
+  emu::wgmma(d, 128, a, 0, b, emu::BF16, add);
+}
+DEV void wgmma_rs_m64n256k16_bf16(float (&d)[128], const u32 (&a)[4], u64 b, int add) {
+  emu::wgmma(d, 256, a, 0, b, emu::BF16, add);
+}
 DEV void wgmma_commit() { emu::wgmma_commit(); }
 template <int N> static inline void wgmma_wait() { emu::wgmma_wait(N); }

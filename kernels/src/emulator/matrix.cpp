@@ -124,23 +124,25 @@ static const u8* element(u64 desc, u32 row, u32 k) {
   if (at + 2 > SHARED_LIMIT) fail("wgmma: a tile reaches past shared memory");
   return block->shared + at;
 }
-struct Issue {
-  float* d;
-  u64 a, b;
-  Type type;
-};
-void wgmma_64x64(float* d, u64 a, u64 b, Type type) {
-  Issue mine = {d, a, b, type};
+void wgmma(float* d, u32 n, const u32* a, u64 da, u64 db, Type type, bool add) {
+  Product mine = {};
+  mine.d[0] = d;
+  mine.registers[0] = a;
+  mine.a = da;
+  mine.b = db;
+  mine.n = n;
+  mine.type = type;
+  mine.add = add;
   group_meet(&mine, [](Group& group, void** args, u32) {
-    const Issue& first = *static_cast<Issue*>(args[0]);
-    Product p;
-    p.a = first.a;
-    p.b = first.b;
-    p.type = first.type;
+    Product p = *static_cast<Product*>(args[0]);
     for (u32 i = 0; i < 128; i++) {
-      const Issue& x = *static_cast<Issue*>(args[i]);
-      if (x.a != p.a || x.b != p.b || x.type != p.type) fail("wgmma: operands differ within the warpgroup");
-      p.d[i] = x.d;
+      const Product& x = *static_cast<Product*>(args[i]);
+      bool same = x.a == p.a && x.b == p.b && x.type == p.type && x.n == p.n && x.add == p.add;
+      if (!same || !x.registers[0] != !p.registers[0]) fail("wgmma: operands differ within the warpgroup");
+    }
+    for (u32 i = 0; i < 128; i++) {
+      p.d[i] = static_cast<Product*>(args[i])->d[0];
+      p.registers[i] = static_cast<Product*>(args[i])->registers[0];
     }
     group.open.push_back(p);
   });
@@ -152,27 +154,36 @@ void wgmma_commit() {
   });
 }
 static void multiply(const Product& p) {
-  static thread_local float A[64][16], B[16][64];
-  for (u32 k = 0; k < 16; k++)
+  alignas(64) static thread_local float A[64][16], B[16][256], C[64][256];
+  auto from_shared = [&p](u64 desc, u32 row, u32 k) {
+    const u8* at = element(desc, row, k);
+    touch(at, 2, READ);
+    u16 h;
+    memcpy(&h, at, 2);
+    return widen(h, p.type);
+  };
+  for (u32 k = 0; k < 16; k++) {
     for (u32 row = 0; row < 64; row++) {
-      const u8 *a = element(p.a, row, k), *b = element(p.b, row, k);
-      touch(a, 2, READ);
-      touch(b, 2, READ);
-      u16 h;
-      memcpy(&h, a, 2);
-      A[row][k] = widen(h, p.type);
-      memcpy(&h, b, 2);
-      B[k][row] = widen(h, p.type);
+      if (!p.registers[0]) A[row][k] = from_shared(p.a, row, k);
+      // As mma.m16n8k16 has it: a[0], a[1] hold columns 0 to 7 of rows g and g + 8, a[2], a[3] columns 8 to 15.
+      u32 thread = row / 16 * 32 + (row & 7) * 4 + (k & 7) / 2;
+      if (p.registers[0]) A[row][k] = widen((u16)(p.registers[thread][(row >> 3 & 1) + (k >> 3) * 2] >> (k & 1) * 16), p.type);
+    }
+    for (u32 column = 0; column < p.n; column++) B[k][column] = from_shared(p.b, column, k);
+  }
+  for (u32 row = 0; row < 64; row++)
+    for (u32 at = 0; at < p.n; at += 8) {
+      v8 sum = {}, b;
+      for (u32 k = 0; k < 16; k++) {
+        memcpy(&b, &B[k][at], 32);
+        sum += A[row][k] * b;
+      }
+      memcpy(&C[row][at], &sum, 32);
     }
   for (u32 t = 0; t < 128; t++)
-    for (u32 i = 0; i < 2; i++) {
-      u32 row = t / 32 * 16 + (t % 32) / 4 + i * 8;
-      for (u32 j = 0; j < 8; j++)
-        for (u32 c = 0; c < 2; c++) {
-          float sum = 0;
-          for (u32 k = 0; k < 16; k++) sum += A[row][k] * B[k][j * 8 + t % 4 * 2 + c];
-          p.d[t][j * 4 + i * 2 + c] += sum;
-        }
+    for (u32 e = 0; e < p.n / 2; e++) {
+      float v = C[t / 32 * 16 + (t % 32) / 4 + (e >> 1 & 1) * 8][(e >> 2) * 8 + t % 4 * 2 + (e & 1)];
+      p.d[t][e] = p.add ? p.d[t][e] + v : v;
     }
 }
 void wgmma_wait(u32 left) {

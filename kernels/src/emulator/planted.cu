@@ -152,3 +152,55 @@ KERNEL BOUNDS(128, 1) planted_matrix(const u16* a, const u16* b, float* c, float
   __syncthreads();
   if (tid == 0) y[0] = fmaxf(fmaxf(worst[0], worst[1]), fmaxf(worst[2], worst[3]));
 }
+
+// C [64, 256] = A [64, 64] B [256, 64]^T in bf16; y[0] becomes the largest difference of the other shapes and of A from
+// registers, y[1] that of f16 products of 128 and of 64 columns, of operands read as f16.
+KERNEL BOUNDS(128, 1) planted_matrix_wide(const u16* a, const u16* b, float* c, float* y) {
+  SHARED_DYN_ALIGNED(u16, s);  // A, B: rows of 128 bytes, chunks swizzled
+  SHARED_ARRAY(float, worst, 8);
+  int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5;
+  u16* sb = s + 64 * 64;
+  for (int i = tid; i < 2048; i += 128) {
+    int row = i >> 3, chunk = i & 7, at = row * 64 + ((chunk ^ (row & 7)) * 8);
+    if (row < 64) cp_async16(s + at, a + row * 64 + chunk * 8, true);
+    cp_async16(sb + at, b + row * 64 + chunk * 8, true);
+  }
+  cp_async_commit();
+  cp_async_wait<0>();
+  fence_async_proxy();
+  __syncthreads();
+  u32 fa[4][4];
+  for (int k = 0; k < 4; k++) {
+    int row = warp * 16 + (lane & 15), chunk = k * 2 + (lane >> 4);
+    ldmatrix_x4(fa[k], s + row * 64 + ((chunk ^ (row & 7)) * 8));
+  }
+  float w256[128], r256[128], w128[64], r128[64], h128[64], h64[32];
+  for (int i = 0; i < 32; i++) h64[i] = 0.f;
+  for (int i = 0; i < 64; i++) w128[i] = r128[i] = h128[i] = 9.f;
+  u64 da = wgmma_desc(s), db = wgmma_desc(sb);
+  wgmma_fence();
+  for (int k = 0; k < 4; k++) {
+    wgmma_m64n256k16_bf16(w256, da + k * 2, db + k * 2, k > 0);
+    wgmma_rs_m64n256k16_bf16(r256, fa[k], db + k * 2, k > 0);
+    wgmma_m64n128k16_bf16(w128, da + k * 2, db + k * 2, k > 0);
+    wgmma_rs_m64n128k16_bf16(r128, fa[k], db + k * 2, k > 0);
+    wgmma_m64n128k16_f16(h128, da + k * 2, db + k * 2, k > 0);
+    wgmma_m64n64k16_f16(h64, da + k * 2, db + k * 2);
+  }
+  wgmma_commit();
+  wgmma_wait<0>();
+  float off = 0.f, half = 0.f;
+  for (int i = 0; i < 128; i++) off = fmaxf(off, fabsf(w256[i] - r256[i]));
+  for (int i = 0; i < 64; i++) off = fmaxf(off, fmaxf(fabsf(w256[i] - w128[i]), fabsf(w128[i] - r128[i])));
+  for (int i = 0; i < 32; i++) half = fmaxf(half, fabsf(h64[i] - h128[i]));
+  for (int e = 0; e < 128; e++)
+    c[(warp * 16 + (lane >> 2) + (e >> 1 & 1) * 8) * 256 + (e >> 2) * 8 + (lane & 3) * 2 + (e & 1)] = w256[e];
+  off = warp_max(off);
+  half = warp_max(half);
+  if (lane == 0) {
+    worst[warp] = off;
+    worst[4 + warp] = half;
+  }
+  __syncthreads();
+  if (tid < 2) y[tid] = fmaxf(fmaxf(worst[tid * 4], worst[tid * 4 + 1]), fmaxf(worst[tid * 4 + 2], worst[tid * 4 + 3]));
+}

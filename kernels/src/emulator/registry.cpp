@@ -23,7 +23,9 @@ namespace EMU_SIDE {
 #include "../cuda/src/attention.cu"
 #include "../cuda/src/linear_gemv.cu"
 #include "../cuda/src/linear_gemm.cu"
+#include "../cuda/src/linear_wide.cu"
 #include "../cuda/src/hessian.cu"
+#include "../cuda/src/hessian_wide.cu"
 #include "../cuda/src/random.cu"
 #include "../cuda/src/reproducible.cu"
 #include "../cuda/src/reproducible_attention.cu"
@@ -73,12 +75,14 @@ const emu::Kernel EMU_TABLE[] = {
     K(attention_prefill), K(attention_decode), K(attention_decode_merge),
     K(score), K(argmax),
     K(gemv_dense), K(gemv_w4), K(gemv_w8), K(gemm_dense), K(gemm_packed),
-    K(hessian_update), K(random_fill),
+    K(wide_half_bf16_128), K(wide_half_bf16_256), K(wide_half_w4_128), K(wide_half_w4_256), K(wide_half_w8_128),
+    K(wide_half_w8_256), K(wide_fast_bf16), K(wide_fast_w4), K(wide_fast_w8), K(wide_split), K(wide_sum),
+    K(hessian_update), K(random_fill), K(hessian_wide), K(hessian_scales), K(hessian_split),
     K(linear_reproducible), K(hessian_reproducible), K(rms_norm_reproducible), K(rope_reproducible),
     K(activation_reproducible), K(scores_reproducible), K(weights_reproducible), K(mix_reproducible),
     K(planted_clean), K(planted_read_past_end), K(planted_write_past_end), K(planted_write_beside),
     K(planted_write_input), K(planted_race), K(planted_race_global), K(planted_race_of_blocks),
     K(planted_divergent_barrier), K(planted_two_barriers), K(planted_mask), K(planted_shared_overrun),
-    K(planted_missing_wait), K(planted_matrix), K(planted_null), K(planted_stack),
+    K(planted_missing_wait), K(planted_matrix), K(planted_matrix_wide), K(planted_null), K(planted_stack),
     {nullptr, nullptr, nullptr},
 };

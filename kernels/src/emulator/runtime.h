@@ -79,8 +79,11 @@ struct Slot {
 };
 struct Product {
   float* d[128];
+  const u32* registers[128];  // of a; null where it lies in shared memory
   u64 a, b;
+  u32 n;
   Type type;
+  bool add;
 };
 struct Group {  // a warpgroup
   std::vector<Fiber*> waiting;
