@@ -95,8 +95,10 @@ pub enum Command {
     Verify(VerifyArgs),
     /// Between checkpoint formats: GGUF or packed weights to a bf16 Hugging Face folder, or packed to packed.
     Convert(ConvertArgs),
-    /// Perplexity, and drift against a reference in the same pass.
+    /// Perplexity and task scores, and drift against a reference in the same pass.
     Eval(EvalArgs),
+    /// A verdict on accuracy: pass, regression or inconclusive, as an exit code, JUnit XML and Markdown.
+    Gate(GateArgs),
     /// Prefill and decode rates, interleaved with a reference, against the memory bandwidth.
     Bench(BenchArgs),
     /// Load a serving endpoint: latencies with intervals, an objective's verdict, the highest rate that meets it.
@@ -293,9 +295,13 @@ pub struct ConvertArgs {
 }
 
 #[derive(Args, Debug)]
+#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
 pub struct EvalArgs {
+    #[command(subcommand)]
+    pub command: Option<EvalCommand>,
     /// Model.
-    pub model: String,
+    #[arg(required = true)]
+    pub model: Option<String>,
     /// The model to compare with.
     #[arg(long)]
     pub reference: Option<String>,
@@ -324,6 +330,86 @@ pub struct EvalArgs {
     pub force: bool,
 }
 
+#[derive(Subcommand, Debug)]
+pub enum EvalCommand {
+    /// Put the records of all shards of a run together: what one run without --shard writes.
+    Merge(MergeArgs),
+}
+
+#[derive(Args, Debug)]
+pub struct MergeArgs {
+    /// Records of all shards, in any order.
+    #[arg(required = true)]
+    pub shards: Vec<PathBuf>,
+    /// Write the record here.
+    #[arg(long, short)]
+    pub output: PathBuf,
+    /// Replace an existing record.
+    #[arg(long)]
+    pub force: bool,
+}
+
+#[derive(Args, Debug)]
+pub struct GateArgs {
+    /// Record of `lowbit eval` with tasks, or an items file (.jsonl).
+    #[arg(required_unless_present = "simulate")]
+    pub candidate: Option<PathBuf>,
+    /// The same of the model compared with (default: the reference of the candidate's record).
+    pub baseline: Option<PathBuf>,
+    /// Largest loss that is accepted, percentage points (default: 0.5 for candidates of 8 bits and more, else 1.0). 0 asks whether
+    /// anything was lost at all.
+    #[arg(long, value_name = "PP")]
+    pub margin: Option<f64>,
+    /// Probability of a false alarm, all tasks together, and of a false pass.
+    #[arg(long, default_value_t = 0.05)]
+    pub alpha: f64,
+    /// Probability of finding the losses that sizes are stated for.
+    #[arg(long, default_value_t = 0.8)]
+    pub power: f64,
+    /// Metric to judge a task by, as in arc_challenge=acc_norm.
+    #[arg(long, value_name = "TASK=METRIC")]
+    pub metric: Vec<String>,
+    /// Largest mean KL divergence from the reference, nats a token.
+    #[arg(long, value_name = "NATS")]
+    pub max_kl: Option<f64>,
+    /// Largest ratio of perplexities to the reference's.
+    #[arg(long, value_name = "RATIO")]
+    pub max_ppl_ratio: Option<f64>,
+    /// Seed of permutations and simulations.
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+    /// Write the verdict here.
+    #[arg(long, short)]
+    pub output: Option<PathBuf>,
+    /// Write JUnit XML here.
+    #[arg(long, value_name = "FILE")]
+    pub junit: Option<PathBuf>,
+    /// Write a Markdown comment here.
+    #[arg(long, value_name = "FILE")]
+    pub markdown: Option<PathBuf>,
+    /// Replace existing files.
+    #[arg(long)]
+    pub force: bool,
+    /// Judge made-up pairs instead: how often which verdict comes, with no loss, with --loss and with a loss of the margin.
+    #[arg(long, conflicts_with_all = ["candidate", "output", "junit", "markdown"])]
+    pub simulate: bool,
+    /// Simulation: items of each task.
+    #[arg(long, value_delimiter = ',', default_value = "10000", requires = "simulate")]
+    pub items: Vec<u64>,
+    /// Simulation: share of items whose score changes.
+    #[arg(long, default_value_t = 0.05, requires = "simulate")]
+    pub discordant: f64,
+    /// Simulation: true loss, percentage points.
+    #[arg(long, value_name = "PP", default_value_t = 0.3, requires = "simulate")]
+    pub loss: f64,
+    /// Simulation: looks at equal steps.
+    #[arg(long, default_value_t = 1, requires = "simulate")]
+    pub looks: usize,
+    /// Simulation: evaluations.
+    #[arg(long, default_value_t = 10_000, requires = "simulate")]
+    pub runs: u64,
+}
+
 #[derive(Args, Debug)]
 pub struct TaskArgs {
     /// Tasks, groups, tags, patterns with `*` or task files, each with its number of examples: arc_easy,mmlu:5,my.yaml.
@@ -335,14 +421,35 @@ pub struct TaskArgs {
     /// Folder with task files of your own.
     #[arg(long, value_name = "DIR")]
     pub include: Vec<PathBuf>,
+    /// Examples for every task whose name says none.
+    #[arg(long, value_name = "N", visible_alias = "num-fewshot")]
+    pub fewshot: Option<usize>,
     /// Print every request as a JSON line; run no model.
     #[arg(long, requires = "tasks")]
     pub render: bool,
     /// Whose rule decides on BOS: before 0.4.9.2 never by itself (Gemma aside), since then as the tokenizer says.
     #[arg(long, value_enum, default_value_t = Compat::Current)]
     pub compat: Compat,
+    /// Most tokens of one input (default: the models' positions); part of the protocol of rolled texts.
+    #[arg(long, value_name = "TOKENS")]
+    pub max_length: Option<usize>,
+    /// Keep answers here and take those of earlier runs with the same weights, tokenizer, kernels and protocol.
+    #[arg(long, value_name = "DIR")]
+    pub cache: Option<PathBuf>,
+    /// Part i of n of every task's documents; `lowbit eval merge` puts the records together.
+    #[arg(long, value_name = "I/N", conflicts_with_all = ["ppl", "kl"])]
+    pub shard: Option<lowbit_eval::engine::Shard>,
+    /// Look at the verdict of `lowbit gate` at equal steps and stop once it is clear; its error is kept over all looks.
+    #[arg(long, requires = "reference", conflicts_with = "shard")]
+    pub until_decided: bool,
+    /// Looks of --until-decided.
+    #[arg(long, default_value_t = 5, requires = "until_decided")]
+    pub looks: usize,
+    /// Margin of --until-decided, percentage points (default as in `lowbit gate`).
+    #[arg(long, value_name = "PP", requires = "until_decided")]
+    pub margin: Option<f64>,
     /// Put prompts through the model's chat template.
-    #[arg(long)]
+    #[arg(long, visible_alias = "chat")]
     pub apply_chat_template: bool,
     /// With a chat template: examples as turns of their own (`false`: all in one user message).
     #[arg(long, value_name = "BOOL", default_value_t = true, action = clap::ArgAction::Set)]

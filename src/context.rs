@@ -94,6 +94,16 @@ impl Context {
         Ok(o.kernels.as_ref().map(|(arithmetic, image)| format!("{}; {image}", arithmetic.name())))
     }
 
+    /// What decides the arithmetic beside the backend's name: part of what cached results are kept under.
+    pub fn precision(&self) -> Result<String> {
+        let gpu = self.gpu()?;
+        Ok(match (gpu, self.kernels(Purpose::Accuracy)?) {
+            (gpu, Some(kernels)) => format!("{} {kernels}", gpu.unwrap_or_default()),
+            _ if self.exact => "f32".into(),
+            _ => "f32, int8 activations in decode".into(),
+        })
+    }
+
     /// The arithmetic of a purpose on a GPU or its emulation; `None` on the CPU.
     pub fn arithmetic(&self, purpose: Purpose) -> Result<Option<Arithmetic>> {
         Ok(self.opened(purpose)?.kernels.as_ref().map(|k| k.0))

@@ -25,6 +25,7 @@ const DEMO: &[(&str, &[u8])] = &[
 pub const DEMO_TEXT: &str = include_str!("../assets/demo-text/evaluation.txt");
 
 /// A model that was found.
+#[derive(Clone, Debug)]
 pub struct Located {
     /// As given.
     pub name: String,

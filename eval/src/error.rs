@@ -81,6 +81,9 @@ pub enum EvalError {
     /// A journal or cache file could not be used.
     #[error("{path}: {problem}")]
     Journal { path: PathBuf, problem: String },
+    /// Two models' items that cannot be set against each other.
+    #[error("{problem}\nhint: evaluate both models with the same tasks, shots, limit, template and data")]
+    Unpaired { problem: String },
     /// A scorer answered with the wrong number of values.
     #[error("the scorer returned {found} values where {expected} were asked for")]
     Scores { expected: usize, found: usize },

@@ -1,4 +1,4 @@
-//! How good a checkpoint is: perplexity and drift against a reference
+//! How good a checkpoint is: perplexity, tasks, drift against a reference, and a verdict on it.
 
 pub mod cache;
 pub mod drift;
@@ -13,6 +13,7 @@ pub mod scorer;
 pub mod stats;
 pub mod tasks;
 pub mod text;
+pub mod verdict;
 pub mod windows;
 
 #[cfg(test)]
@@ -23,7 +24,7 @@ pub use error::{EvalError, Result};
 pub use kl::{KlOptions, evaluate_kl};
 pub use perplexity::evaluate_perplexity;
 pub use protocol::{Protocol, Setup, Window, WindowPlan};
-pub use record::{EvalRecord, Interval, KlRecord, PerplexityRecord};
+pub use record::{EvalRecord, Interval, ItemFile, ItemFiles, KlRecord, PerplexityRecord};
 pub use scorer::{LogitRows, Scorer};
 pub use tasks::{Item, Request, RequestKind, Response};
 pub use text::Source;

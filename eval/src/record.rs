@@ -1,9 +1,14 @@
 //! `eval.json`.
 
+use std::collections::BTreeMap;
+
 use lowbit_checkpoint::provenance::Provenance;
 use serde::{Deserialize, Serialize};
 
-use crate::drift::summary::DriftStatistics;
+use crate::drift::summary::{DriftStatistics, TaskDrift};
+use crate::engine::Shard;
+use crate::tasks::TaskRecord;
+use crate::verdict::Look;
 
 /// A value with a 95 % confidence interval, clustered by window.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -93,10 +98,35 @@ pub struct KlRecord {
     pub window_means: Vec<f64>,
 }
 
-/// `eval.json`.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+/// A file of [`crate::tasks::Item`]s, one a line, beside the record.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ItemFile {
+    /// Name, relative to the record's folder.
+    pub file: String,
+    /// SHA-256 of its bytes.
+    pub sha256: String,
+    /// Lines.
+    pub items: u64,
+}
+
+/// Files of raw results beside the record.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct ItemFiles {
+    /// The candidate's items.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub candidate: Option<ItemFile>,
+    /// The reference's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reference: Option<ItemFile>,
+    /// Of a shard: the answers that `lowbit eval merge` puts together.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub answers: Option<ItemFile>,
+}
+
+/// `eval.json`. Everything but `provenance` and `seconds` is the same for the same models and options.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct EvalRecord {
-    /// Format of this record.
+    /// Format of this record: 3.
     pub schema: u32,
     /// Where it came from.
     pub provenance: Provenance,
@@ -106,6 +136,27 @@ pub struct EvalRecord {
     pub perplexities: Vec<PerplexityRecord>,
     /// Drift.
     pub kl: Option<KlRecord>,
+    /// Metrics of tasks and groups by name. Absent before schema 3, as all that follows but the seconds.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub tasks: BTreeMap<String, TaskRecord>,
+    /// Drift on the tasks' prompts, by the task's label.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub task_drift: BTreeMap<String, TaskDrift>,
+    /// Name asked for → labels of its tasks (`mmlu` → its 57 subjects).
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub families: BTreeMap<String, Vec<String>>,
+    /// Raw results.
+    #[serde(default)]
+    pub items: ItemFiles,
+    /// Which part of a run this is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub shard: Option<Shard>,
+    /// Of a run that was to end once its verdict was clear: which look it ended at.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub look: Option<Look>,
+    /// Fewest bits of the candidate's quantized weights; none where it has none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bits: Option<u32>,
     /// Wall seconds.
     pub seconds: f64,
 }

@@ -37,5 +37,5 @@ pub use item::Item;
 pub use prompt::ChatOptions;
 pub use registry::{Registry, Suite};
 pub use request::{Request, RequestKind, Response};
-pub use run::{Evaluated, Plan, TaskRecord};
+pub use run::{Evaluated, Plan, Span, TaskRecord};
 pub use task::{DocumentHead, Rendered, Task};

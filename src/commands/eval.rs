@@ -12,9 +12,10 @@ use lowbit_eval::{EvalRecord, KlOptions, Protocol, Scorer, Setup, Source, evalua
 use lowbit_model::Model;
 use lowbit_quantize::Progress;
 
-use crate::args::EvalArgs;
+use crate::args::{EvalArgs, EvalCommand};
+use crate::commands::scores::{self, Job, Output};
 use crate::commands::table::table;
-use crate::commands::tasks;
+use crate::commands::{merge, tasks};
 use crate::context::{Context, Purpose};
 use crate::models::{self, Located};
 use crate::provenance;
@@ -47,32 +48,92 @@ impl Request {
     }
 }
 
+/// The models of a run.
+pub struct Models {
+    /// Folder and name of the candidate.
+    pub candidate: Located,
+    /// Folder and name of the reference.
+    pub reference: Option<Located>,
+    /// The candidate.
+    pub model: Model,
+    /// The reference, of the same vocabulary.
+    pub other: Option<Model>,
+    /// The candidate's tokenizer.
+    pub tokenizer: Tokenizer,
+    /// The candidate's family (`llama`, `gemma3_text`, ...).
+    pub family: String,
+    /// Fewest bits of the candidate's quantized weights.
+    pub bits: Option<u32>,
+}
+
+impl Models {
+    /// Opens and loads both.
+    pub fn load(ctx: &Context, candidate: Located, reference: Option<Located>) -> Result<Self> {
+        let (ckpt, model) = candidate.load(ctx, Purpose::Accuracy)?;
+        let loaded = reference.as_ref().map(|r| r.load(ctx, Purpose::Accuracy)).transpose()?;
+        let tokenizer = Tokenizer::load(&candidate.dir)?;
+        if let Some(r) = &reference {
+            let theirs = Tokenizer::load(&r.dir)?;
+            if model.config().vocab_size != loaded.as_ref().map_or(0, |l| l.0.config.vocab_size)
+                || theirs.vocab_size() != tokenizer.vocab_size()
+            {
+                bail!(
+                    "{} and {} have different vocabularies: their distributions cannot be compared",
+                    candidate.name,
+                    r.name
+                );
+            }
+        }
+        let bits = ckpt.quantization.as_ref().and_then(|q| q.groups.iter().map(|g| u32::from(g.scheme.bits)).min());
+        let family = ckpt.config.family.clone();
+        Ok(Self { candidate, reference, model, other: loaded.map(|l| l.1), tokenizer, family, bits })
+    }
+}
+
 /// `lowbit eval`.
 pub fn eval(ctx: &Context, args: &EvalArgs) -> Result<()> {
+    if let Some(EvalCommand::Merge(m)) = &args.command {
+        return merge::merge(ctx, m);
+    }
     if args.tasks.render {
         return tasks::render(ctx, args);
     }
-    if !args.tasks.tasks.is_empty() {
-        bail!("tasks are not scored yet\nhint: --render prints their requests");
-    }
-    if args.ppl.is_none() && args.kl.is_none() {
-        bail!("nothing to evaluate\nhint: give --ppl TEXT, or --kl TEXT with --reference MODEL");
+    if args.ppl.is_none() && args.kl.is_none() && args.tasks.tasks.is_empty() {
+        bail!("nothing to evaluate\nhint: give --tasks, --ppl TEXT, or --kl TEXT with --reference MODEL");
     }
     if args.kl.is_some() && args.reference.is_none() {
         bail!("--kl compares with a reference\nhint: give --reference MODEL");
     }
     refuse_existing(args.output.as_ref(), args.force)?;
+    let output = args.output.as_deref().map(Output::of).transpose()?;
     let read = |p: &Option<PathBuf>| p.as_ref().map(|p| Source::read(p)).transpose();
     let request = Request {
         perplexity: read(&args.ppl)?.map(|s| (s, args.protocol.clone())),
         kl: read(&args.kl)?.map(|s| (s, KlOptions { window: args.kl_window, limit: args.limit })),
         limit: args.limit,
     };
-    let candidate = models::locate(ctx, &args.model)?;
+    let name = args.model.as_deref().unwrap_or_default();
+    // Mistakes in task files and data come before any weight is read.
+    let job = if args.tasks.tasks.is_empty() { None } else { Some(Job::prepare(ctx, args, name, output.as_ref())?) };
+    let candidate = models::locate(ctx, name)?;
     let reference = args.reference.as_deref().map(|r| models::locate(ctx, r)).transpose()?;
-    let record = evaluate(ctx, &candidate, reference.as_ref(), &request)?;
-    if let Some(path) = &args.output {
-        write_atomic(path, &serde_json::to_vec_pretty(&record)?)?;
+    let models = Models::load(ctx, candidate, reference)?;
+    let start = Instant::now();
+    let answered = job.as_ref().map(|j| j.answer(ctx, &models)).transpose()?;
+    let mut record = measure(ctx, &models, &request)?;
+    if let (Some(job), Some(answered)) = (&job, &answered) {
+        record.provenance.options.extend(job.options.clone());
+        record.shard = job.shard;
+        record.look.clone_from(&answered.look);
+        let scored = scores::score(&job.suite, &answered.plan, &answered.answers)?;
+        scored.fill(&mut record, output.as_ref())?;
+    }
+    record.seconds = start.elapsed().as_secs_f64();
+    if let Some(output) = &output {
+        write_atomic(&output.record, &serde_json::to_vec_pretty(&record)?)?;
+        if let Some(job) = &job {
+            job.finish(output)?;
+        }
     }
     ctx.print(&record, || summary(&record))
 }
@@ -85,30 +146,21 @@ pub fn refuse_existing(path: Option<&PathBuf>, force: bool) -> Result<()> {
     }
 }
 
-/// Loads both models and scores.
+/// Loads both models and scores texts.
 pub fn evaluate(
     ctx: &Context,
     candidate: &Located,
     reference: Option<&Located>,
     request: &Request,
 ) -> Result<EvalRecord> {
+    measure(ctx, &Models::load(ctx, candidate.clone(), reference.cloned())?, request)
+}
+
+/// Perplexity and drift on texts; a record without tasks.
+fn measure(ctx: &Context, models: &Models, request: &Request) -> Result<EvalRecord> {
     let start = Instant::now();
-    let (_, model) = candidate.load(ctx, Purpose::Accuracy)?;
-    let loaded = reference.map(|r| r.load(ctx, Purpose::Accuracy)).transpose()?;
-    let other: Option<&Model> = loaded.as_ref().map(|l| &l.1);
-    let tokenizer = Tokenizer::load(&candidate.dir)?;
-    if let Some(r) = reference {
-        let theirs = Tokenizer::load(&r.dir)?;
-        if model.config().vocab_size != loaded.as_ref().map_or(0, |l| l.0.config.vocab_size)
-            || theirs.vocab_size() != tokenizer.vocab_size()
-        {
-            bail!(
-                "{} and {} have different vocabularies: their distributions cannot be compared",
-                candidate.name,
-                r.name
-            );
-        }
-    }
+    let Models { model, tokenizer, .. } = models;
+    let other = models.other.as_ref();
     let report = |done: usize, total: usize, stage: &str| {
         if done == 0 {
             ctx.progress.stage(stage, total as u64);
@@ -124,8 +176,8 @@ pub fn evaluate(
             let positions = model.max_positions().min(other.map_or(usize::MAX, Scorer::max_positions));
             let setup =
                 Setup { max_positions: positions, eos: tokenizer.eos_ids().first().copied(), limit: request.limit };
-            let plan = protocol.plan(source, &tokenizer, &setup)?;
-            perplexities.push(evaluate_perplexity(&model, other.map(|m| m as &dyn Scorer), &plan, source, &|d, t| {
+            let plan = protocol.plan(source, tokenizer, &setup)?;
+            perplexities.push(evaluate_perplexity(model, other.map(|m| m as &dyn Scorer), &plan, source, &|d, t| {
                 report(d, t, "perplexity")
             })?);
         }
@@ -134,19 +186,28 @@ pub fn evaluate(
         (Some((source, options)), Some(r)) => {
             ctx.check_stop()?;
             let ids = tokenizer.encode(&source.text()?, true)?;
-            Some(evaluate_kl(&model, r, &ids, source, options, &|d, t| report(d, t, "KL"))?)
+            Some(evaluate_kl(model, r, &ids, source, options, &|d, t| report(d, t, "KL"))?)
         }
         _ => None,
     };
     ctx.progress.clear();
     ctx.check_stop()?;
     Ok(EvalRecord {
-        schema: 2,
-        provenance: provenance::gather(ctx, Purpose::Accuracy, candidate, reference, 0, request.options())?,
+        schema: 3,
+        provenance: provenance::gather(
+            ctx,
+            Purpose::Accuracy,
+            &models.candidate,
+            models.reference.as_ref(),
+            0,
+            request.options(),
+        )?,
         perplexity: perplexities.first().map(|p| p.perplexity.value),
         perplexities,
         kl,
+        bits: models.bits,
         seconds: start.elapsed().as_secs_f64(),
+        ..EvalRecord::default()
     })
 }
 
@@ -176,6 +237,9 @@ pub fn summary(r: &EvalRecord) -> String {
             k.tokens, k.mean, k.mean_interval.low, k.mean_interval.high, k.median, k.p99, k.max,
             100.0 * k.top1_agreement.value, 100.0 * k.top1_agreement.low, 100.0 * k.top1_agreement.high, k.reference_perplexity, k.perplexity
         ));
+    }
+    if !r.tasks.is_empty() {
+        out.push(scores::summary(r));
     }
     out.push(format!("{:.1} s", r.seconds));
     out.join("\n\n")

@@ -5,13 +5,17 @@ mod capacity;
 mod compare;
 mod convert;
 mod eval;
+mod gate;
 mod generate;
 mod inspect;
 mod load;
 mod load_text;
+mod looks;
+mod merge;
 mod quantize;
 mod report;
 mod run;
+mod scores;
 mod serve;
 mod suite;
 mod table;
@@ -33,6 +37,7 @@ pub fn dispatch(ctx: &Context, command: Command) -> Result<()> {
         Command::Verify(a) => verify::verify(ctx, &a),
         Command::Convert(a) => convert::convert(ctx, &a),
         Command::Eval(a) => eval::eval(ctx, &a),
+        Command::Gate(a) => gate::gate(ctx, &a),
         Command::Bench(a) => bench::bench(ctx, &a),
         Command::Load(a) => load::load(ctx, &a),
         Command::Compare(a) => compare::compare(ctx, &a),

@@ -1,16 +1,47 @@
 //! `lowbit eval --tasks`: which requests the tasks make.
 
+use std::collections::BTreeMap;
 use std::io::{BufWriter, Write};
 
 use anyhow::{Context as _, Result};
 use lowbit_checkpoint::chat_template::ChatTemplate;
 use lowbit_checkpoint::hub;
 use lowbit_eval::tasks::{ChatOptions, DataOptions, Registry, RequestKind, Suite};
-use serde_json::json;
+use serde_json::{Value, json};
 
-use crate::args::{EvalArgs, TaskArgs};
+use crate::args::{Compat, EvalArgs, TaskArgs};
 use crate::context::Context;
 use crate::models;
+
+/// What `--tasks` names, `--fewshot` put where a name says no number.
+fn specs(args: &TaskArgs) -> Vec<String> {
+    let says =
+        |s: &str| s.rsplit_once(':').is_some_and(|(_, n)| !n.is_empty() && n.bytes().all(|b| b.is_ascii_digit()));
+    let with = |s: &String| match args.fewshot {
+        Some(n) if !says(s) => format!("{s}:{n}"),
+        _ => s.clone(),
+    };
+    args.tasks.iter().map(with).collect()
+}
+
+/// The options that decide what is asked, for the record and for `merge`.
+pub fn options(args: &TaskArgs, limit: Option<usize>) -> BTreeMap<String, Value> {
+    let compat = match args.compat {
+        Compat::Old => "lm-eval-0.4.9.1",
+        Compat::Current => "lm-eval-0.4.13",
+    };
+    BTreeMap::from([
+        ("tasks".into(), specs(args).into()),
+        ("data".into(), json!(args.data)),
+        ("include".into(), json!(args.include)),
+        ("limit".into(), limit.into()),
+        ("compat".into(), compat.into()),
+        ("max_length".into(), args.max_length.into()),
+        ("apply_chat_template".into(), args.apply_chat_template.into()),
+        ("fewshot_as_multiturn".into(), args.fewshot_as_multiturn.into()),
+        ("system_instruction".into(), args.system_instruction.clone().into()),
+    ])
+}
 
 /// Reads the task files and the data of what `--tasks` names.
 pub fn load(ctx: &Context, args: &TaskArgs) -> Result<Suite> {
@@ -20,7 +51,7 @@ pub fn load(ctx: &Context, args: &TaskArgs) -> Result<Suite> {
     for dir in &args.include {
         registry.add_folder(dir)?;
     }
-    let suite = registry.load(&args.tasks, &data)?;
+    let suite = registry.load(&specs(args), &data)?;
     for note in suite.tasks.iter().flat_map(|t| &t.notes) {
         ctx.say(format!("note: {note}"));
     }
@@ -28,11 +59,11 @@ pub fn load(ctx: &Context, args: &TaskArgs) -> Result<Suite> {
 }
 
 /// The model's chat template, where it is asked for.
-pub fn chat_template(ctx: &Context, args: &EvalArgs) -> Result<Option<ChatTemplate>> {
-    if !args.tasks.apply_chat_template {
+pub fn chat_template(ctx: &Context, args: &TaskArgs, model: &str) -> Result<Option<ChatTemplate>> {
+    if !args.apply_chat_template {
         return Ok(None);
     }
-    let model = models::locate(ctx, &args.model)?;
+    let model = models::locate(ctx, model)?;
     let template = ChatTemplate::load(&model.dir)?;
     template
         .with_context(|| format!("{} has no chat template\nhint: leave out --apply-chat-template", model.dir.display()))
@@ -47,7 +78,7 @@ pub fn chat_options<'a>(args: &'a TaskArgs, template: Option<&'a ChatTemplate>) 
 /// `--render`: every request on a line. The model is looked at for its chat template only.
 pub fn render(ctx: &Context, args: &EvalArgs) -> Result<()> {
     let suite = load(ctx, &args.tasks)?;
-    let template = chat_template(ctx, args)?;
+    let template = chat_template(ctx, &args.tasks, args.model.as_deref().unwrap_or_default())?;
     let chat = chat_options(&args.tasks, template.as_ref());
     let mut out = BufWriter::with_capacity(1 << 20, std::io::stdout().lock());
     for task in &suite.tasks {

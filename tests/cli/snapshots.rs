@@ -26,7 +26,7 @@ fn help() {
     check("help", &["--help"]);
     for command in [
         "run", "inspect", "plan", "quantize", "verify", "convert", "eval", "bench", "generate", "report", "load",
-        "capacity", "compare",
+        "capacity", "compare", "gate",
     ] {
         check(&format!("help-{command}"), &[command, "--help"]);
     }
@@ -51,5 +51,6 @@ fn failure() {
     check("no-calib", &["quantize", "assets/demo", "-o", "never-written", "--group-size", "64"]);
     check("no-report", &["report", "docs"]);
     check("kl-alone", &["eval", "assets/demo", "--kl", "assets/demo-text/evaluation.txt"]);
+    check("gate-nothing", &["gate", "no-such-record.json"]);
     check("convert-dense", &["convert", "assets/demo", "-o", "never-written"]);
 }

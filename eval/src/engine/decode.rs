@@ -80,7 +80,8 @@ pub fn write(
             };
             let last = prefill(model, ids, held, slot, &mut cache, limits, work)?;
             let mut rng = StdRng::seed_from_u64(prompts[prompt].1.seed);
-            let next = choose(model, &last, &[&prompts[prompt].1], &mut [&mut rng])?.first().copied().unwrap_or(0);
+            let logits = model.logits(&last)?;
+            let next = choose(model, &logits, &[&prompts[prompt].1], &mut [&mut rng])?.first().copied().unwrap_or(0);
             before = Some((prompt, slot));
             let lane = Lane { prompt, slot, past: ids.len(), next, tokens: Vec::new(), rng };
             if let Some(lane) = advance(lane, codec, prompts, &mut |l, w| on_done(prompts[l].0.request, w))? {
@@ -97,12 +98,12 @@ pub fn write(
         let ids: Vec<u32> = lanes.iter().map(|l| l.next).collect();
         let segments: Vec<Segment> =
             lanes.iter().enumerate().map(|(row, l)| Segment { slot: l.slot, row, tokens: 1, past: l.past }).collect();
-        let hidden = step(model, &ids, &segments, &mut cache)?;
+        let logits = step(model, &ids, &segments, &mut cache)?;
         work.computed_tokens += ids.len() as u64;
         work.calls += 1;
         let rules: Vec<&Rules> = lanes.iter().map(|l| &prompts[l.prompt].1).collect();
         let mut rngs: Vec<&mut StdRng> = lanes.iter_mut().map(|l| &mut l.rng).collect();
-        let chosen = choose(model, &hidden, &rules, &mut rngs)?;
+        let chosen = choose(model, &logits, &rules, &mut rngs)?;
         let mut left = Vec::with_capacity(lanes.len());
         for (mut lane, next) in lanes.into_iter().zip(chosen) {
             lane.next = next;
@@ -120,9 +121,10 @@ pub fn write(
     }
 }
 
-/// One new token of each sequence.
+/// One new token of each sequence, in the arithmetic of decoding; the logits after it.
 fn step(model: &Model, ids: &[u32], segments: &[Segment], cache: &mut KvCache) -> Result<Buffer> {
-    Ok(model.forward(ids, segments, cache)?)
+    let hidden = model.forward_decode(ids, segments, cache)?;
+    Ok(model.next_logits(&hidden)?)
 }
 
 /// Tokens of `from` that `to` now holds: none where the backend cannot fork.
@@ -162,13 +164,12 @@ fn prefill(
 }
 
 /// The next token of each row.
-fn choose(model: &Model, hidden: &Buffer, rules: &[&Rules], rngs: &mut [&mut StdRng]) -> Result<Vec<u32>> {
+fn choose(model: &Model, logits: &Buffer, rules: &[&Rules], rngs: &mut [&mut StdRng]) -> Result<Vec<u32>> {
     let vocab = model.config().vocab_size;
-    let logits = model.logits(hidden)?;
-    let mut best = model.backend().argmax(&logits, vocab)?;
+    let mut best = model.backend().argmax(logits, vocab)?;
     for (row, ((rule, rng), best)) in rules.iter().zip(rngs).zip(&mut best).enumerate() {
         if rule.temperature > 0.0 {
-            let logits = model.backend().download_range(&logits, row * vocab..(row + 1) * vocab)?;
+            let logits = model.backend().download_range(logits, row * vocab..(row + 1) * vocab)?;
             *best = sample(&logits, rule.temperature, rng);
         }
     }

@@ -174,6 +174,12 @@ pub fn read_answers(path: &Path, identity: &str) -> Result<Option<HashMap<String
     Ok(read_frames(&bytes).filter(|r| r.identity == identity).map(|r| r.answers))
 }
 
+/// Identity and answers of a journal that nobody writes any more; `None` where the file is none.
+pub fn read_all(path: &Path) -> Result<Option<(String, HashMap<String, Answer>)>> {
+    let bytes = std::fs::read(path).map_err(|e| journal_error(path, &e))?;
+    Ok(read_frames(&bytes).map(|r| (r.identity, r.answers)))
+}
+
 fn journal_error(path: &Path, e: &std::io::Error) -> EvalError {
     EvalError::Journal { path: path.to_path_buf(), problem: e.to_string() }
 }

@@ -38,10 +38,10 @@ pub struct Suite {
 
 #[derive(Debug)]
 pub(super) struct SuiteGroup {
-    name: String,
+    pub(super) name: String,
     metrics: Vec<GroupMetric>,
     /// Labels of its tasks.
-    members: Vec<String>,
+    pub(super) members: Vec<String>,
 }
 
 /// A task to be loaded: name, shots asked for, keys that override the file's.

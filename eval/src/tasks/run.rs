@@ -1,6 +1,7 @@
 //! A suite from its requests to what goes into the record.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value as Json;
@@ -14,7 +15,7 @@ use super::request::{Request, Response};
 use super::task::DocumentHead;
 
 /// All requests of a suite, and which document each belongs to.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Plan {
     /// In order of task, document and index.
     pub requests: Vec<Request>,
@@ -36,6 +37,9 @@ pub struct Evaluated {
 pub struct TaskRecord {
     /// Documents.
     pub n: usize,
+    /// What items of this task are called, where that is not the record's name; empty for a group.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub label: String,
     /// Examples a document; none for a group.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub num_fewshot: Option<usize>,
@@ -62,7 +66,64 @@ pub struct TaskRecord {
     pub metrics: BTreeMap<String, f64>,
 }
 
+/// A document of a plan.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Span {
+    /// Position of its task in the suite.
+    pub task: usize,
+    /// Position in the evaluated split.
+    pub doc: usize,
+    /// Its requests among the plan's.
+    pub requests: Range<usize>,
+}
+
+impl Plan {
+    /// Documents.
+    pub fn len(&self) -> usize {
+        self.documents.len()
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.documents.is_empty()
+    }
+
+    /// The documents in order.
+    pub fn spans(&self) -> impl Iterator<Item = Span> {
+        let mut at = 0;
+        self.documents.iter().map(move |(task, head, count)| {
+            let requests = at..at + count;
+            at = requests.end;
+            Span { task: *task, doc: head.doc, requests }
+        })
+    }
+
+    /// The documents `keep` holds on to, with their requests, in the same order.
+    pub fn part(&self, keep: impl Fn(&Span) -> bool) -> Plan {
+        let mut out = Plan::default();
+        for (span, document) in self.spans().zip(&self.documents) {
+            if keep(&span) {
+                out.documents.push(document.clone());
+                out.requests.extend_from_slice(&self.requests[span.requests]);
+            }
+        }
+        out
+    }
+}
+
 impl Suite {
+    /// Name asked for → labels of its tasks: a group's tasks count as one for whoever judges, a task alone as itself.
+    pub fn families(&self) -> BTreeMap<String, Vec<String>> {
+        let mut out: BTreeMap<String, Vec<String>> = BTreeMap::new();
+        for task in &self.tasks {
+            // A group stands before the groups inside it.
+            let group = self.groups.iter().find(|g| g.members.contains(&task.label));
+            let name = group.map_or(&task.label, |g| &g.name);
+            out.entry(name.clone()).or_default().push(task.label.clone());
+        }
+        out
+    }
+
     /// Renders every task.
     pub fn plan(&self, chat: ChatOptions<'_>, limit: Option<usize>) -> Result<Plan> {
         let mut plan = Plan::default();
@@ -119,6 +180,7 @@ impl Suite {
             }
             let mut name = label.clone();
             if let Some(task) = self.tasks.iter().find(|t| t.label == *label) {
+                record.label.clone_from(&task.label);
                 record.num_fewshot = Some(task.shots);
                 record.version = task.config.version.clone();
                 record.task_sha256.clone_from(&task.config.sha256);

@@ -158,6 +158,7 @@ pub fn eval() -> EvalRecord {
             window_means: vec![0.02; 64],
         }),
         seconds: 91.4,
+        ..EvalRecord::default()
     }
 }
 

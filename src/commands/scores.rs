@@ -1,0 +1,336 @@
+//! `lowbit eval --tasks`: answers of both models, items beside the record, scores in it.
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, Result, bail};
+use lowbit_checkpoint::CheckpointError;
+use lowbit_checkpoint::hash::{model_sha256, sha256_file, sha256_hex};
+use lowbit_checkpoint::writer::write_atomic;
+use lowbit_eval::cache::Cache;
+use lowbit_eval::drift::summary::{TaskDrift, task_drift};
+use lowbit_eval::engine::{Answer, BosRule, Engine, EngineOptions, Found, Journal, Shard, Store, Weights, request_key};
+use lowbit_eval::record::{EvalRecord, ItemFile};
+use lowbit_eval::tasks::{Evaluated, Item, Plan, Suite, TaskRecord};
+use lowbit_eval::verdict::{Look, power};
+use lowbit_quantize::Progress;
+use serde_json::Value;
+
+use crate::args::{Compat, EvalArgs};
+use crate::commands::eval::Models;
+use crate::commands::looks::Looks;
+use crate::commands::table::table;
+use crate::commands::tasks;
+use crate::context::Context;
+
+/// Where a record goes, and the files beside it.
+pub struct Output {
+    /// `eval.json`.
+    pub record: PathBuf,
+    /// `eval.items.jsonl`.
+    candidate: PathBuf,
+    /// `eval.reference.items.jsonl`.
+    reference: PathBuf,
+    /// `eval.journal` while the run lasts.
+    journal: PathBuf,
+    /// `eval.answers`: of a shard, the journal kept.
+    answers: PathBuf,
+}
+
+impl Output {
+    /// The files that belong to a record.
+    pub fn of(record: &Path) -> Result<Self> {
+        let stem = record.file_stem().with_context(|| format!("{} names no file", record.display()))?;
+        let beside = |end: &str| record.with_file_name(format!("{}{end}", stem.to_string_lossy()));
+        Ok(Self {
+            record: record.to_path_buf(),
+            candidate: beside(".items.jsonl"),
+            reference: beside(".reference.items.jsonl"),
+            journal: beside(".journal"),
+            answers: beside(".answers"),
+        })
+    }
+
+    /// Files of another run are not overwritten without --force; those of this run, cut short, are.
+    pub fn refuse_items(&self, force: bool) -> Result<()> {
+        let ours = force || self.journal.exists();
+        match [&self.candidate, &self.reference, &self.answers].into_iter().find(|p| p.exists() && !ours) {
+            Some(path) => Err(CheckpointError::Exists { path: path.clone() }.into()),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Tasks rendered, and how they are to be answered.
+pub struct Job {
+    /// The tasks.
+    pub suite: Suite,
+    /// Their requests, of this shard.
+    pub plan: Plan,
+    /// For the record.
+    pub options: BTreeMap<String, Value>,
+    /// Which part.
+    pub shard: Option<Shard>,
+    compat: Compat,
+    max_length: Option<usize>,
+    cache: Option<PathBuf>,
+    journal: Option<PathBuf>,
+    looks: Option<Looks>,
+}
+
+/// Answers of a job.
+pub struct Answered {
+    /// In order of the requests of `plan`.
+    pub answers: Vec<Answer>,
+    /// What was asked: all of it, unless an early look decided.
+    pub plan: Plan,
+    /// Where a run with several looks ended.
+    pub look: Option<Look>,
+}
+
+impl Job {
+    /// Reads task files and data, and renders.
+    pub fn prepare(ctx: &Context, args: &EvalArgs, model: &str, output: Option<&Output>) -> Result<Self> {
+        if let Some(output) = output {
+            output.refuse_items(args.force)?;
+        } else if args.tasks.shard.is_some() {
+            bail!("a shard is of no use without its record\nhint: give -o FILE");
+        }
+        let suite = tasks::load(ctx, &args.tasks)?;
+        let template = tasks::chat_template(ctx, &args.tasks, model)?;
+        let all = suite.plan(tasks::chat_options(&args.tasks, template.as_ref()), args.limit)?;
+        let mut options = tasks::options(&args.tasks, args.limit);
+        let plan = match args.tasks.shard {
+            Some(shard) => {
+                options.insert("shard".into(), shard.to_string().into());
+                all.part(|d| shard.holds(d.doc))
+            }
+            None => all,
+        };
+        let looks = args.tasks.until_decided.then(|| Looks::new(args.tasks.looks, args.tasks.margin)).transpose()?;
+        if let Some(looks) = &looks {
+            options.insert("looks".into(), looks.count.into());
+            options.insert("margin".into(), args.tasks.margin.into());
+        }
+        Ok(Self {
+            suite,
+            plan,
+            options,
+            shard: args.tasks.shard,
+            compat: args.tasks.compat,
+            max_length: args.tasks.max_length,
+            cache: args.tasks.cache.clone(),
+            journal: output.map(|o| o.journal.clone()),
+            looks,
+        })
+    }
+
+    /// Answers every request with both models; what an earlier run finished is taken from its journal or the cache.
+    pub fn answer(&self, ctx: &Context, models: &Models) -> Result<Answered> {
+        let bos = match self.compat {
+            // The release had one exception.
+            Compat::Old if !models.family.starts_with("gemma") => BosRule::Never,
+            _ => BosRule::Tokenizer,
+        };
+        let options = EngineOptions { bos, max_length: self.max_length, ..EngineOptions::default() };
+        let engine = Engine::new(&models.model, models.other.as_ref(), &models.tokenizer, options)?;
+        let candidate = model_sha256(&models.candidate.dir)?;
+        let reference = models.reference.as_ref().map(|r| model_sha256(&r.dir)).transpose()?;
+        let precision = ctx.precision()?;
+        let identity = engine.identity(&Weights {
+            candidate: &candidate,
+            reference: reference.as_deref(),
+            tokenizer: models.tokenizer.sha256(),
+            precision: &precision,
+        });
+        let mut stores: Vec<Box<dyn Store>> = Vec::new();
+        if let Some(path) = &self.journal {
+            let journal = Journal::open(path, &identity)?;
+            match journal.found {
+                Found::Continued(n) => ctx.say(format!("tasks: {n} answers of an earlier run that was cut short")),
+                Found::Replaced => ctx.say(format!("tasks: {} was of another run, and starts anew", path.display())),
+                Found::New => {}
+            }
+            stores.push(Box::new(journal));
+        }
+        if let Some(dir) = &self.cache {
+            stores.push(Box::new(Cache::open(dir, &identity)?));
+        }
+        ctx.say(format!("tasks: {} documents, {} requests", self.plan.len(), self.plan.requests.len()));
+        if models.other.is_some() {
+            let found = power::detectable(self.plan.len() as u64, 0.05, 0.05, 0.8);
+            ctx.say(format!(
+                "tasks: where 5 % of so many items change, a loss of {:.2} pp is found with power 80 %",
+                100.0 * found
+            ));
+        }
+        let answered = match &self.looks {
+            None => {
+                let answers = ask(ctx, &engine, &self.plan, &mut stores)?;
+                Answered { answers, plan: self.plan.clone(), look: None }
+            }
+            Some(looks) => {
+                // Later looks ask again what earlier ones did.
+                stores.push(Box::new(Memory::default()));
+                looks
+                    .run(ctx, &self.suite, &self.plan, models.bits, &mut |part| ask(ctx, &engine, part, &mut stores))?
+            }
+        };
+        drop(stores);
+        if let (Some(path), Some(_)) = (&self.journal, self.shard) {
+            // What the cache knew is not in the journal yet, and `merge` has only that.
+            let mut journal = Journal::open(path, &identity)?;
+            for (request, answer) in self.plan.requests.iter().zip(&answered.answers) {
+                journal.put(&request_key(request)?, answer)?;
+            }
+            journal.finish()?;
+        }
+        Ok(answered)
+    }
+
+    /// The record is written: the journal has done its work.
+    pub fn finish(&self, output: &Output) -> Result<()> {
+        if output.journal.exists() {
+            std::fs::remove_file(&output.journal)?;
+        }
+        Ok(())
+    }
+}
+
+/// Answers of this run, for its later looks.
+#[derive(Default)]
+struct Memory(HashMap<String, Answer>);
+
+impl Store for Memory {
+    fn get(&self, key: &str) -> Option<Answer> {
+        self.0.get(key).cloned()
+    }
+
+    fn put(&mut self, key: &str, answer: &Answer) -> lowbit_eval::Result<()> {
+        self.0.insert(key.to_owned(), answer.clone());
+        Ok(())
+    }
+}
+
+/// Runs a plan and says what it cost.
+fn ask(ctx: &Context, engine: &Engine<'_>, plan: &Plan, stores: &mut Vec<Box<dyn Store>>) -> Result<Vec<Answer>> {
+    let mut before = 0;
+    let outcome = engine.run(&plan.requests, stores, &mut |done, total| {
+        if before == 0 {
+            ctx.progress.stage("tasks", total as u64);
+        }
+        ctx.progress.advance((done - before) as u64);
+        before = done;
+    })?;
+    ctx.progress.clear();
+    let w = outcome.work;
+    ctx.say(format!(
+        "tasks: {} tokens computed for {} asked, {} of {} requests answered before",
+        w.computed_tokens,
+        w.asked_tokens,
+        outcome.restored,
+        plan.requests.len()
+    ));
+    Ok(outcome.answers)
+}
+
+/// Results of both models.
+pub struct Scored {
+    /// The candidate's.
+    pub candidate: Evaluated,
+    /// The reference's.
+    pub reference: Option<Evaluated>,
+    records: BTreeMap<String, TaskRecord>,
+    drift: BTreeMap<String, TaskDrift>,
+    /// Name asked for → labels of its tasks.
+    pub families: BTreeMap<String, Vec<String>>,
+}
+
+/// Answers to items, scores and drift.
+pub fn score(suite: &Suite, plan: &Plan, answers: &[Answer]) -> Result<Scored> {
+    let own: Vec<_> = answers.iter().map(|a| a.response.clone()).collect();
+    let candidate = suite.evaluate(plan, &own)?;
+    let theirs: Option<Vec<_>> = answers.iter().map(|a| a.reference.clone()).collect();
+    // An empty shard has no answers: `collect` would take that for a reference.
+    let theirs = theirs.filter(|t| !t.is_empty());
+    let reference = theirs.map(|t| suite.evaluate(plan, &t)).transpose()?;
+    let mut rows: BTreeMap<&str, Vec<Vec<_>>> = BTreeMap::new();
+    for span in plan.spans() {
+        let Some(task) = suite.tasks.get(span.task) else { continue };
+        let of_document = answers.get(span.requests).unwrap_or_default();
+        rows.entry(&task.label).or_default().push(of_document.iter().flat_map(|a| a.drift.clone()).collect());
+    }
+    let drift = rows.into_iter().filter_map(|(label, d)| Some((label.to_owned(), task_drift(label, &d)?))).collect();
+    let records = suite.records(&candidate, reference.as_ref());
+    Ok(Scored { candidate, reference, records, drift, families: suite.families() })
+}
+
+impl Scored {
+    /// Puts everything into the record, and writes the items beside it.
+    pub fn fill(self, record: &mut EvalRecord, output: Option<&Output>) -> Result<()> {
+        if let Some(output) = output {
+            record.items.candidate = Some(write_items(&output.candidate, &self.candidate.items)?);
+            record.items.reference =
+                self.reference.as_ref().map(|r| write_items(&output.reference, &r.items)).transpose()?;
+            if record.shard.is_some() {
+                // A copy: until the record is there, the journal is what a rerun continues from.
+                if output.journal.exists() {
+                    write_atomic(&output.answers, &std::fs::read(&output.journal)?)?;
+                }
+                record.items.answers = Some(ItemFile {
+                    file: name(&output.answers),
+                    sha256: sha256_file(&output.answers)?,
+                    items: self.candidate.items.len() as u64,
+                });
+            }
+        }
+        record.tasks = self.records;
+        record.task_drift = self.drift;
+        record.families = self.families;
+        Ok(())
+    }
+}
+
+fn name(path: &Path) -> String {
+    path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default()
+}
+
+fn write_items(path: &Path, items: &[Item]) -> Result<ItemFile> {
+    let mut out = Vec::new();
+    for item in items {
+        serde_json::to_writer(&mut out, item)?;
+        out.push(b'\n');
+    }
+    write_atomic(path, &out)?;
+    Ok(ItemFile { file: name(path), sha256: sha256_hex(&out), items: items.len() as u64 })
+}
+
+/// The tasks of a record as text; of groups with many tasks, the groups.
+pub fn summary(r: &EvalRecord) -> String {
+    let hidden = |label: &str| r.families.values().any(|m| m.len() > 5 && m.iter().any(|l| l == label));
+    let mut rows = Vec::new();
+    for (name, t) in r.tasks.iter().filter(|(_, t)| !hidden(&t.label)) {
+        for (metric, value) in t.metrics.iter().filter(|(m, _)| t.higher_is_better.contains_key(*m)) {
+            let (own, filter) =
+                metric.split_once(',').map_or((metric.as_str(), String::new()), |(m, f)| (m, format!(",{f}")));
+            let stderr = t.metrics.get(&format!("{own}_stderr{filter}"));
+            rows.push(vec![
+                name.clone(),
+                t.n.to_string(),
+                t.num_fewshot.map_or("–".into(), |n| n.to_string()),
+                metric.clone(),
+                t.reference.get(metric).map_or("–".into(), |v| format!("{v:.4}")),
+                format!("{value:.4}{}", stderr.map_or(String::new(), |s| format!(" ± {s:.4}"))),
+                t.delta.get(metric).map_or("–".into(), |d| format!("{d:+.4}")),
+            ]);
+        }
+    }
+    let mut out = table(&["task", "n", "shots", "metric", "reference", "candidate", "Δ"], &rows);
+    if let Some(worst) = r.task_drift.values().max_by(|a, b| a.mean.total_cmp(&b.mean)) {
+        out.push_str(&format!(
+            "\nKL at the scored positions: at most {:.5} nats on average ({})",
+            worst.mean, worst.task
+        ));
+    }
+    out
+}
