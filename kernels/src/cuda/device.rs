@@ -74,6 +74,16 @@ enum Allocation {
     Cuda(CudaMemory),
 }
 
+/// When a launch may begin.
+#[cfg_attr(not(feature = "cuda"), expect(dead_code, reason = "the emulator runs one launch at a time"))]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Start {
+    /// When the launch before has ended.
+    After,
+    /// When all blocks of the launch before have said `grid_ready()` or ended.
+    Early,
+}
+
 /// The shape of a launch, in blocks, threads and bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Launch {
@@ -298,6 +308,16 @@ impl Device {
     /// Runs `kernel`. The emulator has finished when this returns, and checks the argument list against the kernel's
     /// own; CUDA may report a failure at the next copy.
     pub fn launch(&self, kernel: &'static str, l: Launch, args: &[Arg<'_>]) -> Result<()> {
+        self.launch_when(kernel, l, args, Start::After)
+    }
+
+    /// [`Device::launch`] of a kernel that may begin before the launch before it has ended: its source calls
+    /// `grid_wait()` (`gpu.h`) before it touches what other launches write. Where the device cannot, an ordinary launch.
+    pub fn launch_early(&self, kernel: &'static str, l: Launch, args: &[Arg<'_>]) -> Result<()> {
+        self.launch_when(kernel, l, args, Start::Early)
+    }
+
+    fn launch_when(&self, kernel: &'static str, l: Launch, args: &[Arg<'_>], start: Start) -> Result<()> {
         let threads: u64 = l.block.iter().map(|n| u64::from(*n)).product();
         let refuse = |problem: String| Err(KernelError::Launch { kernel, launch: l.to_string(), problem });
         if l.grid.contains(&0) || threads == 0 {
@@ -318,11 +338,11 @@ impl Device {
         }
         match &self.inner {
             #[cfg(feature = "emulated")]
-            Inner::Emulated(d) => d.launch(kernel, &l, args),
+            Inner::Emulated(d) => d.launch(kernel, &l, args), // one at a time: early or not
             #[cfg(feature = "cuda")]
             Inner::Cuda(d) => {
                 let mut words = args.iter().map(|a| self.word(a)).collect::<Result<Vec<u64>>>()?;
-                d.launch(kernel, &l, &mut words)
+                d.launch(kernel, &l, &mut words, start)
             }
         }
     }

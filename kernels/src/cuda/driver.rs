@@ -13,9 +13,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use cudarc::driver::sys::{self, CUfunction_attribute_enum as FunctionAttribute};
 use cudarc::driver::{CudaContext, CudaStream, DriverError, result};
 
-use super::device::Launch;
+use super::device::{Launch, Start};
 use super::graph::{CudaGraph, Recorder};
-use super::module::{self, Images};
+use super::module::{self, Images, Loaded};
 use super::nvrtc::DeviceOptions;
 use crate::error::{KernelError, Result};
 
@@ -134,6 +134,8 @@ pub struct CudaDevice {
     /// Of a device that records steps (`graph.rs`).
     recorder: Option<Recorder>,
     multiprocessors: usize,
+    /// A launch may begin early: Hopper on, and kernels that wait for what they read.
+    early: bool,
 }
 
 impl CudaDevice {
@@ -174,7 +176,7 @@ impl CudaDevice {
         // From Hopper on the `a` architectures carry features that are not forward compatible.
         let arch = format!("sm_{major}{minor}{}", if major >= 9 { "a" } else { "" });
         context.bind_to_thread().map_err(|e| failed("binding the context", e))?;
-        let (module, image) = module::load(&arch, images)?;
+        let Loaded { module, image, native } = module::load(&arch, images)?;
         // A stream of our own: the default one waits for others', and others for it.
         let stream = context.new_stream().map_err(|e| failed("making a stream", e))?;
         let pooled = context.has_async_alloc();
@@ -185,7 +187,8 @@ impl CudaDevice {
         let count = sys::CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
         let count = shared.context.attribute(count).map_err(|e| failed("multiprocessors", e))?;
         let multiprocessors = usize::try_from(count).unwrap_or(1).max(1);
-        let device = Self { shared: Arc::new(shared), arch, image, recorder: None, multiprocessors };
+        let early = native && major >= 9;
+        let device = Self { shared: Arc::new(shared), arch, image, recorder: None, multiprocessors, early };
         device.check_memory()?;
         Ok(device)
     }
@@ -203,7 +206,8 @@ impl CudaDevice {
     pub fn recorder(&self) -> Result<Self> {
         let recorder = Some(Recorder::new(&self.shared)?);
         let (arch, image) = (self.arch.clone(), self.image.clone());
-        Ok(Self { shared: self.shared.clone(), arch, image, recorder, multiprocessors: self.multiprocessors })
+        let (multiprocessors, early) = (self.multiprocessors, self.early);
+        Ok(Self { shared: self.shared.clone(), arch, image, recorder, multiprocessors, early })
     }
 
     fn own_recorder(&self) -> Result<&Recorder> {
@@ -346,7 +350,7 @@ impl CudaDevice {
     ///
     /// The caller vouches that count, order and sizes are the kernel's own, and that addresses point to memory large
     /// enough: `device.rs` builds them from live memory, the launchers from checked shapes.
-    pub fn launch(&self, kernel: &'static str, l: &Launch, args: &mut [u64]) -> Result<()> {
+    pub(super) fn launch(&self, kernel: &'static str, l: &Launch, args: &mut [u64], start: Start) -> Result<()> {
         let s = &self.shared;
         s.bind()?;
         let error = |doing: &str, e: DriverError| KernelError::Launch {
@@ -356,10 +360,28 @@ impl CudaDevice {
         };
         let function = self.function(kernel, l.shared_bytes).map_err(|(doing, e)| error(doing, e))?;
         let mut pointers: Vec<*mut c_void> = args.iter_mut().map(|a| std::ptr::from_mut(a).cast()).collect();
-        let (grid, block) = (l.grid.into(), l.block.into());
-        // SAFETY: the function belongs to the loaded module; `pointers` point into `args`, which the call copies; the
-        // addresses in it are of memory that is freed in stream order, so not before the kernel is done.
-        unsafe { result::launch_kernel(function, grid, block, l.shared_bytes, self.stream(), &mut pointers) }
+        let mut early = sys::CUlaunchAttribute {
+            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+        };
+        let config = sys::CUlaunchConfig {
+            gridDimX: l.grid[0],
+            gridDimY: l.grid[1],
+            gridDimZ: l.grid[2],
+            blockDimX: l.block[0],
+            blockDimY: l.block[1],
+            blockDimZ: l.block[2],
+            sharedMemBytes: l.shared_bytes,
+            hStream: self.stream(),
+            attrs: &raw mut early,
+            numAttrs: u32::from(start == Start::Early && self.early),
+        };
+        // SAFETY: the function belongs to the loaded module; `pointers` point into `args` and `config` to `early`, which
+        // the call copies; the addresses in `args` are of memory that is freed in stream order, so not before the kernel
+        // is done.
+        unsafe { sys::cuLaunchKernelEx(&config, function, pointers.as_mut_ptr(), std::ptr::null_mut()) }
+            .result()
             .map_err(|e| error("launching", e))
     }
 

@@ -25,6 +25,7 @@ mod ops_elementwise;
 mod ops_embed;
 mod ops_hessian;
 mod ops_linear;
+mod ops_narrow;
 mod ops_norm;
 mod ops_random;
 mod ops_reproducible;
@@ -115,6 +116,8 @@ pub struct GpuBackend {
     /// The step under way, whose ids, slots and positions are on the device.
     step: Mutex<Option<Arc<StepInputs>>>,
     records: bool,
+    /// Of narrow products with splits.
+    counters: ops_narrow::Counters,
 }
 
 /// What [`Turns`] were made of.
@@ -135,7 +138,7 @@ impl GpuBackend {
     pub fn new(device: Arc<Device>) -> Self {
         let (rows, turns, step) = (Mutex::new(None), Mutex::new(None), Mutex::new(None));
         let (arithmetic, frequencies) = (Arithmetic::Fast, Mutex::default());
-        Self { device, arithmetic, rows, frequencies, turns, step, records: true }
+        Self { device, arithmetic, rows, frequencies, turns, step, records: true, counters: Default::default() }
     }
 
     /// The same with another order of sums.
@@ -201,6 +204,43 @@ impl GpuBackend {
 
     fn step(&self) -> Option<Arc<StepInputs>> {
         self.step.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Whether the kernels for few tokens take these weights in one launch.
+    fn in_one_launch(&self, x: &Buffer, weights: &[(&WeightHandle, Option<&Buffer>)]) -> Result<bool> {
+        let Some((first, _)) = weights.first().filter(|_| !self.is_reproducible()) else { return Ok(false) };
+        let tokens = checks::rows("linear input", x.len, first.in_features)?;
+        let weights = weights.iter().map(|(w, _)| self.weight(w)).collect::<Result<Vec<_>>>()?;
+        Ok(ops_narrow::takes(&weights, tokens, self.arithmetic.terms()))
+    }
+
+    /// The product of x with one weight, or with several that go in one launch.
+    fn product(&self, x: &Buffer, weights: &[(&WeightHandle, Option<&Buffer>)]) -> Result<Vec<Buffer>> {
+        let Some((first, _)) = weights.first() else { return Ok(Vec::new()) };
+        let tokens = checks::rows("linear input", x.len, first.in_features)?;
+        let y = |(w, _): &(&WeightHandle, Option<&Buffer>)| {
+            self.new_buffer(checks::product("linear output", tokens, w.out_features)?)
+        };
+        let made = weights.iter().map(y).collect::<Result<Vec<_>>>()?;
+        let (d, terms, narrow) = (&self.device, self.arithmetic.terms(), self.in_one_launch(x, weights)?);
+        let mut outputs = Vec::with_capacity(weights.len());
+        for ((w, bias), y) in weights.iter().zip(&made) {
+            let bias = bias.map(|b| self.mem(b)).transpose()?;
+            outputs.push(ops_narrow::Output { weight: self.weight(w)?, bias, y: self.mem(y)? });
+        }
+        let x = self.mem(x)?;
+        if narrow {
+            ops_narrow::linears(d, &self.counters, x, &outputs, tokens, terms)?;
+            return Ok(made);
+        }
+        for o in &outputs {
+            if self.is_reproducible() {
+                ops_reproducible::linear(d, x, o.weight, o.bias, o.y, tokens)?;
+            } else {
+                ops_linear::linear(d, x, o.weight, o.bias, o.y, tokens, terms)?;
+            }
+        }
+        Ok(made)
     }
 
     /// Slots and positions of a call's rows, on the device.
@@ -341,17 +381,14 @@ impl Backend for GpuBackend {
     }
 
     fn linear(&self, x: &Buffer, w: &WeightHandle, bias: Option<&Buffer>) -> Result<Buffer> {
-        let tokens = checks::rows("linear input", x.len, w.in_features)?;
-        let weight = self.weight(w)?;
-        let bias = bias.map(|b| self.mem(b)).transpose()?;
-        let y = self.new_buffer(checks::product("linear output", tokens, w.out_features)?)?;
-        let (x, to) = (self.mem(x)?, self.mem(&y)?);
-        if self.is_reproducible() {
-            ops_reproducible::linear(&self.device, x, weight, bias, to, tokens)?;
-        } else {
-            ops_linear::linear(&self.device, x, weight, bias, to, tokens, self.arithmetic.terms())?;
+        self.product(x, &[(w, bias)])?.pop().ok_or(KernelError::Overflow("products"))
+    }
+
+    fn linears(&self, x: &Buffer, weights: &[(&WeightHandle, Option<&Buffer>)]) -> Result<Vec<Buffer>> {
+        if self.in_one_launch(x, weights)? {
+            return self.product(x, weights);
         }
-        Ok(y)
+        weights.iter().map(|(w, bias)| self.linear(x, w, *bias)).collect()
     }
 
     fn rope(

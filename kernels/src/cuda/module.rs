@@ -21,10 +21,22 @@ pub(super) enum Images<'a> {
     Ptx,
 }
 
-/// Loads the kernels for `arch` into the current context; the module, and where it came from (see `CudaDevice::image`).
-pub(super) fn load(arch: &str, images: Images<'_>) -> Result<(sys::CUmodule, String)> {
+/// Kernels in the current context.
+pub(super) struct Loaded {
+    pub(super) module: sys::CUmodule,
+    /// Where they came from (see `CudaDevice::image`).
+    pub(super) image: String,
+    /// Compiled for this very architecture, with what only it has.
+    pub(super) native: bool,
+}
+
+/// Loads the kernels for `arch` into the current context.
+pub(super) fn load(arch: &str, images: Images<'_>) -> Result<Loaded> {
     let ptx_arch = ptx::arch_for(arch);
-    let embedded = |without| Ok((load_ptx(ptx_arch, without)?, embedded(ptx_arch)));
+    let embedded = |without| {
+        let native = ptx_arch.strip_prefix("compute_") == arch.strip_prefix("sm_");
+        Ok(Loaded { module: load_ptx(ptx_arch, without)?, image: embedded(ptx_arch), native })
+    };
     let Images::Any(options) = images else { return embedded(None) };
     let nvrtc = match Nvrtc::find(options, driver_major()?) {
         Ok(nvrtc) => nvrtc,
@@ -36,7 +48,8 @@ pub(super) fn load(arch: &str, images: Images<'_>) -> Result<(sys::CUmodule, Str
     let module = unsafe { result::module::load_data(made.cubin.as_ptr().cast::<c_void>()) }
         .map_err(|e| failed(&format!("loading the kernels for {arch}"), e))?;
     let (major, minor) = nvrtc.version();
-    Ok((module, format!("cubin {arch}, NVRTC {major}.{minor}{}", if made.cached { ", from the cache" } else { "" })))
+    let image = format!("cubin {arch}, NVRTC {major}.{minor}{}", if made.cached { ", from the cache" } else { "" });
+    Ok(Loaded { module, image, native: true })
 }
 
 /// The embedded PTX, in words.

@@ -16,7 +16,7 @@ use sha2::{Digest, Sha256};
 use crate::error::{KernelError, Result};
 
 /// The device code, in the order it is compiled: one translation unit, as in `emulator/registry.cpp`.
-pub const SOURCES: [(&str, &str); 15] = [
+pub const SOURCES: [(&str, &str); 16] = [
     ("gpu.h", include_str!("src/gpu.h")),
     ("elementwise.cu", include_str!("src/elementwise.cu")),
     ("norm.cu", include_str!("src/norm.cu")),
@@ -26,6 +26,7 @@ pub const SOURCES: [(&str, &str); 15] = [
     ("attention.cu", include_str!("src/attention.cu")),
     ("linear_gemv.cu", include_str!("src/linear_gemv.cu")),
     ("linear_gemm.cu", include_str!("src/linear_gemm.cu")),
+    ("linear_narrow.cu", include_str!("src/linear_narrow.cu")),
     ("linear_wide.cu", include_str!("src/linear_wide.cu")),
     ("hessian.cu", include_str!("src/hessian.cu")),
     ("hessian_wide.cu", include_str!("src/hessian_wide.cu")),

@@ -32,7 +32,7 @@ pub fn weight(d: &Device, w: &RandomWeight) -> Result<DeviceWeight> {
     };
     let raw = filled(d, elements, dtype.size(), dtype_code(dtype), w.seed, normal_scale(w.deviation))?;
     let layout = Layout::Dense { raw, dtype };
-    Ok(DeviceWeight { out_features: w.out_features, in_features: w.in_features, layout })
+    DeviceWeight::new(d, w.out_features, w.in_features, layout)
 }
 
 fn packed(d: &Device, w: &RandomWeight, scheme: Scheme) -> Result<DeviceWeight> {
@@ -48,7 +48,7 @@ fn packed(d: &Device, w: &RandomWeight, scheme: Scheme) -> Result<DeviceWeight> 
         bits: scheme.bits,
         group_cols: scheme.group_cols(w.in_features),
     };
-    Ok(DeviceWeight { out_features: w.out_features, in_features: w.in_features, layout })
+    DeviceWeight::new(d, w.out_features, w.in_features, layout)
 }
 
 #[cfg(all(test, feature = "emulated"))]

@@ -6,10 +6,12 @@
 //! | 4 and 8 bits, no column → group table, group a multiple of 16 | `words` `[out, in·bits/32]` u32 as stored: column c of a row in bits `c·bits % 32 ..` of word `c·bits / 32`; `scales` `[out, groups]` f32; `zeros` `[out, groups]` u8, the middle code where the scheme is symmetric |
 //! | everything else (2, 3, 5, 6, 7 bits, `g_idx`, other groups) | dequantized at upload to dense f32: those formats save disk here, neither memory nor traffic |
 //!
-//! Rows stay in checkpoint order, so one copy serves products and embedding. An order in which 16-byte loads fall
-//! straight into tensor-core fragments is a possible second layout; it would need its own copy for embedding tables.
+//! Rows stay in checkpoint order, so one copy serves products and embedding: 16-byte loads from it fall straight into
+//! tensor-core fragments, because a product may take columns in any order. Scales and zero points get a second layout for
+//! the narrow products, see [`Narrow`].
 
 use super::device::{Device, Memory};
+use super::ops_narrow::Narrow;
 use super::rows::bytes_of;
 use crate::backend::{FloatType, HostWeight, PackedWeight};
 use crate::error::{KernelError, Result, check_len};
@@ -28,6 +30,8 @@ pub struct DeviceWeight {
     pub in_features: usize,
     /// Storage.
     pub layout: Layout,
+    /// How the kernels for few tokens read it; `None` where they cannot.
+    pub narrow: Option<Narrow>,
 }
 
 /// Device storage of a matrix; see the module's table.
@@ -83,7 +87,13 @@ impl DeviceWeight {
                 if is_direct(p) { packed(d, p)? } else { dequantized(d, p)? }
             }
         };
-        Ok(Self { out_features, in_features, layout })
+        Self::new(d, out_features, in_features, layout)
+    }
+
+    /// A matrix that is on the device.
+    pub fn new(d: &Device, out_features: usize, in_features: usize, layout: Layout) -> Result<Self> {
+        let narrow = Narrow::of(d, out_features, in_features, &layout)?;
+        Ok(Self { out_features, in_features, layout, narrow })
     }
 }
 

@@ -23,6 +23,7 @@ namespace EMU_SIDE {
 #include "../cuda/src/attention.cu"
 #include "../cuda/src/linear_gemv.cu"
 #include "../cuda/src/linear_gemm.cu"
+#include "../cuda/src/linear_narrow.cu"
 #include "../cuda/src/linear_wide.cu"
 #include "../cuda/src/hessian.cu"
 #include "../cuda/src/hessian_wide.cu"
@@ -75,6 +76,7 @@ const emu::Kernel EMU_TABLE[] = {
     K(attention_prefill), K(attention_decode), K(attention_decode_merge),
     K(score), K(argmax),
     K(gemv_dense), K(gemv_w4), K(gemv_w8), K(gemm_dense), K(gemm_packed),
+    K(narrow_x1), K(narrow_x2), K(narrow_x3), K(narrow_h1), K(narrow_h2), K(narrow_h4), K(narrow_meta),
     K(wide_half_bf16_128), K(wide_half_bf16_256), K(wide_half_w4_128), K(wide_half_w4_256), K(wide_half_w8_128),
     K(wide_half_w8_256), K(wide_fast_bf16), K(wide_fast_w4), K(wide_fast_w8), K(wide_split), K(wide_sum),
     K(hessian_update), K(random_fill), K(hessian_wide), K(hessian_scales), K(hessian_split),

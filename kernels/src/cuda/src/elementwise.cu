@@ -18,6 +18,7 @@ DEV float elementwise_act(float x, int kind) {
 // shapes    gate, up, y [n].
 KERNEL BOUNDS(256, 4) activation_mul(const float* __restrict__ gate, const float* __restrict__ up,
                                      float* __restrict__ y, int n, int act) {
+  grid_ready();
   const u32 i = elementwise_first();
   if (i + 4u <= (u32)n) {
     float4 g = *reinterpret_cast<const float4*>(gate + i), u = *reinterpret_cast<const float4*>(up + i);
@@ -32,6 +33,7 @@ KERNEL BOUNDS(256, 4) activation_mul(const float* __restrict__ gate, const float
 // add_assign: x[i] += y[i]
 // shapes    x, y [n]; x and y do not overlap.
 KERNEL BOUNDS(256, 4) add_assign(float* __restrict__ x, const float* __restrict__ y, int n) {
+  grid_ready();
   const u32 i = elementwise_first();
   if (i + 4u <= (u32)n) {
     float4 a = *reinterpret_cast<const float4*>(x + i), b = *reinterpret_cast<const float4*>(y + i);

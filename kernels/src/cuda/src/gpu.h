@@ -80,6 +80,18 @@ template <int TABLE> DEV u32 lop3(u32 a, u32 b, u32 c) {
   return d;
 }
 
+// ---- dependent launches (Hopper on): a kernel launched as a dependent may begin before the one before it has ended.
+// It must not touch what that one reads or writes before grid_wait(), which returns when all of it is done and visible;
+// what no kernel of the chain writes (weights) may be read earlier. grid_ready() lets the next one begin. The embedded
+// PTX has neither: there the launches must be ordinary ones.
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(__CUDA_ARCH_FEAT_SM100_ALL) || defined(__CUDA_ARCH_FEAT_SM120_ALL)
+DEV void grid_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+DEV void grid_ready() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+#else
+DEV void grid_wait() {}
+DEV void grid_ready() {}
+#endif
+
 // ---- asynchronous copies to shared memory; false predicate: zeros, and the source is not read.
 DEV u32 shared_u32(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 DEV void cp_async16(void* to, const void* from, bool pred) {

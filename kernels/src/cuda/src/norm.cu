@@ -7,6 +7,7 @@
 // limit     reads x twice (the second time from L1 or L2) and writes y once: bandwidth-bound.
 KERNEL BOUNDS(256, 4) rms_norm(const float* __restrict__ x, const float* __restrict__ w, float* __restrict__ y,
                                int rows, int width, float eps, float offset) {
+  grid_ready();
   SHARED_ARRAY(float, part, 8);
   if ((int)blockIdx.x >= rows) return;
   const int tid = threadIdx.x, step = blockDim.x, warps = blockDim.x / 32, quads = width % 4 == 0 ? width / 4 : 0;
