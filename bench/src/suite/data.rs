@@ -60,7 +60,9 @@ pub fn weight(format: Format, out: usize, cols: usize) -> HostWeight {
             let words = repeated(out * words_for(cols, scheme.bits), || noise.bits().to_le_bytes());
             // Every format here has whole groups.
             let groups = cols / scheme.group_cols(cols).max(1);
-            let scales = repeated(out * groups, || noise.one() / f32::from(scheme.max_code()));
+            // 16 bits, as checkpoints keep them.
+            let scales =
+                repeated(out * groups, || half::bf16::from_f32(noise.one() / f32::from(scheme.max_code())).to_f32());
             let words = Bytes::from_vec(words.into_flattened());
             HostWeight::Packed(PackedWeight {
                 scheme,
