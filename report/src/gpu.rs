@@ -3,7 +3,7 @@
 use std::io::ErrorKind;
 use std::path::Path;
 
-use lowbit_bench::record::BenchRecord;
+use lowbit_bench::record::{BenchRecord, SpeedUp};
 use lowbit_bench::suite::{Format, KernelRow, SuiteRecord};
 use lowbit_eval::record::EvalRecord;
 use serde::de::DeserializeOwned;
@@ -69,6 +69,9 @@ pub struct GpuRecord {
     /// `lowbit bench demo` on the device.
     #[serde(default)]
     pub bench: Option<BenchRecord>,
+    /// `lowbit bench --synthetic` on the device, one record a call.
+    #[serde(default)]
+    pub synthetic: Vec<BenchRecord>,
     /// Version of torch and its rows, where it was there.
     #[serde(default)]
     pub torch_version: String,
@@ -123,7 +126,35 @@ pub fn markdown(r: &GpuRecord) -> String {
         }
         out += &t.markdown();
     }
+    r.synthetic.iter().for_each(|b| synthetic(b, &mut out));
     out
+}
+
+/// Rates of models of known shapes with random weights, and their ratios to the first format.
+fn synthetic(b: &BenchRecord, out: &mut String) {
+    let Some(first) = b.rows.first() else { return };
+    let shape = first.model.split(' ').next().unwrap_or_default();
+    *out += &format!("\n### {}, random weights\n\n", escape(shape));
+    let columns = ["Model", "Test", "#Batch", "#Tokens/s", "#× first", "#Of bandwidth", "#Of large linear"];
+    let mut t = Table::new(&columns);
+    let share = |v: Option<f64>| v.map_or(NONE.to_string(), |v| percent(v, 0));
+    for row in &b.rows {
+        let of_row = |s: &&SpeedUp| s.model == row.model && s.test == row.test && s.batch == row.batch;
+        let ratio = b.speed_ups.iter().find(of_row).map_or(NONE.to_string(), |s| factor(s.ratio));
+        t.row(vec![
+            row.model.as_str().into(),
+            row.test.as_str().into(),
+            count(row.batch as u64).into(),
+            sig(row.tokens_per_second, 4).into(),
+            ratio.into(),
+            share(row.roofline_frac).into(),
+            share(row.flops_frac).into(),
+        ]);
+    }
+    *out += &t.markdown();
+    for l in &b.left {
+        *out += &format!("\nNot measured: {}: {}.\n", escape(&l.row), escape(&l.reason));
+    }
 }
 
 fn stages(r: &GpuRecord, out: &mut String) {
@@ -278,6 +309,7 @@ fn flops(per_second: f64) -> String {
 
 #[cfg(test)]
 mod tests {
+    use lowbit_bench::record::BenchRow;
     use lowbit_bench::suite::{Ceilings, CorrectnessRow, Left};
 
     use super::*;
@@ -340,6 +372,7 @@ mod tests {
             stages: vec![stage("memcheck", None), stage("kernels", Some(124))],
             correctness: Some(suite.clone()),
             kernels: Some(suite),
+            synthetic: vec![synthetic()],
             torch: [("bf16", 2000.0), ("w4a16-g128", 500.0)]
                 .map(|(format, median_ns)| TorchRow {
                     shape: "8x4".into(),
@@ -349,6 +382,35 @@ mod tests {
                 })
                 .to_vec(),
             ..GpuRecord::default()
+        }
+    }
+
+    /// Two formats of one shape, decode only.
+    fn synthetic() -> BenchRecord {
+        let row = |model: &str, tokens_per_second| BenchRow {
+            role: "candidate".into(),
+            model: model.into(),
+            test: "tg32 @ d1024".into(),
+            batch: 16,
+            tokens_per_second,
+            samples: vec![tokens_per_second],
+            samples_ns: vec![1],
+            bytes_per_step: 1,
+            roofline_frac: Some(0.5),
+            flops: None,
+            flops_frac: None,
+        };
+        let (model, test) = ("shape w4a16-g128".to_string(), "tg32 @ d1024".to_string());
+        BenchRecord {
+            schema: 1,
+            provenance: Default::default(),
+            bandwidth_bytes_per_second: 1e12,
+            ceilings: None,
+            rows: vec![row("shape bf16", 100.0), row("shape w4a16-g128", 250.0)],
+            speed_ups: vec![SpeedUp { model, test, batch: 16, ratio: 2.5, low: 2.4, high: 2.6 }],
+            latency: Vec::new(),
+            memory: Vec::new(),
+            left: vec![Left { row: "shape f32".into(), reason: "does not fit".into(), failed: false }],
         }
     }
 
@@ -366,6 +428,10 @@ mod tests {
             "| bf16 | 3.00 µs · 50 % | 4.00 µs · 50 % |",
             "| w4a16-g128 | 1.00 µs · 50 % · 3.00× | – |",
             "- last: out of memory",
+            "### shape, random weights",
+            "| shape bf16 | tg32 @ d1024 | 16 | 100 | – | 50 % | – |",
+            "| shape w4a16-g128 | tg32 @ d1024 | 16 | 250 | 2.50× | 50 % | – |",
+            "Not measured: shape f32: does not fit.",
         ] {
             assert!(text.contains(wanted), "no `{wanted}` in:\n{text}");
         }
