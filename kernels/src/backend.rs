@@ -247,12 +247,43 @@ pub trait Backend: Send + Sync {
     fn kv_usage(&self, cache: &KvBuffer) -> KvUsage {
         KvUsage { page_tokens: cache.capacity, pages: cache.slots }
     }
+    /// [`Self::rope`] of q `[T, heads·head_dim]` and k `[T, kv_heads·head_dim]`, then [`Self::kv_append`], in one pass where the backend has
+    /// one: the same bits in q and the cache. What is left in k is not stated.
+    fn rope_append(
+        &self,
+        cache: &mut KvBuffer,
+        q: &mut Buffer,
+        k: &mut Buffer,
+        v: &Buffer,
+        heads: usize,
+        head_dim: usize,
+        inv_freq: &[f32],
+        mscale: f32,
+        segments: &[Segment],
+    ) -> Result<()> {
+        self.rope(q, heads, head_dim, inv_freq, mscale, segments)?;
+        self.rope(k, cache.width / head_dim.max(1), head_dim, inv_freq, mscale, segments)?;
+        self.kv_append(cache, k, v, segments)
+    }
     /// Causal attention of q `[T, heads·head_dim]` over the cache (which already holds the new keys); result like q.
     fn attention(&self, q: &Buffer, cache: &KvBuffer, shape: &AttentionShape, segments: &[Segment]) -> Result<Buffer>;
     /// `act(gate) · up`, element by element.
     fn activation_mul(&self, gate: &Buffer, up: &Buffer, act: Activation) -> Result<Buffer>;
     /// `x += y`.
     fn add_assign(&self, x: &mut Buffer, y: &Buffer) -> Result<()>;
+    /// `x += y`, then [`Self::rms_norm`] of x, in one pass where the backend has one: the same bits.
+    fn add_rms_norm(
+        &self,
+        x: &mut Buffer,
+        y: &Buffer,
+        weight: &Buffer,
+        width: usize,
+        eps: f32,
+        offset: f32,
+    ) -> Result<Buffer> {
+        self.add_assign(x, y)?;
+        self.rms_norm(x, weight, width, eps, offset)
+    }
     /// Rows `rows` of x `[T, width]`, gathered.
     fn gather_rows(&self, x: &Buffer, width: usize, rows: &[usize]) -> Result<Buffer>;
     /// Columns `range` of every row of x `[T, width]` (splits fused projections).

@@ -239,19 +239,23 @@ impl Block {
         if let Some(w) = &self.k_norm {
             k = self.norm(b, &k, w, c.head_dim, "k_norm")?;
         }
-        b.rope(&mut q, c.num_heads, c.head_dim, &self.rope.inv_freq, self.rope.mscale, segments).at("rope")?;
-        b.rope(&mut k, c.num_kv_heads, c.head_dim, &self.rope.inv_freq, self.rope.mscale, segments).at("rope")?;
-        b.kv_append(cache, &k, &v, segments).at("kv_append")?;
+        let Rope { inv_freq, mscale } = &self.rope;
+        b.rope_append(cache, &mut q, &mut k, &v, c.num_heads, c.head_dim, inv_freq, *mscale, segments).at("rope")?;
         b.attention(&q, cache, &self.shape, segments).at("attention")
+    }
+
+    /// o, and its norm where there is one: what is added to the residual stream.
+    fn attention_output(&self, b: &dyn Backend, attended: &Buffer) -> Result<Buffer> {
+        let y = self.linear("self_attn.o_proj")?.apply(b, attended)?;
+        match &self.post_attention_norm {
+            Some(w) => self.norm(b, &y, w, self.config.hidden_size, "post_attention_layernorm"),
+            None => Ok(y),
+        }
     }
 
     /// Stage 3: o and the residual.
     pub fn attention_residual(&self, b: &dyn Backend, x: &mut Buffer, attended: &Buffer) -> Result<()> {
-        let mut y = self.linear("self_attn.o_proj")?.apply(b, attended)?;
-        if let Some(w) = &self.post_attention_norm {
-            y = self.norm(b, &y, w, self.config.hidden_size, "post_attention_layernorm")?;
-        }
-        b.add_assign(x, &y).at("residual")
+        b.add_assign(x, &self.attention_output(b, attended)?).at("residual")
     }
 
     /// Stage 4: the input of gate and up.
@@ -272,34 +276,52 @@ impl Block {
         b.activation_mul(&gate, &up, self.config.activation).at("activation")
     }
 
-    /// Stage 6: down and the residual.
-    pub fn mlp_residual(&self, b: &dyn Backend, x: &mut Buffer, activated: &Buffer) -> Result<()> {
-        let mut y = self.linear("mlp.down_proj")?.apply(b, activated)?;
-        if let Some(w) = &self.post_mlp_norm {
-            y = self.norm(b, &y, w, self.config.hidden_size, "post_feedforward_layernorm")?;
+    /// down, and its norm where there is one: what is added to the residual stream.
+    fn mlp_output(&self, b: &dyn Backend, activated: &Buffer) -> Result<Buffer> {
+        let y = self.linear("mlp.down_proj")?.apply(b, activated)?;
+        match &self.post_mlp_norm {
+            Some(w) => self.norm(b, &y, w, self.config.hidden_size, "post_feedforward_layernorm"),
+            None => Ok(y),
         }
-        b.add_assign(x, &y).at("residual")
     }
 
-    /// All six stages; `tap` sees the input of every linear by its full module name.
+    /// Stage 6: down and the residual.
+    pub fn mlp_residual(&self, b: &dyn Backend, x: &mut Buffer, activated: &Buffer) -> Result<()> {
+        b.add_assign(x, &self.mlp_output(b, activated)?).at("residual")
+    }
+
+    /// `x += y` and the norm of the sum that comes next.
+    fn add_norm(&self, b: &dyn Backend, x: &mut Buffer, y: &Buffer, weight: &Buffer) -> Result<Buffer> {
+        let c = &self.config;
+        b.add_rms_norm(x, y, weight, c.hidden_size, c.rms_norm_eps, c.norm_offset).at("residual and norm")
+    }
+
+    /// Weight of the norm of stage 1.
+    pub(crate) fn input_norm(&self) -> &Buffer {
+        &self.input_norm
+    }
+
+    /// The stages after the first, with `input` what it gave; each residual goes together with the norm after it, which for
+    /// the last is that of `next`: the next block's, or the final one. Returns the norm's result; the bits are those of the
+    /// stages one by one. `tap` sees the input of every linear by its full module name.
     pub fn forward(
         &self,
         b: &dyn Backend,
         x: &mut Buffer,
+        input: &Buffer,
+        next: &Buffer,
         segments: &[Segment],
         cache: &mut KvBuffer,
         tap: &mut Tap<'_>,
-    ) -> Result<()> {
-        let input = self.attention_input(b, x)?;
-        self.show(LinearGroup::Attention, &input, tap)?;
-        let attended = self.attend(b, &input, segments, cache)?;
+    ) -> Result<Buffer> {
+        self.show(LinearGroup::Attention, input, tap)?;
+        let attended = self.attend(b, input, segments, cache)?;
         self.show(LinearGroup::Output, &attended, tap)?;
-        self.attention_residual(b, x, &attended)?;
-        let input = self.mlp_input(b, x)?;
+        let input = self.add_norm(b, x, &self.attention_output(b, &attended)?, &self.pre_mlp_norm)?;
         self.show(LinearGroup::Mlp, &input, tap)?;
         let activated = self.mlp_activation(b, &input)?;
         self.show(LinearGroup::Down, &activated, tap)?;
-        self.mlp_residual(b, x, &activated)
+        self.add_norm(b, x, &self.mlp_output(b, &activated)?, next)
     }
 
     fn show(&self, group: LinearGroup, input: &Buffer, tap: &mut Tap<'_>) -> Result<()> {

@@ -225,10 +225,13 @@ impl Model {
     ) -> Result<Buffer> {
         self.check(ids, segments, cache)?;
         let mut x = self.embedding.apply(b, ids)?;
-        for (block, kv) in self.blocks.iter().zip(&mut cache.layers) {
-            block.forward(b, &mut x, segments, kv, tap)?;
+        let Some(first) = self.blocks.first() else { return self.head.norm(b, &x) };
+        let mut input = first.attention_input(b, &x)?;
+        for (i, (block, kv)) in self.blocks.iter().zip(&mut cache.layers).enumerate() {
+            let next = self.blocks.get(i + 1).map_or(&self.head.norm, Block::input_norm);
+            input = block.forward(b, &mut x, &input, next, segments, kv, tap)?;
         }
-        self.head.norm(b, &x)
+        Ok(input)
     }
 
     /// The segments are of `ids` and fit the cache.

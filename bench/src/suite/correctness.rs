@@ -202,6 +202,28 @@ fn rows(list: &mut Vec<Case>) {
             b.download(&b.rms_norm(&x, &gain, width, 1e-5, 1.0)?)
         });
     }
+    for (tokens, width) in [(5, 15), (2, 4096)] {
+        // As rms_norm, of |x| ≤ 2; the sum itself is exact.
+        let tolerance = 2.0 * EPS * (width as f64).sqrt().max(16.0);
+        add(list, "add_rms_norm", format!("{tokens}x{width}"), tolerance, move |b| {
+            let mut noise = Noise(6);
+            let (mut x, y) = (b.upload(&noise.many(tokens * width))?, b.upload(&noise.many(tokens * width))?);
+            let normed = b.add_rms_norm(&mut x, &y, &b.upload(&noise.many(width))?, width, 1e-5, 1.0)?;
+            Ok([b.download(&x)?, b.download(&normed)?].concat())
+        });
+    }
+    add(list, "rope_append", "3 and 1 heads of 64".into(), 4.0 * EPS * 64.0, |b| {
+        let at = |slot, row, past| Segment { slot, row, tokens: 1, past };
+        let segments = [at(1, 0, 40), at(0, 1, 0)];
+        let inv_freq: Vec<f32> = (0..32).map(|i| 10_000f32.powf(-2.0 * i as f32 / 64.0)).collect();
+        let mut noise = Noise(7);
+        let mut fill = |heads: usize| b.upload(&noise.many(2 * heads * 64));
+        let (mut q, mut k, v) = (fill(3)?, fill(1)?, fill(1)?);
+        let mut cache = b.kv_cache(2, 48, 1, 64)?;
+        b.rope_append(&mut cache, &mut q, &mut k, &v, 3, 64, &inv_freq, 1.1, &segments)?;
+        let shape = AttentionShape { heads: 3, kv_heads: 1, head_dim: 64, scale: 0.3, window: Some(1), soft_cap: None };
+        Ok([b.download(&q)?, b.download(&b.attention(&q, &cache, &shape, &segments)?)?].concat())
+    });
     for rotated in [64usize, 32] {
         add(list, "rope", format!("6 rows, 3 heads of 64, {rotated} rotated"), 4.0 * EPS, move |b| {
             let segments =

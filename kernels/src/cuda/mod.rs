@@ -431,6 +431,37 @@ impl Backend for GpuBackend {
         ops_rope::kv_append(&self.device, view, self.mem(k)?, self.mem(v)?, &rows, segments, total)
     }
 
+    fn rope_append(
+        &self,
+        cache: &mut KvBuffer,
+        q: &mut Buffer,
+        k: &mut Buffer,
+        v: &Buffer,
+        heads: usize,
+        head_dim: usize,
+        inv_freq: &[f32],
+        mscale: f32,
+        segments: &[Segment],
+    ) -> Result<()> {
+        let half = inv_freq.len();
+        let total = checks::rotary(self.name(), q.len, heads, head_dim, half)?;
+        if self.is_reproducible() || self.cache(cache)?.head_dim != head_dim {
+            self.rope(q, heads, head_dim, inv_freq, mscale, segments)?;
+            self.rope(k, cache.width / head_dim, head_dim, inv_freq, mscale, segments)?;
+            return self.kv_append(cache, k, v, segments);
+        }
+        check_len("keys", checks::product("keys", total, cache.width)?, k.len)?;
+        check_len("values", k.len, v.len)?;
+        checks::segments(self.name(), "rope_append", segments, total)?;
+        checks::cached(self.name(), "rope_append", segments, cache)?;
+        if let Some(step) = self.step() {
+            step.limit(usize::MAX, cache.slots, cache.capacity);
+        }
+        let (view, rows, f) = (self.cache(cache)?, self.rows(segments, total)?, self.frequencies(inv_freq)?);
+        let (d, q, k, v) = (&self.device, self.mem(q)?, self.mem(k)?, self.mem(v)?);
+        ops_rope::rope_append(d, view, cache.slots, q, k, v, &f.memory, &rows, total, heads, half, mscale)
+    }
+
     fn kv_fork(&self, cache: &mut KvBuffer, from: usize, tokens: usize, to: usize) -> Result<()> {
         checks::fork(self.name(), cache, from, tokens, to)?;
         let capacity = cache.capacity;
@@ -478,6 +509,28 @@ impl Backend for GpuBackend {
     fn add_assign(&self, x: &mut Buffer, y: &Buffer) -> Result<()> {
         check_len("addend", x.len, y.len)?;
         ops_elementwise::add_assign(&self.device, self.mem(x)?, self.mem(y)?, y.len)
+    }
+
+    fn add_rms_norm(
+        &self,
+        x: &mut Buffer,
+        y: &Buffer,
+        weight: &Buffer,
+        width: usize,
+        eps: f32,
+        offset: f32,
+    ) -> Result<Buffer> {
+        if self.is_reproducible() {
+            self.add_assign(x, y)?;
+            return self.rms_norm(x, weight, width, eps, offset);
+        }
+        let rows = checks::rows("norm input", x.len, width)?;
+        check_len("addend", x.len, y.len)?;
+        check_len("norm weight", width, weight.len)?;
+        let out = self.new_buffer(x.len)?;
+        let (x, y, weight, to) = (self.mem(x)?, self.mem(y)?, self.mem(weight)?, self.mem(&out)?);
+        ops_norm::add_rms_norm(&self.device, x, y, weight, to, rows, width, eps, offset)?;
+        Ok(out)
     }
 
     fn gather_rows(&self, x: &Buffer, width: usize, rows: &[usize]) -> Result<Buffer> {

@@ -21,6 +21,7 @@ pub const SOURCES: [(&str, &str); 16] = [
     ("elementwise.cu", include_str!("src/elementwise.cu")),
     ("norm.cu", include_str!("src/norm.cu")),
     ("rope.cu", include_str!("src/rope.cu")),
+    ("rope_append.cu", include_str!("src/rope_append.cu")),
     ("score.cu", include_str!("src/score.cu")),
     ("embed.cu", include_str!("src/embed.cu")),
     ("attention.cu", include_str!("src/attention.cu")),

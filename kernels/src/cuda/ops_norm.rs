@@ -34,3 +34,29 @@ pub fn rms_norm(
     ];
     d.launch("rms_norm", per_row(rows, width.div_ceil(4), 0)?, &args)
 }
+
+/// `x += a`, then [`rms_norm`] of x `[rows, width]` into y.
+pub fn add_rms_norm(
+    d: &Device,
+    x: &Memory,
+    a: &Memory,
+    weight: &Memory,
+    y: &Memory,
+    rows: usize,
+    width: usize,
+    eps: f32,
+    offset: f32,
+) -> Result<()> {
+    let n = product("norm", rows, width)?;
+    floats("norm input", x, n)?;
+    floats("addend", a, n)?;
+    floats("norm weight", weight, width)?;
+    floats("norm", y, n)?;
+    if n == 0 {
+        return Ok(());
+    }
+    let sizes = [Arg::I32(size("rows", rows)?), Arg::I32(size("width", width)?)];
+    let args =
+        [Arg::Out(x), Arg::In(a), Arg::In(weight), Arg::Out(y), sizes[0], sizes[1], Arg::F32(eps), Arg::F32(offset)];
+    d.launch("add_rms_norm", per_row(rows, width.div_ceil(4), 0)?, &args)
+}

@@ -1,6 +1,6 @@
 //! Launchers of `rope.cu`: rotary embedding and the append to the cache.
 
-use super::device::{Arg, Device, Memory};
+use super::device::{Arg, Device, Launch, Memory};
 use super::ops_elementwise::{flat, floats, per_row, product};
 use super::rows::{RowTable, size};
 use crate::backend::Segment;
@@ -109,4 +109,55 @@ pub fn kv_append(
         Arg::I32(size("cache capacity", cache.capacity)?),
     ];
     d.launch("kv_append", flat(n, 1)?, &args)
+}
+
+/// [`rope`] of q `[tokens, heads · head_dim]` in place, and of k on its way into the cache, with v: [`kv_append`]. `slots`: of
+/// the cache, whose size says whether it holds f32 or bf16.
+pub fn rope_append(
+    d: &Device,
+    cache: CacheView<'_>,
+    slots: usize,
+    q: &Memory,
+    k: &Memory,
+    v: &Memory,
+    inv_freq: &Memory,
+    rows: &RowTable,
+    tokens: usize,
+    heads: usize,
+    rotated_half: usize,
+    mscale: f32,
+) -> Result<()> {
+    let (kv_heads, head_dim) = (cache.kv_heads, cache.head_dim);
+    floats("rope input", q, product("rope input", tokens, product("rope input", heads, head_dim)?)?)?;
+    let width = product("keys", kv_heads, head_dim)?;
+    let n = product("keys", tokens, width)?;
+    floats("keys", k, n)?;
+    floats("values", v, n)?;
+    floats("rotary frequencies", inv_freq, rotated_half)?;
+    floats("row positions", &rows.positions, tokens)?;
+    floats("row slots", &rows.slots, tokens)?;
+    if product("rotated width", rotated_half, 2)? > head_dim {
+        return Err(KernelError::Length { what: "rotated width", expected: head_dim, found: rotated_half * 2 });
+    }
+    let elements = product("cache", product("cache", slots, cache.capacity)?, width)?;
+    let kernel = match (cache.keys.bytes() / elements.max(1), cache.values.bytes() / elements.max(1)) {
+        (4, 4) => "rope_append",
+        (2, 2) => "rope_append_half",
+        _ => return Err(KernelError::Length { what: "cache", expected: elements, found: cache.keys.bytes() / 4 }),
+    };
+    if tokens == 0 {
+        return Ok(());
+    }
+    let mut args = vec![Arg::Out(q), Arg::In(k), Arg::In(v), Arg::Out(cache.keys), Arg::Out(cache.values)];
+    args.extend([Arg::In(inv_freq), Arg::In(&rows.slots), Arg::In(&rows.positions)]);
+    let capacity = ("cache capacity", cache.capacity);
+    let widths = [("heads", heads), ("key heads", kv_heads), ("head width", head_dim), ("rotated width", rotated_half)];
+    for (what, n) in widths.into_iter().chain([capacity]) {
+        args.push(Arg::I32(size(what, n)?));
+    }
+    args.push(Arg::F32(mscale));
+    let [x, y, shared] = [tokens, (heads + kv_heads).div_ceil(4), 2 * rotated_half * 4].map(u32::try_from);
+    let overflow = |_| KernelError::Overflow("grid");
+    let (x, y, shared_bytes) = (x.map_err(overflow)?, y.map_err(overflow)?, shared.map_err(overflow)?);
+    d.launch(kernel, Launch { grid: [x, y, 1], block: [128, 1, 1], shared_bytes }, &args)
 }

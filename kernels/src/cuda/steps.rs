@@ -8,6 +8,7 @@
 //! recorded. Activations come from the recorder's own memory, which recordings of all forms share.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::GpuBackend;
@@ -150,10 +151,10 @@ impl Steps for GpuSteps {
             self.check(&k.bounds, ids, segments)?;
         }
         let device = self.backend.device().clone();
-        if !self.inputs.contains_key(&rows) {
-            self.inputs.insert(rows, device.alloc(rows * 3 * 4)?);
-        }
-        let Some(memory) = self.inputs.get(&rows) else { return self.refuse("no inputs".to_string()) };
+        let memory = match self.inputs.entry(rows) {
+            Entry::Occupied(e) => e.into_mut(),
+            Entry::Vacant(e) => e.insert(device.alloc(rows * 3 * 4)?),
+        };
         device.stage(memory, &[bytes_of(ids), bytes_of(&slots), bytes_of(&positions)].concat())?;
         self.clock += 1;
         if let Some(k) = self.kept.get_mut(&form) {

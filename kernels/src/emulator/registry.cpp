@@ -18,6 +18,7 @@ namespace EMU_SIDE {
 #include "../cuda/src/elementwise.cu"
 #include "../cuda/src/norm.cu"
 #include "../cuda/src/rope.cu"
+#include "../cuda/src/rope_append.cu"
 #include "../cuda/src/score.cu"
 #include "../cuda/src/embed.cu"
 #include "../cuda/src/attention.cu"
@@ -69,10 +70,10 @@ template <class... A> struct Call<void (*)(A...)> {
 #define K(name) {#name, CALL(name)::signature, CALL(name)::enter<EMU_SIDE::name>}
 // clang-format off
 const emu::Kernel EMU_TABLE[] = {
-    K(rms_norm),
+    K(rms_norm), K(add_rms_norm),
     K(activation_mul), K(add_assign), K(soft_cap), K(gather_rows), K(slice_columns), K(abs_max),
     K(embed_dense), K(embed_packed),
-    K(rope), K(kv_append),
+    K(rope), K(kv_append), K(rope_append), K(rope_append_half),
     K(attention_prefill), K(attention_decode), K(attention_decode_merge),
     K(score), K(argmax),
     K(gemv_dense), K(gemv_w4), K(gemv_w8), K(gemm_dense), K(gemm_packed),

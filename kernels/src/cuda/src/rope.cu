@@ -1,6 +1,12 @@
 #include "gpu.h"
 // Positions and the cache of keys and values. A row whose position is negative is of no sequence and is left alone.
 
+// (x, y) turned by (c, s): each result one product and one fused multiply-add, in the CPU's order.
+DEV void rope_turn(float x, float y, float c, float s, float& low, float& high) {
+  low = fmaf(x, c, -(y * s));
+  high = fmaf(y, c, x * s);
+}
+
 // rope: for i < h = rotated_half, a = positions[t] * inv_freq[i], c = mscale * cos a, s = mscale * sin a:
 //           x[t][head][i], x[t][head][i + h] = x_i * c - x_{i+h} * s, x_{i+h} * c + x_i * s; elements >= 2 h stay.
 // shapes    x [tokens, heads, head_dim] f32, in place; inv_freq [rotated_half] f32; positions [tokens] i32;
@@ -24,9 +30,7 @@ KERNEL BOUNDS(256, 4) rope(float* __restrict__ x, const float* __restrict__ inv_
   for (int p = threadIdx.x; p < heads * h; p += blockDim.x) {
     int i = p % h;
     float *low = row + p / h * head_dim + i, *high = low + h;
-    float a = *low, b = *high, c = turn[i], s = turn[h + i];
-    *low = a * c - b * s;
-    *high = b * c + a * s;
+    rope_turn(*low, *high, turn[i], turn[h + i], *low, *high);
   }
 }
 
