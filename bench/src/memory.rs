@@ -6,17 +6,15 @@ use crate::Contender;
 use crate::error::{BenchError, Result};
 use crate::record::MemoryRow;
 
-/// Backends keep keys and values as f32.
-const KV_ELEMENT_BYTES: u64 = 4;
-
 /// Bytes of keys and values of one token in all layers.
 pub fn kv_bytes_per_token(model: &Model) -> Result<u64> {
     let config = model.config();
-    kv_bytes(config.num_layers as u64, config.num_kv_heads as u64, config.head_dim as u64)
+    let element = model.backend().kv_element_bytes(config.head_dim);
+    kv_bytes(config.num_layers as u64, config.num_kv_heads as u64, config.head_dim as u64, element as u64)
 }
 
-fn kv_bytes(layers: u64, kv_heads: u64, head_dim: u64) -> Result<u64> {
-    [layers, kv_heads, head_dim, KV_ELEMENT_BYTES]
+fn kv_bytes(layers: u64, kv_heads: u64, head_dim: u64, element: u64) -> Result<u64> {
+    [layers, kv_heads, head_dim, element]
         .iter()
         .try_fold(2u64, |product, &n| product.checked_mul(n))
         .ok_or(BenchError::Overflow("the KV cache"))
@@ -88,7 +86,7 @@ mod tests {
 
     #[test]
     fn a_step_reads_weights_once_and_half_the_final_cache() {
-        assert_eq!(kv_bytes(2, 3, 4).unwrap(), 2 * 2 * 3 * 4 * 4);
+        assert_eq!(kv_bytes(2, 3, 4, 2).unwrap(), 2 * 2 * 3 * 4 * 2);
         // Steps see 1, 2 and 3 tokens: 2 on average, in each of 5 sequences.
         assert_eq!(step_bytes(1000, 10, 5, 0, 3).unwrap(), 1000 + 10 * 2 * 5);
         assert_eq!(step_bytes(1000, 10, 5, 100, 3).unwrap(), 1000 + 10 * 102 * 5);

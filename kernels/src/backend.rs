@@ -229,6 +229,10 @@ pub trait Backend: Send + Sync {
     ) -> Result<()>;
     /// Makes an empty cache for `slots` sequences of up to `capacity` tokens.
     fn kv_cache(&self, slots: usize, capacity: usize, kv_heads: usize, head_dim: usize) -> Result<KvBuffer>;
+    /// Bytes a cached element of a head of this width takes.
+    fn kv_element_bytes(&self, _head_dim: usize) -> usize {
+        4
+    }
     /// Appends k and v `[T, kv_heads·head_dim]` at each segment's `past`.
     fn kv_append(&self, cache: &mut KvBuffer, k: &Buffer, v: &Buffer, segments: &[Segment]) -> Result<()>;
     /// Slot `to` becomes a continuation of the first `tokens` tokens of slot `from`; what `to` held is forgotten. With

@@ -88,6 +88,8 @@ fn checked_launches_catch() {
         caught(&d, "planted_race", 1, N, "race: a");
         caught(&d, "planted_race_global", 1, N, "race: a");
         caught(&d, "planted_race_of_blocks", 2, N, "race: a write of argument 1 of 404 bytes, at byte 0");
+        caught(&d, "planted_missing_fence", 2, N, "race: a read of argument 1 of 404 bytes, at byte 4 is not ordered");
+        run(&d, "planted_last_block", 2, N).unwrap();
         caught(&d, "planted_missing_wait", 1, N, "in flight: a read of dynamic shared memory of 1024 bytes, at byte");
         caught(&d, "planted_divergent_barrier", 1, N, "divergent barrier");
         caught(&d, "planted_two_barriers", 1, N, "divergent barrier");
@@ -140,6 +142,16 @@ fn launches_are_checked_against_the_kernel() {
 }
 
 /// mma against wgmma against a sum in f64; neither fault nor race.
+#[test]
+fn a_fragment_is_transposed() {
+    let d = device(true, 2);
+    let words =
+        |at: fn(u16, u16) -> u16| -> Vec<u8> { (0..64u16).flat_map(|e| at(e / 8, e % 8).to_le_bytes()).collect() };
+    let (x, y) = (d.upload(&words(|r, c| r * 100 + c)).unwrap(), d.alloc(128).unwrap());
+    d.launch("planted_transpose", launch_of(1), &[Arg::In(&x), Arg::Out(&y)]).unwrap();
+    assert_eq!(d.read(&y, 0..128).unwrap(), words(|r, c| c * 100 + r));
+}
+
 #[test]
 fn matrix_instructions_agree() {
     const M: usize = 64;

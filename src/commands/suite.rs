@@ -76,14 +76,16 @@ fn measure(ctx: &Context, args: &SuiteArgs, check: bool, time: bool) -> Result<S
         let activations = activations(ctx, Purpose::Accuracy)?;
         record.correctness = correctness::check(accurate.as_ref(), &correctness::cases(activations), &detail);
         if self::activations(ctx, Purpose::Speed)? != activations {
-            let linears = correctness::linears(Activations::Bf16);
-            record.correctness.extend(correctness::check(backend.as_ref(), &linears, &detail));
+            let mut cases = correctness::linears(Activations::Bf16);
+            cases.extend(correctness::attentions(Activations::Bf16));
+            record.correctness.extend(correctness::check(backend.as_ref(), &cases, &detail));
         }
     }
     if time {
+        let element = activations(ctx, Purpose::Speed)?.cache_bytes();
         let ceilings =
             kernels::ceilings(backend.as_ref(), &CeilingSizes::for_device(backend.name()), &options, &detail)?;
-        let timed = kernels::run(backend.as_ref(), &rows_of::rows(), &ceilings, &options, start, &detail)?;
+        let timed = kernels::run(backend.as_ref(), &rows_of::rows(element), &ceilings, &options, start, &detail)?;
         record.ceilings = Some(ceilings);
         (record.kernels, record.left) = (timed.rows, timed.left);
     }
@@ -103,8 +105,9 @@ fn dry_run(ctx: &Context, check: bool, time: bool) -> Result<()> {
     if check {
         cases.extend(correctness::cases(Activations::F32));
         cases.extend(correctness::linears(Activations::Bf16));
+        cases.extend(correctness::attentions(Activations::Bf16));
     }
-    let rows = if time { rows_of::rows() } else { Vec::new() };
+    let rows = if time { rows_of::rows(activations(ctx, Purpose::Speed)?.cache_bytes()) } else { Vec::new() };
     let json = json!({
         "correctness": cases.iter().map(|c| json!({"op": c.op, "case": c.case, "tolerance": c.tolerance})).collect::<Vec<_>>(),
         "kernels": rows.iter().map(|r| json!({"row": r.name(), "bytes": r.kernel.bytes(), "flops": r.kernel.flops()})).collect::<Vec<_>>(),

@@ -67,11 +67,18 @@ pub enum Activations {
     Bf16,
 }
 
+impl Activations {
+    /// Bytes of a cached number, in heads as wide as the rows of the suite have them.
+    pub fn cache_bytes(self) -> usize {
+        if self == Activations::Bf16 { 2 } else { 4 }
+    }
+}
+
 /// The table.
 pub fn cases(activations: Activations) -> Vec<Case> {
     let mut list = linears(activations);
     embeddings(&mut list);
-    attentions(&mut list);
+    list.extend(attentions(activations));
     rows(&mut list);
     elementwise(&mut list);
     scores(&mut list);
@@ -154,8 +161,10 @@ fn embeddings(list: &mut Vec<Case>) {
     }
 }
 
-/// Ragged prefill, continuation and decode over one cache.
-fn attentions(list: &mut Vec<Case>) {
+/// Ragged prefill, continuation and decode over one cache; where activations are rounded, over queries, keys and values
+/// that are bf16 already, so that a difference is that of the weights and the sums.
+pub fn attentions(activations: Activations) -> Vec<Case> {
+    let mut list = Vec::new();
     let variants = [
         ("plain", 8, 2, 128, None, None),
         ("no groups, odd width", 4, 4, 20, None, None),
@@ -166,13 +175,19 @@ fn attentions(list: &mut Vec<Case>) {
     for (name, heads, kv_heads, head_dim, window, soft_cap) in variants {
         let shape = AttentionShape { heads, kv_heads, head_dim, scale: 0.3, window, soft_cap };
         // Scores are below head_dim; their rounding enters the weights as a relative error.
-        let tolerance = 4.0 * EPS * head_dim as f64;
-        let case = format!("{heads}/{kv_heads} heads of {head_dim}, {name}");
-        add(list, "kv_append, attention", case, tolerance, move |b| attend(b, &shape));
+        let exact = 4.0 * EPS * head_dim as f64;
+        // A weight's rounding to bf16 is 2^-9 of it, and so is its part of a mean of values below 1.
+        let (tolerance, note) = match activations {
+            Activations::F32 => (exact, ""),
+            Activations::Bf16 => (exact + 1.0 / 512.0, ", bf16"),
+        };
+        let case = format!("{heads}/{kv_heads} heads of {head_dim}, {name}{note}");
+        add(&mut list, "kv_append, attention", case, tolerance, move |b| attend(b, &shape, activations));
     }
+    list
 }
 
-fn attend(b: &dyn Backend, shape: &AttentionShape) -> Result<Vec<f32>, KernelError> {
+fn attend(b: &dyn Backend, shape: &AttentionShape, activations: Activations) -> Result<Vec<f32>, KernelError> {
     let seg = |slot, row, tokens, past| Segment { slot, row, tokens, past };
     let calls = [
         (vec![seg(1, 0, 70, 0), seg(0, 70, 1, 0), seg(2, 71, 190, 0)], 261),
@@ -183,7 +198,13 @@ fn attend(b: &dyn Backend, shape: &AttentionShape) -> Result<Vec<f32>, KernelErr
     let mut cache = b.kv_cache(3, 200, shape.kv_heads, shape.head_dim)?;
     let mut out = Vec::new();
     for (segments, rows) in calls {
-        let mut fill = |heads: usize| b.upload(&noise.many(rows * heads * shape.head_dim));
+        let mut fill = |heads: usize| {
+            let mut x = noise.many(rows * heads * shape.head_dim);
+            if activations == Activations::Bf16 {
+                x.iter_mut().for_each(|v| *v = bf16::from_f32(*v).to_f32());
+            }
+            b.upload(&x)
+        };
         let (q, k, v) = (fill(shape.heads)?, fill(shape.kv_heads)?, fill(shape.kv_heads)?);
         b.kv_append(&mut cache, &k, &v, &segments)?;
         out.extend(b.download(&b.attention(&q, &cache, shape, &segments)?)?);
@@ -312,7 +333,8 @@ mod tests {
     fn the_reference_agrees_with_itself() {
         let rows = check(&ScalarBackend::new(), &cases(Activations::F32), &|_| ());
         let half = check(&ScalarBackend::new(), &linears(Activations::Bf16), &|_| ());
-        for r in rows.iter().chain(&half) {
+        let half_attention = check(&ScalarBackend::new(), &attentions(Activations::Bf16), &|_| ());
+        for r in rows.iter().chain(&half).chain(&half_attention) {
             assert!(r.passed && r.error == Some(0.0), "{} {}: {:?} {:?}", r.op, r.case, r.error, r.problem);
         }
         let ops = ["linear", "embed", "rms_norm", "rope", "hessian_update", "score", "argmax", "add_assign", "abs_max"];

@@ -3,7 +3,7 @@
 use lowbit_kernels::{GroupSize, Scheme};
 use serde::{Deserialize, Serialize};
 
-/// Bytes of an activation, a cached key or a Hessian element: f32 on every backend.
+/// Bytes of an activation or a Hessian element: f32 on every backend.
 const ACTIVATION: u64 = 4;
 /// Columns that share a scale in the packed rows.
 pub const GROUP: usize = 128;
@@ -65,8 +65,10 @@ pub enum Kernel {
     Linear { format: Format, out: usize, cols: usize, tokens: usize },
     /// Norm of every row of `[tokens, width]`.
     RmsNorm { tokens: usize, width: usize },
-    /// One query token of each of `batch` sequences over `context` cached ones.
-    AttentionDecode { batch: usize, context: usize, heads: usize, kv_heads: usize, head_dim: usize },
+    /// One query token of each of `batch` sequences over `context` cached ones, `element` bytes a cached number.
+    AttentionDecode { batch: usize, context: usize, heads: usize, kv_heads: usize, head_dim: usize, element: usize },
+    /// A prompt of `tokens` over itself, causal; `element` bytes of a cached number.
+    AttentionPrefill { tokens: usize, heads: usize, kv_heads: usize, head_dim: usize, element: usize },
     /// `h += xᵀ x`, upper triangle, x `[tokens, n]`.
     Hessian { tokens: usize, n: usize },
     /// `x += y` on `n` elements.
@@ -82,6 +84,7 @@ impl Kernel {
             Kernel::Linear { .. } => "linear",
             Kernel::RmsNorm { .. } => "rms_norm",
             Kernel::AttentionDecode { .. } => "attention (decode)",
+            Kernel::AttentionPrefill { .. } => "attention (prefill)",
             Kernel::Hessian { .. } => "hessian_update",
             Kernel::Add { .. } => "add_assign",
             Kernel::Copy { .. } => "slice_columns",
@@ -96,6 +99,9 @@ impl Kernel {
             Kernel::AttentionDecode { context, heads, kv_heads, head_dim, .. } => {
                 format!("{context} keys, {heads}/{kv_heads} heads of {head_dim}")
             }
+            Kernel::AttentionPrefill { heads, kv_heads, head_dim, .. } => {
+                format!("{heads}/{kv_heads} heads of {head_dim}")
+            }
             Kernel::Hessian { n, .. } => format!("{n}x{n}"),
             Kernel::Add { n } | Kernel::Copy { n } => format!("{n}"),
         }
@@ -106,6 +112,7 @@ impl Kernel {
         match *self {
             Kernel::Linear { tokens, .. } | Kernel::RmsNorm { tokens, .. } | Kernel::Hessian { tokens, .. } => tokens,
             Kernel::AttentionDecode { batch, .. } => batch,
+            Kernel::AttentionPrefill { tokens, .. } => tokens,
             Kernel::Add { .. } | Kernel::Copy { .. } => 1,
         }
     }
@@ -126,8 +133,12 @@ impl Kernel {
                 format.weight_bytes(out, cols) + ACTIVATION * tokens as u64 * (cols + out) as u64
             }
             Kernel::RmsNorm { tokens, width } => ACTIVATION * width as u64 * (2 * tokens as u64 + 1),
-            Kernel::AttentionDecode { batch, context, heads, kv_heads, head_dim } => {
-                ACTIVATION * batch as u64 * head_dim as u64 * 2 * (context * kv_heads + heads) as u64
+            Kernel::AttentionDecode { batch, context, heads, kv_heads, head_dim, element } => {
+                let (cached, rows) = (element * context * kv_heads, ACTIVATION as usize * heads);
+                2 * batch as u64 * head_dim as u64 * (cached + rows) as u64
+            }
+            Kernel::AttentionPrefill { tokens, heads, kv_heads, head_dim, element } => {
+                2 * tokens as u64 * head_dim as u64 * (element * kv_heads + ACTIVATION as usize * heads) as u64
             }
             Kernel::Hessian { tokens, n } => ACTIVATION * n as u64 * (tokens + n + 1) as u64,
             Kernel::Add { n } => 3 * ACTIVATION * n as u64,
@@ -143,6 +154,9 @@ impl Kernel {
             Kernel::RmsNorm { tokens, width } => 4 * tokens as u64 * width as u64,
             Kernel::AttentionDecode { batch, context, heads, head_dim, .. } => {
                 4 * batch as u64 * context as u64 * heads as u64 * head_dim as u64
+            }
+            Kernel::AttentionPrefill { tokens, heads, head_dim, .. } => {
+                2 * tokens as u64 * (tokens as u64 + 1) * heads as u64 * head_dim as u64
             }
             Kernel::Hessian { tokens, n } => tokens as u64 * n as u64 * (n as u64 + 1),
             Kernel::Add { n } => n as u64,
@@ -188,8 +202,12 @@ mod tests {
         assert_eq!((k.bytes(), k.flops()), (60, 24));
         // Each of 2 sequences: keys and values 5 · 1 · 4 each, query and result 2 · 4 each: 56 elements; q·k and p·v of
         // 2 heads over 5 keys of 4: 2 · 2 · 5 · 4 · 2 = 160 flops.
-        let k = Kernel::AttentionDecode { batch: 2, context: 5, heads: 2, kv_heads: 1, head_dim: 4 };
-        assert_eq!((k.bytes(), k.flops()), (2 * 56 * 4, 2 * 160));
+        let k = |element| Kernel::AttentionDecode { batch: 2, context: 5, heads: 2, kv_heads: 1, head_dim: 4, element };
+        assert_eq!((k(4).bytes(), k(4).flops()), (2 * 56 * 4, 2 * 160));
+        assert_eq!(k(2).bytes(), 2 * (40 * 2 + 16 * 4));
+        // 3 tokens see 1, 2, 3 keys: 6 pairs, 4 · 4 flops each for 2 heads; 3 · 4 keys and values, 3 · 8 queries, results.
+        let k = Kernel::AttentionPrefill { tokens: 3, heads: 2, kv_heads: 1, head_dim: 4, element: 2 };
+        assert_eq!((k.bytes(), k.flops()), (2 * 12 * 2 + 2 * 24 * 4, 6 * 16 * 2));
         // n = 3: 6 elements of the triangle read and written, x 2 · 3: 18 elements; 6 products and sums a token.
         let k = Kernel::Hessian { tokens: 2, n: 3 };
         assert_eq!((k.bytes(), k.flops()), (72, 24));

@@ -137,7 +137,8 @@ mod tests {
 
     fn small() -> Vec<Row> {
         let linear = |format, tokens| Kernel::Linear { format, out: 16, cols: 128, tokens };
-        let attention = Kernel::AttentionDecode { batch: 2, context: 3, heads: 2, kv_heads: 1, head_dim: 8 };
+        let attention =
+            Kernel::AttentionDecode { batch: 2, context: 3, heads: 2, kv_heads: 1, head_dim: 8, element: 4 };
         let mut kernels = Format::ALL.map(|f| linear(f, 2)).to_vec();
         kernels.extend([Kernel::RmsNorm { tokens: 2, width: 8 }, attention, Kernel::Hessian { tokens: 2, n: 5 }]);
         kernels.into_iter().map(|kernel| Row { model: "m", layers: "l", kernel }).collect()
@@ -171,7 +172,7 @@ mod tests {
             linear_shape: [1; 3],
         };
         // Three query heads cannot share two key heads.
-        let broken = Kernel::AttentionDecode { batch: 1, context: 2, heads: 3, kv_heads: 2, head_dim: 4 };
+        let broken = Kernel::AttentionDecode { batch: 1, context: 2, heads: 3, kv_heads: 2, head_dim: 4, element: 4 };
         let mut rows = small();
         rows.insert(0, Row { model: "m", layers: "broken", kernel: broken });
         let timed = run(&b, &rows, &c, &quick(), Instant::now(), &|_| ()).unwrap();

@@ -73,7 +73,8 @@ const MODELS: [Model; 2] = [
 ];
 
 /// Every row, in the order of the run: all rows of a weight stand together, since it is made and uploaded for them.
-pub fn rows() -> Vec<Row> {
+/// `element`: bytes of a cached number.
+pub fn rows(element: usize) -> Vec<Row> {
     let mut rows = Vec::new();
     for m in &MODELS {
         for &(layers, out, cols) in m.linears {
@@ -95,12 +96,15 @@ pub fn rows() -> Vec<Row> {
             Row { model: m.name, layers: "norm", kernel }
         }));
         for context in [1024, 4096] {
-            rows.extend([1, 16].map(|batch| {
+            rows.extend([1, 16, 64].map(|batch| {
                 let (heads, kv_heads, head_dim) = (m.heads, m.kv_heads, m.head_dim);
-                let kernel = Kernel::AttentionDecode { batch, context, heads, kv_heads, head_dim };
+                let kernel = Kernel::AttentionDecode { batch, context, heads, kv_heads, head_dim, element };
                 Row { model: m.name, layers: "attention", kernel }
             }));
         }
+        let (heads, kv_heads, head_dim) = (m.heads, m.kv_heads, m.head_dim);
+        let kernel = Kernel::AttentionPrefill { tokens: 4096, heads, kv_heads, head_dim, element };
+        rows.push(Row { model: m.name, layers: "attention", kernel });
     }
     rows.extend([("q, k, v, o, gate, up", 4096), ("down", 14336)].map(|(layers, n)| {
         let kernel = Kernel::Hessian { tokens: WINDOW, n };
@@ -115,9 +119,9 @@ mod tests {
 
     #[test]
     fn every_shape_is_there_once() {
-        let rows = rows();
+        let rows = rows(4);
         let linears = (5 + 6) * (3 * BATCHES.len() + 2 * PROMPTS.len()) - 2 * 2;
-        assert_eq!(rows.len(), linears + 2 * (4 + 4) + 2);
+        assert_eq!(rows.len(), linears + 2 * (4 + 6 + 1) + 2);
         for (i, r) in rows.iter().enumerate() {
             assert!(!rows[..i].contains(r), "{} twice", r.name());
         }
@@ -144,7 +148,7 @@ mod tests {
 
     #[test]
     fn names_say_what_runs() {
-        let rows = rows();
+        let rows = rows(4);
         assert_eq!(rows[0].name(), "llama-3.1-8b q, o: linear bf16 4096x4096, 1 token");
         let last = rows.last().map(Row::name);
         assert_eq!(last.as_deref(), Some("llama-3.1-8b down: hessian_update 14336x14336, 2048 tokens"));

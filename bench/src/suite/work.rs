@@ -87,13 +87,20 @@ impl<'a> Work<'a> {
                 let x = (0..copies(options.cold_bytes, 4 * one.len() as u64)).map(|_| backend.upload(&one));
                 Operands::RmsNorm { x: x.collect::<std::result::Result<_, _>>()?, gain: up(width)?, width }
             }
-            Kernel::AttentionDecode { batch, context, heads, kv_heads, head_dim } => {
+            Kernel::AttentionDecode { batch, context, heads, kv_heads, head_dim, .. } => {
                 let scale = 1.0 / (head_dim as f32).sqrt();
                 let shape = AttentionShape { heads, kv_heads, head_dim, scale, window: None, soft_cap: None };
                 let segments =
                     (0..batch).map(|slot| Segment { slot, row: slot, tokens: 1, past: context - 1 }).collect();
                 let caches = caches(backend, kernel.bytes(), options, batch, context, kv_heads, head_dim)?;
                 Operands::Attention { q: up(batch * heads * head_dim)?, caches, shape, segments }
+            }
+            Kernel::AttentionPrefill { tokens, heads, kv_heads, head_dim, .. } => {
+                let scale = 1.0 / (head_dim as f32).sqrt();
+                let shape = AttentionShape { heads, kv_heads, head_dim, scale, window: None, soft_cap: None };
+                let segments = vec![Segment { slot: 0, row: 0, tokens, past: 0 }];
+                let caches = caches(backend, kernel.bytes(), options, 1, tokens, kv_heads, head_dim)?;
+                Operands::Attention { q: up(tokens * heads * head_dim)?, caches, shape, segments }
             }
             Kernel::Hessian { tokens, n } => Operands::Hessian { h: backend.zeros(n * n)?, x: up(tokens * n)?, n },
             Kernel::Add { n } => Operands::Add { x: up(n)?, y: up(n)? },

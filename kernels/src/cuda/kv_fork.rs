@@ -4,7 +4,7 @@ use super::device::{Device, Memory};
 use super::ops_elementwise::product;
 use crate::error::Result;
 
-/// `[slots, kv_heads, capacity, head_dim]` f32.
+/// `[slots, kv_heads, capacity, head_dim]`.
 #[derive(Clone, Copy)]
 pub struct Shape {
     /// Key/value heads.
@@ -13,6 +13,8 @@ pub struct Shape {
     pub head_dim: usize,
     /// Tokens a slot can hold.
     pub capacity: usize,
+    /// Bytes of an element.
+    pub element: usize,
 }
 
 /// Copies the first `tokens` rows of every head of slot `from` to slot `to`; both lie inside the cache.
@@ -20,7 +22,7 @@ pub fn copy_rows(d: &Device, half: &mut Memory, shape: Shape, from: usize, token
     if from == to || tokens == 0 {
         return Ok(());
     }
-    let row = product("head", shape.head_dim, 4)?;
+    let row = product("head", shape.head_dim, shape.element)?;
     let head = product("cache", shape.capacity, row)?;
     for h in 0..shape.kv_heads {
         let place = |slot: usize| product("cache", product("cache", slot, shape.kv_heads)? + h, head);

@@ -47,6 +47,7 @@ pub use emulated::EmulatorOptions;
 #[cfg(feature = "cuda")]
 pub use nvrtc::{Compiled, DeviceOptions, compile};
 
+use self::ops_attention::DecodeScratch;
 use self::ops_embed::{Ids, PackedTable};
 use self::ops_reproducible::Turns;
 use self::ops_rope::CacheView;
@@ -54,7 +55,8 @@ use self::rows::{RowTable, bytes_of, floats_of};
 use self::steps::{GpuSteps, StepInputs};
 use self::weights::{DeviceWeight, Layout};
 use crate::backend::{
-    Activation, AttentionShape, Backend, Buffer, HostWeight, KvBuffer, Segment, Steps, TokenScore, WeightHandle,
+    Activation, AttentionShape, Backend, Buffer, FloatType, HostWeight, KvBuffer, Segment, Steps, TokenScore,
+    WeightHandle,
 };
 use crate::cpu::checks;
 use crate::error::{KernelError, Result, check_len};
@@ -66,10 +68,11 @@ pub struct GpuBuffer {
     pub memory: Memory,
 }
 
-/// Keys and values, f32 `[slots, kv_heads, capacity, head_dim]` each.
+/// Keys and values, `[slots, kv_heads, capacity, head_dim]` each.
 struct Cache {
     keys: Memory,
     values: Memory,
+    dtype: FloatType,
     kv_heads: usize,
     head_dim: usize,
 }
@@ -118,6 +121,8 @@ pub struct GpuBackend {
     records: bool,
     /// Of narrow products with splits.
     counters: ops_narrow::Counters,
+    /// Parts of decode attention.
+    scratch: DecodeScratch,
 }
 
 /// What [`Turns`] were made of.
@@ -138,7 +143,8 @@ impl GpuBackend {
     pub fn new(device: Arc<Device>) -> Self {
         let (rows, turns, step) = (Mutex::new(None), Mutex::new(None), Mutex::new(None));
         let (arithmetic, frequencies) = (Arithmetic::Fast, Mutex::default());
-        Self { device, arithmetic, rows, frequencies, turns, step, records: true, counters: Default::default() }
+        let (counters, scratch) = Default::default();
+        Self { device, arithmetic, rows, frequencies, turns, step, records: true, counters, scratch }
     }
 
     /// The same with another order of sums.
@@ -153,6 +159,12 @@ impl GpuBackend {
     pub fn with_recorded_steps(mut self, on: bool) -> Self {
         self.records = on;
         self
+    }
+
+    /// Keys and values are bf16 in half arithmetic, where attention has the kernels.
+    fn cache_dtype(&self, head_dim: usize) -> FloatType {
+        let half = self.arithmetic == Arithmetic::Half && ops_attention::has_half(head_dim);
+        if half { FloatType::Bf16 } else { FloatType::F32 }
     }
 
     /// The order of sums.
@@ -191,6 +203,7 @@ impl GpuBackend {
         Ok(CacheView {
             keys: &c.keys,
             values: &c.values,
+            dtype: c.dtype,
             kv_heads: c.kv_heads,
             capacity: kv.capacity,
             head_dim: c.head_dim,
@@ -414,9 +427,14 @@ impl Backend for GpuBackend {
     fn kv_cache(&self, slots: usize, capacity: usize, kv_heads: usize, head_dim: usize) -> Result<KvBuffer> {
         let width = checks::product("cache", kv_heads, head_dim)?;
         let len = checks::product("cache", checks::product("cache", slots, capacity)?, width)?;
-        let zeros = || self.device.alloc_zeroed(checks::product("cache", len, 4)?);
-        let memory = Cache { keys: zeros()?, values: zeros()?, kv_heads, head_dim };
+        let dtype = self.cache_dtype(head_dim);
+        let zeros = || self.device.alloc_zeroed(checks::product("cache", len, dtype.size())?);
+        let memory = Cache { keys: zeros()?, values: zeros()?, dtype, kv_heads, head_dim };
         Ok(KvBuffer { slots, capacity, width, memory: Box::new(memory) })
+    }
+
+    fn kv_element_bytes(&self, head_dim: usize) -> usize {
+        self.cache_dtype(head_dim).size()
     }
 
     fn kv_append(&self, cache: &mut KvBuffer, k: &Buffer, v: &Buffer, segments: &[Segment]) -> Result<()> {
@@ -466,7 +484,8 @@ impl Backend for GpuBackend {
         checks::fork(self.name(), cache, from, tokens, to)?;
         let capacity = cache.capacity;
         let memory = cache.memory.downcast_mut::<Cache>().ok_or_else(|| self.foreign("cache"))?;
-        let shape = kv_fork::Shape { kv_heads: memory.kv_heads, head_dim: memory.head_dim, capacity };
+        let element = memory.dtype.size();
+        let shape = kv_fork::Shape { kv_heads: memory.kv_heads, head_dim: memory.head_dim, capacity, element };
         for half in [&mut memory.keys, &mut memory.values] {
             kv_fork::copy_rows(&self.device, half, shape, from, tokens, to)?;
         }
@@ -486,11 +505,16 @@ impl Backend for GpuBackend {
         }
         if self.is_reproducible() {
             let y = self.zeros(q.len)?;
+            if view.dtype != FloatType::F32 {
+                let why = format!("reproducible arithmetic over a cache of {:?}", view.dtype);
+                return Err(KernelError::Unsupported { backend: self.name(), op: "attention", why });
+            }
             ops_reproducible::attention(&self.device, self.mem(q)?, view, self.mem(&y)?, segments, total, shape)?;
             return Ok(y);
         }
         let (y, rows) = (self.new_buffer(q.len)?, self.rows(segments, total)?);
-        ops_attention::attention(&self.device, self.mem(q)?, view, self.mem(&y)?, &rows, segments, total, shape)?;
+        let (d, scratch) = (&self.device, &self.scratch);
+        ops_attention::attention(d, self.mem(q)?, view, self.mem(&y)?, &rows, segments, total, shape, scratch)?;
         Ok(y)
     }
 

@@ -16,7 +16,7 @@ use sha2::{Digest, Sha256};
 use crate::error::{KernelError, Result};
 
 /// The device code, in the order it is compiled: one translation unit, as in `emulator/registry.cpp`.
-pub const SOURCES: [(&str, &str); 16] = [
+pub const SOURCES: [(&str, &str); 19] = [
     ("gpu.h", include_str!("src/gpu.h")),
     ("elementwise.cu", include_str!("src/elementwise.cu")),
     ("norm.cu", include_str!("src/norm.cu")),
@@ -25,6 +25,9 @@ pub const SOURCES: [(&str, &str); 16] = [
     ("score.cu", include_str!("src/score.cu")),
     ("embed.cu", include_str!("src/embed.cu")),
     ("attention.cu", include_str!("src/attention.cu")),
+    ("attention_decode.cu", include_str!("src/attention_decode.cu")),
+    ("attention_decode_half.cu", include_str!("src/attention_decode_half.cu")),
+    ("attention_half.cu", include_str!("src/attention_half.cu")),
     ("linear_gemv.cu", include_str!("src/linear_gemv.cu")),
     ("linear_gemm.cu", include_str!("src/linear_gemm.cu")),
     ("linear_narrow.cu", include_str!("src/linear_narrow.cu")),

@@ -1,18 +1,20 @@
 //! Launchers of `rope.cu`: rotary embedding and the append to the cache.
 
 use super::device::{Arg, Device, Launch, Memory};
-use super::ops_elementwise::{flat, floats, per_row, product};
+use super::ops_elementwise::{flat, floats, holds, per_row, product};
 use super::rows::{RowTable, size};
-use crate::backend::Segment;
+use crate::backend::{FloatType, Segment};
 use crate::error::{KernelError, Result};
 
-/// The two halves of a layer's cache on the device, f32 `[slots, kv_heads, capacity, head_dim]` each.
+/// The two halves of a layer's cache on the device, `[slots, kv_heads, capacity, head_dim]` each.
 #[derive(Clone, Copy)]
 pub struct CacheView<'a> {
     /// Keys.
     pub keys: &'a Memory,
     /// Values.
     pub values: &'a Memory,
+    /// Of both: f32 or bf16.
+    pub dtype: FloatType,
     /// Key/value heads.
     pub kv_heads: usize,
     /// Tokens a slot can hold.
@@ -26,8 +28,9 @@ impl CacheView<'_> {
     pub(super) fn check(&self, d: &Device, op: &'static str, segments: &[Segment]) -> Result<()> {
         let slot = product("cache", product("cache", self.kv_heads, self.capacity)?, self.head_dim)?;
         let slots = segments.iter().map(|s| s.slot.saturating_add(1)).max().unwrap_or(0);
-        floats("cached keys", self.keys, product("cache", slot, slots)?)?;
-        floats("cached values", self.values, product("cache", slot, slots)?)?;
+        let n = product("cache", slot, slots)?;
+        holds("cached keys", self.keys, n, self.dtype.size())?;
+        holds("cached values", self.values, n, self.dtype.size())?;
         match segments.iter().find(|s| s.past.saturating_add(s.tokens) > self.capacity) {
             None => Ok(()),
             Some(s) => {
@@ -76,7 +79,8 @@ pub fn rope(
     d.launch("rope", per_row(tokens, heads * rotated_half, 2 * rotated_half * 4)?, &args)
 }
 
-/// Copies k and v `[tokens, kv_heads · head_dim]` to the places `rows` names; `segments` are those `rows` was made of.
+/// Copies k and v `[tokens, kv_heads · head_dim]` to the places `rows` names, rounded to nearest even where the cache is
+/// bf16; `segments` are those `rows` was made of.
 pub fn kv_append(
     d: &Device,
     cache: CacheView<'_>,
@@ -108,7 +112,15 @@ pub fn kv_append(
         Arg::I32(size("head width", cache.head_dim)?),
         Arg::I32(size("cache capacity", cache.capacity)?),
     ];
-    d.launch("kv_append", flat(n, 1)?, &args)
+    let kernel = match cache.dtype {
+        FloatType::F32 => "kv_append",
+        FloatType::Bf16 => "kv_append_half",
+        FloatType::F16 => {
+            let why = "a cache is f32 or bf16".to_string();
+            return Err(KernelError::Unsupported { backend: d.name(), op: "kv_append", why });
+        }
+    };
+    d.launch(kernel, flat(n, 1)?, &args)
 }
 
 /// [`rope`] of q `[tokens, heads · head_dim]` in place, and of k on its way into the cache, with v: [`kv_append`]. `slots`: of

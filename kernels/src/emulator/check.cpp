@@ -8,9 +8,14 @@
 // last barrier. An access of another warp happened before iff it is older than the epoch; of another lane of the same
 // warp, iff it is older than this lane's clock; of another block of the launch, never. This orders the accesses a
 // schedule made, not the schedule: a race is found although nothing went wrong this time.
+// Blocks are ordered by fences and atomics alone: what a thread wrote, or saw written before its block's last barrier,
+// then __threadfence(), then an atomic, happened before what another does after an atomic on the same word, then
+// __threadfence(), and a barrier where a third thread of its block is meant.
 // Not seen: two reads of one byte by different threads are remembered as their warp's, block's or grid's, with the
 // later time; atomics are checked for bounds only.
 #include "runtime.h"
+
+#include <map>
 
 namespace emu {
 static u32 ticks;
@@ -23,10 +28,48 @@ struct Me {
   u32 who, clock, epoch, since;  // since: accesses before this tick are of another block (shared) or launch (global)
 };
 
+// What an atomic after a fence let go: accesses of a block before its last barrier, and its thread's own.
+struct Released {
+  u32 who, epoch, clock;
+};
+struct Acquired {
+  Released from;
+  u32 tid, tick;  // by which thread of this block, and when
+};
+struct Fenced {
+  u32 epoch = 0, clock = 0;   // of the last fence
+  std::vector<Released> got;  // by atomics since then
+};
+// Of the launch, and of the running block: checked launches run one at a time, on one OS thread.
+static std::map<const u32*, std::vector<Released>> released;
+static std::vector<Acquired> acquired;
+static std::vector<Fenced> fenced;
+static u32 launch_of, block_of;
+static void forget_others() {
+  if (launch_of != block->launch_start) released.clear(), launch_of = block->launch_start;
+  if (block_of != block->start) acquired.clear(), fenced.assign(block->n, Fenced{}), block_of = block->start;
+}
+void fence() {
+  if (!block->checked) return;
+  forget_others();
+  Fenced& f = fenced[fiber->tid];
+  for (const Released& r : f.got) acquired.push_back({r, fiber->tid, next_tick()});
+  f = {block->epoch, fiber->clock, {}};
+}
+static bool handed_over(u32 who, u32 when, const Me& me) {
+  forget_others();
+  for (const Acquired& a : acquired) {
+    bool mine = a.tid == (me.who & 1023) || a.tick < me.epoch, same = (a.from.who ^ who) >> 10 == 0;
+    if (mine && same && (when < a.from.epoch || (a.from.who == who && when <= a.from.clock))) return true;
+  }
+  return false;
+}
+
 static bool before(u32 who, u32 when, const Me& me) {
   if (when < me.since) return true;
   u32 kind = who & KIND, apart = (who ^ me.who) & ~KIND;
-  if (kind == MANY_OF_GRID || apart >> 10) return false;
+  if (kind == MANY_OF_GRID) return false;
+  if (apart >> 10) return kind == 0 && handed_over(who, when, me);
   if (kind == 0 && !apart) return true;
   if (kind <= MANY_OF_WARP && !(apart >> 5)) return when < me.clock;
   return when < me.epoch;
@@ -164,6 +207,13 @@ u32 atomic(int op, u32* p, u32 value, u32 compare) {
       default: now = value;
     }
   } while (!__atomic_compare_exchange_n(p, &old, now, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST));
+  if (block->checked) {
+    forget_others();
+    Fenced& f = fenced[fiber->tid];
+    std::vector<Released>& here = released[p];
+    f.got.insert(f.got.end(), here.begin(), here.end());
+    if (f.epoch) here.push_back({(u32)(block->linear & 0xfffff) << 10 | fiber->tid, f.epoch, f.clock});
+  }
   return old;
 }
 }  // namespace emu

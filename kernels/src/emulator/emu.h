@@ -71,6 +71,7 @@ void copy_commit();
 void copy_wait(u32 left);
 void ldmatrix(u32* r, const void* row, u32 matrices, bool transposed);
 enum Type { F16, BF16 };
+u32 movmatrix(u32 a);
 void mma_16816(float* d, const u32* a, const u32* b, Type type);
 void mma_16832_s8(int* d, const u32* a, const u32* b);
 u64 wgmma_desc(const void* p);
@@ -78,6 +79,7 @@ u64 wgmma_desc(const void* p);
 void wgmma(float* d, u32 n, const u32* a, u64 da, u64 db, Type type, bool add);
 void wgmma_commit();
 void wgmma_wait(u32 left);
+void fence();
 u32 atomic(int op, u32* p, u32 value, u32 compare);
 enum { ATOMIC_ADD, ATOMIC_MAX, ATOMIC_MIN, ATOMIC_OR, ATOMIC_AND, ATOMIC_EXCH, ATOMIC_CAS, ATOMIC_MAX_S, ATOMIC_MIN_S };
 
@@ -157,7 +159,7 @@ static inline float bf16_to_float(u16 h) {
 // A barrier knows its line, so that threads waiting at different ones are told apart.
 #define __syncthreads() emu::sync_block(__LINE__)
 DEV void __syncwarp(u32 mask = 0xffffffffu) { emu::sync_warp(mask); }
-DEV void __threadfence() {}
+DEV void __threadfence() { emu::fence(); }
 DEV void __threadfence_block() {}
 
 template <class T> static inline T emu_shuffle(emu::Shuffle kind, u32 mask, T v, int lane, int width) {
@@ -187,6 +189,13 @@ DEV u32 atomicOr(u32* p, u32 v) { return emu::atomic(emu::ATOMIC_OR, p, v, 0); }
 DEV u32 atomicAnd(u32* p, u32 v) { return emu::atomic(emu::ATOMIC_AND, p, v, 0); }
 DEV u32 atomicExch(u32* p, u32 v) { return emu::atomic(emu::ATOMIC_EXCH, p, v, 0); }
 DEV u32 atomicCAS(u32* p, u32 compare, u32 v) { return emu::atomic(emu::ATOMIC_CAS, p, v, compare); }
+
+DEV u32 atomic_arrive(u32* p) {
+  __threadfence();
+  u32 old = atomicAdd(p, 1u);
+  __threadfence();
+  return old;
+}
 
 DEV float __uint_as_float(u32 b) { float f; memcpy(&f, &b, 4); return f; }
 DEV float __int_as_float(int b) { float f; memcpy(&f, &b, 4); return f; }
@@ -230,6 +239,8 @@ DEV float h2f(u16 h) { return emu::half_to_float(h); }
 DEV u16 f2h(float f) { return emu::float_to_half(f); }
 DEV float b2f(u16 h) { return emu::bf16_to_float(h); }
 DEV u16 f2b(float f) { return emu::float_to_bf16(f); }
+DEV u32 f2b_pair(float lo, float hi) { return (u32)f2b(lo) | (u32)f2b(hi) << 16; }
+DEV float exp2_fast(float x) { return x < -126.0f ? 0.0f : exp2f(x); }
 DEV u32 hfma2(u32 a, u32 b, u32 c) {  // an f32 fma then one rounding is exact enough for f16: 24 >= 2 * 11 + 2 bits
   u32 lo = f2h(fmaf(h2f((u16)a), h2f((u16)b), h2f((u16)c)));
   return lo | (u32)f2h(fmaf(h2f((u16)(a >> 16)), h2f((u16)(b >> 16)), h2f((u16)(c >> 16)))) << 16;
@@ -263,6 +274,7 @@ DEV void ldmatrix_x4(u32 (&r)[4], const void* p) { emu::ldmatrix(r, p, 4, false)
 DEV void ldmatrix_x4_trans(u32 (&r)[4], const void* p) { emu::ldmatrix(r, p, 4, true); }
 DEV void ldmatrix_x2(u32 (&r)[2], const void* p) { emu::ldmatrix(r, p, 2, false); }
 DEV void ldmatrix_x2_trans(u32 (&r)[2], const void* p) { emu::ldmatrix(r, p, 2, true); }
+DEV u32 movmatrix_trans(u32 a) { return emu::movmatrix(a); }
 DEV void mma_16816_f16(float (&d)[4], const u32 (&a)[4], const u32* b) { emu::mma_16816(d, a, b, emu::F16); }
 DEV void mma_16816_bf16(float (&d)[4], const u32 (&a)[4], const u32* b) { emu::mma_16816(d, a, b, emu::BF16); }
 DEV void mma_16832_s8(int (&d)[4], const u32 (&a)[4], const u32* b) { emu::mma_16832_s8(d, a, b); }

@@ -40,6 +40,19 @@ void ldmatrix(u32* r, const void* row, u32 matrices, bool transposed) {
   }, &common);
 }
 
+u32 movmatrix(u32 a) {
+  u32 value = a;
+  warp_meet(0xffffffffu, &value, [](void** args, const void*) {
+    u16 m[8][8];
+    for (u32 l = 0; l < 32; l++) memcpy(&m[l >> 2][(l & 3) * 2], args[l], 4);
+    for (u32 l = 0; l < 32; l++) {
+      u32 g = l >> 2, t = (l & 3) * 2;
+      *static_cast<u32*>(args[l]) = m[t][g] | (u32)m[t + 1][g] << 16;
+    }
+  }, nullptr);
+  return value;
+}
+
 static inline float widen(u16 h, Type type) { return type == BF16 ? bf16_to_float(h) : half_to_float(h); }
 
 struct Fragments {

@@ -70,6 +70,24 @@ KERNEL BOUNDS(128, 1) planted_two_barriers(const float* x, float* y, int n) {
   }
   if (i < n) y[i] = x[i];
 }
+// The last block to arrive sums what all of them wrote into y[1..]; y[0], all ones at first, counts them.
+DEV void planted_arrive(const float* x, float* y, int n, bool fenced) {
+  SHARED_ARRAY(u32, last, 1);
+  int i = threadIdx.x, at = 1 + blockIdx.x * blockDim.x + i;
+  if (at < n) y[at] = x[at];
+  __syncthreads();
+  if (i == 0) {
+    if (fenced) __threadfence();
+    last[0] = atomicAdd(reinterpret_cast<u32*>(y), 1u) + 1 == gridDim.x - 1;
+    if (fenced) __threadfence();
+  }
+  __syncthreads();
+  float sum = 0.f;
+  for (int k = 1; k < n && last[0] && i == 1; k++) sum += y[k];
+  if (last[0] && i == 1) y[n - 1] = sum;
+}
+KERNEL BOUNDS(128, 1) planted_last_block(const float* x, float* y, int n) { planted_arrive(x, y, n, true); }
+KERNEL BOUNDS(128, 1) planted_missing_fence(const float* x, float* y, int n) { planted_arrive(x, y, n, false); }
 KERNEL BOUNDS(128, 1) planted_mask(const float* x, float* y, int n) {
   int i = threadIdx.x;
   if (i < n && (i & 1)) y[i] = warp_sum(x[i]);
@@ -101,6 +119,11 @@ KERNEL BOUNDS(128, 1) planted_stack(const float* x, float* y, int n) {
   int i = threadIdx.x;
   for (int k = 0; k < 32768; k++) local[k] = x[k % n];
   if (i < n) y[i] = local[i * 100];
+}
+
+// y [8, 8] = the transpose of x [8, 8], of 16-bit elements, by the first warp.
+KERNEL BOUNDS(128, 1) planted_transpose(const u32* x, u32* y) {
+  if (threadIdx.x < 32) y[threadIdx.x] = movmatrix_trans(x[threadIdx.x]);
 }
 
 // C [64, 64] += A [64, 64] B [64, 64]^T in bf16 by mma and by wgmma; y[0] becomes their largest difference.

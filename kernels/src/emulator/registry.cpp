@@ -22,6 +22,9 @@ namespace EMU_SIDE {
 #include "../cuda/src/score.cu"
 #include "../cuda/src/embed.cu"
 #include "../cuda/src/attention.cu"
+#include "../cuda/src/attention_decode.cu"
+#include "../cuda/src/attention_decode_half.cu"
+#include "../cuda/src/attention_half.cu"
 #include "../cuda/src/linear_gemv.cu"
 #include "../cuda/src/linear_gemm.cu"
 #include "../cuda/src/linear_narrow.cu"
@@ -73,8 +76,9 @@ const emu::Kernel EMU_TABLE[] = {
     K(rms_norm), K(add_rms_norm),
     K(activation_mul), K(add_assign), K(soft_cap), K(gather_rows), K(slice_columns), K(abs_max),
     K(embed_dense), K(embed_packed),
-    K(rope), K(kv_append), K(rope_append), K(rope_append_half),
-    K(attention_prefill), K(attention_decode), K(attention_decode_merge),
+    K(rope), K(kv_append), K(kv_append_half), K(rope_append), K(rope_append_half),
+    K(attention_prefill), K(attention_decode), K(attention_decode_wide), K(attention_decode_half_64), K(attention_decode_half_128),
+    K(attention_half_64), K(attention_half_128),
     K(score), K(argmax),
     K(gemv_dense), K(gemv_w4), K(gemv_w8), K(gemm_dense), K(gemm_packed),
     K(narrow_x1), K(narrow_x2), K(narrow_x3), K(narrow_h1), K(narrow_h2), K(narrow_h4), K(narrow_meta),
@@ -84,8 +88,9 @@ const emu::Kernel EMU_TABLE[] = {
     K(linear_reproducible), K(hessian_reproducible), K(rms_norm_reproducible), K(rope_reproducible),
     K(activation_reproducible), K(scores_reproducible), K(weights_reproducible), K(mix_reproducible),
     K(planted_clean), K(planted_read_past_end), K(planted_write_past_end), K(planted_write_beside),
-    K(planted_write_input), K(planted_race), K(planted_race_global), K(planted_race_of_blocks),
+    K(planted_write_input), K(planted_race), K(planted_race_global), K(planted_race_of_blocks), K(planted_last_block), K(planted_missing_fence),
     K(planted_divergent_barrier), K(planted_two_barriers), K(planted_mask), K(planted_shared_overrun),
-    K(planted_missing_wait), K(planted_matrix), K(planted_matrix_wide), K(planted_null), K(planted_stack),
+    K(planted_missing_wait), K(planted_matrix), K(planted_matrix_wide), K(planted_transpose), K(planted_null),
+    K(planted_stack),
     {nullptr, nullptr, nullptr},
 };

@@ -49,6 +49,18 @@ DEV u16 f2b(float f) {
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(h) : "f"(f));
   return h;
 }
+// Two floats as bf16, the first in the low half.
+DEV u32 f2b_pair(float lo, float hi) {
+  u32 d;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(hi), "f"(lo));
+  return d;
+}
+// 2^x to 2 units in the last place; 0 for -infinity and below 2^-126.
+DEV float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 DEV u32 hfma2(u32 a, u32 b, u32 c) {
   u32 d;
   asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
@@ -92,6 +104,14 @@ DEV void grid_wait() {}
 DEV void grid_ready() {}
 #endif
 
+// Adds 1 to a counter of blocks: what this thread wrote, or its block before the last barrier, is seen by whoever counts
+// later; what those who counted before wrote is seen from here on, by the block after its next barrier.
+DEV u32 atomic_arrive(u32* p) {
+  u32 old;
+  asm volatile("atom.add.acq_rel.gpu.u32 %0, [%1], 1;" : "=r"(old) : "l"(p) : "memory");
+  return old;
+}
+
 // ---- asynchronous copies to shared memory; false predicate: zeros, and the source is not read.
 DEV u32 shared_u32(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 DEV void cp_async16(void* to, const void* from, bool pred) {
@@ -126,6 +146,12 @@ DEV void ldmatrix_x2(u32 (&r)[2], const void* p) {
 DEV void ldmatrix_x2_trans(u32 (&r)[2], const void* p) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];"
                : "=r"(r[0]), "=r"(r[1]) : "r"(shared_u32(p)) : "memory");
+}
+// The transpose of an 8x8 matrix of 16-bit elements; lane 4 g + t holds row g, columns 2t, 2t+1.
+DEV u32 movmatrix_trans(u32 a) {
+  u32 d;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(d) : "r"(a));
+  return d;
 }
 DEV void mma_16816_f16(float (&d)[4], const u32 (&a)[4], const u32* b) {
   asm volatile(

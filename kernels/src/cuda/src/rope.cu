@@ -51,3 +51,20 @@ KERNEL BOUNDS(256, 4) kv_append(float* __restrict__ keys, float* __restrict__ va
   keys[to] = k[i];
   values[to] = v[i];
 }
+
+// kv_append_half: kv_append into a bf16 cache, rounding to nearest even
+// shapes    keys, values bf16; the rest as in kv_append.
+// mapping   a thread copies one element of each; bandwidth-bound.
+KERNEL BOUNDS(256, 4) kv_append_half(u16* __restrict__ keys, u16* __restrict__ values, const float* __restrict__ k,
+                                     const float* __restrict__ v, const int* __restrict__ slots,
+                                     const int* __restrict__ positions, int tokens, int kv_heads, int head_dim,
+                                     int capacity) {
+  const u32 i = blockIdx.x * blockDim.x + threadIdx.x, d = (u32)head_dim, width = (u32)kv_heads * d;
+  if (i >= (u32)tokens * width) return;
+  const u32 t = i / width, g = i % width / d, e = i % d;
+  const int position = positions[t];
+  if (position < 0) return;
+  const size_t to = (((size_t)slots[t] * kv_heads + g) * capacity + position) * d + e;
+  keys[to] = f2b(k[i]);
+  values[to] = f2b(v[i]);
+}
