@@ -326,6 +326,7 @@ DEV void ad_parts(unsigned char* shared, const float* keys, const float* values,
        const int* __restrict__ row_slot, const int* __restrict__ row_pos, float* part_out, float* part_top,             \
        float* part_sum, u32* arrived, int row0, int heads, int kv_heads, int head_dim, int capacity, float scale,       \
        int window, float soft_cap, int splits) {                                                                        \
+    grid_ready();                                                                                                       \
     SHARED_DYN(unsigned char, shared);                                                                                  \
     const AttentionDecode c = {q,     y,        row_slot, row_pos,  part_out, part_top, part_sum, arrived, row0,        \
                                heads, kv_heads, head_dim, capacity, scale,    window,   soft_cap, splits};              \

@@ -139,6 +139,7 @@ DEV void ad_half(unsigned char* shared, const u16* keys, const u16* values, cons
        const int* __restrict__ row_slot, const int* __restrict__ row_pos, float* part_out, float* part_top,             \
        float* part_sum, u32* arrived, int row0, int heads, int kv_heads, int capacity, float scale, int window,         \
        float soft_cap, int splits) {                                                                                    \
+    grid_ready();                                                                                                       \
     SHARED_DYN(unsigned char, shared);                                                                                  \
     const AttentionDecode c = {q,     y,        row_slot, row_pos,  part_out, part_top, part_sum, arrived, row0,        \
                                heads, kv_heads, D,        capacity, scale,    window,   soft_cap, splits};              \

@@ -77,6 +77,7 @@ KERNEL BOUNDS(256, 4) rms_norm(const float* __restrict__ x, const float* __restr
 KERNEL BOUNDS(256, 4) add_rms_norm(float* __restrict__ x, const float* __restrict__ a, const float* __restrict__ w,
                                    float* __restrict__ y, int rows, int width, float eps, float offset) {
   grid_ready();
+  grid_ready();
   SHARED_ARRAY(float, part, 8);
   if ((int)blockIdx.x >= rows) return;
   const size_t row = (size_t)blockIdx.x * width;

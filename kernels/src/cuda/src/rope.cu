@@ -15,6 +15,7 @@ DEV void rope_turn(float x, float y, float c, float s, float& low, float& high) 
 // limit     bandwidth-bound; sinf and cosf at full precision (angles reach tens of thousands of radians).
 KERNEL BOUNDS(256, 4) rope(float* __restrict__ x, const float* __restrict__ inv_freq, const int* __restrict__ positions,
                            int tokens, int heads, int head_dim, int rotated_half, float mscale) {
+  grid_ready();
   SHARED_DYN(float, turn);  // cosines, then sines
   const int t = blockIdx.x, h = rotated_half;
   if (t >= tokens) return;
@@ -42,6 +43,7 @@ KERNEL BOUNDS(256, 4) kv_append(float* __restrict__ keys, float* __restrict__ va
                                 const float* __restrict__ v, const int* __restrict__ slots,
                                 const int* __restrict__ positions, int tokens, int kv_heads, int head_dim,
                                 int capacity) {
+  grid_ready();
   const u32 i = blockIdx.x * blockDim.x + threadIdx.x, d = (u32)head_dim, width = (u32)kv_heads * d;
   if (i >= (u32)tokens * width) return;
   const u32 t = i / width, g = i % width / d, e = i % d;
@@ -59,6 +61,7 @@ KERNEL BOUNDS(256, 4) kv_append_half(u16* __restrict__ keys, u16* __restrict__ v
                                      const float* __restrict__ v, const int* __restrict__ slots,
                                      const int* __restrict__ positions, int tokens, int kv_heads, int head_dim,
                                      int capacity) {
+  grid_ready();
   const u32 i = blockIdx.x * blockDim.x + threadIdx.x, d = (u32)head_dim, width = (u32)kv_heads * d;
   if (i >= (u32)tokens * width) return;
   const u32 t = i / width, g = i % width / d, e = i % d;

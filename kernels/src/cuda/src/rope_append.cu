@@ -54,6 +54,7 @@ rope_append(float* __restrict__ q, const float* __restrict__ k, const float* __r
             float* __restrict__ values, const float* __restrict__ inv_freq, const int* __restrict__ slots,
             const int* __restrict__ positions, int heads, int kv_heads, int head_dim, int rotated_half, int capacity,
             float mscale) {
+  grid_ready();
   SHARED_DYN(float, turn);
   rope_append_heads(turn, q, k, v, keys, values, inv_freq, slots, positions, heads, kv_heads, head_dim, rotated_half,
                     capacity, mscale);
@@ -63,6 +64,7 @@ rope_append_half(float* __restrict__ q, const float* __restrict__ k, const float
                  u16* __restrict__ keys, u16* __restrict__ values, const float* __restrict__ inv_freq,
                  const int* __restrict__ slots, const int* __restrict__ positions, int heads, int kv_heads,
                  int head_dim, int rotated_half, int capacity, float mscale) {
+  grid_ready();
   SHARED_DYN(float, turn);
   rope_append_heads(turn, q, k, v, keys, values, inv_freq, slots, positions, heads, kv_heads, head_dim, rotated_half,
                     capacity, mscale);
