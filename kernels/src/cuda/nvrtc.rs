@@ -16,7 +16,7 @@ use sha2::{Digest, Sha256};
 use crate::error::{KernelError, Result};
 
 /// The device code, in the order it is compiled: one translation unit, as in `emulator/registry.cpp`.
-pub const SOURCES: [(&str, &str); 16] = [
+pub const SOURCES: [(&str, &str); 17] = [
     ("gpu.h", include_str!("src/gpu.h")),
     ("elementwise.cu", include_str!("src/elementwise.cu")),
     ("norm.cu", include_str!("src/norm.cu")),
