@@ -317,6 +317,21 @@ pub struct EvalArgs {
     /// Tokens per KL window.
     #[arg(long, default_value_t = 1024)]
     pub kl_window: usize,
+    /// Let both models write on from N places of the --kl text: first differing token, lengths, loops.
+    #[arg(long, value_name = "N", requires_all = ["kl", "reference"])]
+    pub free_running: Option<usize>,
+    /// Tokens each writes.
+    #[arg(long, value_name = "N", default_value_t = 64, requires = "free_running")]
+    pub free_tokens: usize,
+    /// Show the N positions of the --kl text where the models part most, with what each would have written.
+    #[arg(long, value_name = "N", requires_all = ["kl", "reference"])]
+    pub worst_tokens: Option<usize>,
+    /// Swap each linear (or block) back to the reference's, one at a time, and rank them by KL regained per byte.
+    #[arg(long, value_enum, value_name = "UNIT", requires_all = ["kl", "reference"])]
+    pub blame: Option<BlameArg>,
+    /// Windows of --blame: every swap is measured on all of them.
+    #[arg(long, value_name = "N", default_value_t = 4, requires = "blame")]
+    pub blame_windows: usize,
     /// Windows at most, of each; documents at most, of each task.
     #[arg(long)]
     pub limit: Option<usize>,
@@ -328,6 +343,15 @@ pub struct EvalArgs {
     /// Replace an existing record.
     #[arg(long)]
     pub force: bool,
+}
+
+/// What --blame swaps at a time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum BlameArg {
+    /// One linear.
+    Linear,
+    /// All linears of a block.
+    Block,
 }
 
 #[derive(Subcommand, Debug)]

@@ -99,7 +99,8 @@ fn window_drift(candidate: &dyn Scorer, reference: &dyn Scorer, ids: &[u32], dri
     Ok(())
 }
 
-fn checked_logits(window: &dyn LogitRows, rows: Range<usize>, vocab: usize) -> Result<Vec<f32>> {
+/// Logits of some rows, as many as asked for.
+pub(crate) fn checked_logits(window: &dyn LogitRows, rows: Range<usize>, vocab: usize) -> Result<Vec<f32>> {
     let expected = rows.len() * vocab;
     let logits = window.logits(rows)?;
     if logits.len() == expected {

@@ -5,7 +5,10 @@ use std::collections::BTreeMap;
 use lowbit_checkpoint::provenance::Provenance;
 use serde::{Deserialize, Serialize};
 
+use crate::drift::blame::Blame;
+use crate::drift::free_running::FreeRunning;
 use crate::drift::summary::{DriftStatistics, TaskDrift};
+use crate::drift::tokens::TokenView;
 use crate::engine::Shard;
 use crate::tasks::TaskRecord;
 use crate::verdict::Look;
@@ -142,6 +145,15 @@ pub struct EvalRecord {
     /// Drift on the tasks' prompts, by the task's label.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub task_drift: BTreeMap<String, TaskDrift>,
+    /// What both models write on from the same prompts.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub free_running: Option<FreeRunning>,
+    /// Where the two models part most.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub worst_tokens: Vec<TokenView>,
+    /// Which layers the drift comes from.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub blame: Option<Blame>,
     /// Name asked for → labels of its tasks (`mmlu` → its 57 subjects).
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub families: BTreeMap<String, Vec<String>>,

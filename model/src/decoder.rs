@@ -131,6 +131,20 @@ impl KvCache {
     }
 }
 
+/// Part of a model that [`Model::swap`] exchanges.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Part {
+    /// One linear of a block, in the order of [`crate::block::linear_shapes`].
+    Linear {
+        /// Block.
+        block: usize,
+        /// Linear.
+        linear: usize,
+    },
+    /// All linears of a block; norms stay.
+    Block(usize),
+}
+
 /// A loaded model.
 pub struct Model {
     id: ModelId,
@@ -152,6 +166,28 @@ impl Model {
             .collect::<Result<Vec<_>>>()?;
         let head = Head::load(from, b)?;
         Ok(Self { id: ModelId::new(), config: config.clone(), backend, embedding, blocks, head })
+    }
+
+    /// Its blocks.
+    pub fn blocks(&self) -> &[Block] {
+        &self.blocks
+    }
+
+    /// Exchanges a part with another model of the same config and backend. Recorded decode steps of either are recorded anew.
+    pub fn swap(&mut self, other: &mut Model, part: Part) -> Result<()> {
+        let (Part::Linear { block, .. } | Part::Block(block)) = part;
+        let (Some(a), Some(b)) = (self.blocks.get_mut(block), other.blocks.get_mut(block)) else {
+            return Err(ModelError::Argument(format!("no block {block} to exchange")));
+        };
+        match part {
+            Part::Block(_) => std::mem::swap(&mut a.linears, &mut b.linears),
+            Part::Linear { linear, .. } => match (a.linears.get_mut(linear), b.linears.get_mut(linear)) {
+                (Some(x), Some(y)) => std::mem::swap(x, y),
+                _ => return Err(ModelError::Argument(format!("no linear {linear} in block {block} to exchange"))),
+            },
+        }
+        (self.id, other.id) = (ModelId::new(), ModelId::new());
+        Ok(())
     }
 
     /// Its config.

@@ -10,7 +10,8 @@ pub mod source;
 mod step;
 pub mod synthetic;
 
-pub use decoder::{Embedding, Head, KvCache, Model};
+pub use block::Linear;
+pub use decoder::{Embedding, Head, KvCache, Model, Part};
 pub use error::{ModelError, Result};
 pub use generate::{GenerateOptions, Generation, generate, write_texts};
 pub use sampling::Sampling;

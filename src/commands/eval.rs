@@ -15,7 +15,7 @@ use lowbit_quantize::Progress;
 use crate::args::{EvalArgs, EvalCommand};
 use crate::commands::scores::{self, Job, Output};
 use crate::commands::table::table;
-use crate::commands::{merge, tasks};
+use crate::commands::{drift, merge, tasks};
 use crate::context::{Context, Purpose};
 use crate::models::{self, Located};
 use crate::provenance;
@@ -117,10 +117,13 @@ pub fn eval(ctx: &Context, args: &EvalArgs) -> Result<()> {
     let job = if args.tasks.tasks.is_empty() { None } else { Some(Job::prepare(ctx, args, name, output.as_ref())?) };
     let candidate = models::locate(ctx, name)?;
     let reference = args.reference.as_deref().map(|r| models::locate(ctx, r)).transpose()?;
-    let models = Models::load(ctx, candidate, reference)?;
+    let mut models = Models::load(ctx, candidate, reference)?;
     let start = Instant::now();
     let answered = job.as_ref().map(|j| j.answer(ctx, &models)).transpose()?;
     let mut record = measure(ctx, &models, &request)?;
+    if let Some((source, options)) = &request.kl {
+        drift::fill(ctx, args, &mut models, source, options, &mut record)?;
+    }
     if let (Some(job), Some(answered)) = (&job, &answered) {
         record.provenance.options.extend(job.options.clone());
         record.shard = job.shard;
@@ -238,6 +241,7 @@ pub fn summary(r: &EvalRecord) -> String {
             100.0 * k.top1_agreement.value, 100.0 * k.top1_agreement.low, 100.0 * k.top1_agreement.high, k.reference_perplexity, k.perplexity
         ));
     }
+    out.extend(drift::summary(r));
     if !r.tasks.is_empty() {
         out.push(scores::summary(r));
     }

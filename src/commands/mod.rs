@@ -4,6 +4,7 @@ mod bench;
 mod capacity;
 mod compare;
 mod convert;
+mod drift;
 mod eval;
 mod gate;
 mod generate;

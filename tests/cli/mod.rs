@@ -5,6 +5,7 @@ use std::process::{Command, Output};
 
 mod architecture;
 mod bench;
+mod drift;
 mod emulated;
 mod errors;
 mod gate;

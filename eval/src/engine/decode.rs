@@ -1,5 +1,7 @@
 //! Text written by a model: batched, one token a sequence and step, prompts of a common beginning prefilled once.
 
+use std::sync::Arc;
+
 use lowbit_kernels::KernelError;
 use lowbit_kernels::backend::{Buffer, Segment};
 use lowbit_model::{KvCache, Model, ModelError};
@@ -122,9 +124,8 @@ pub fn write(
 }
 
 /// One new token of each sequence, in the arithmetic of decoding; the logits after it.
-fn step(model: &Model, ids: &[u32], segments: &[Segment], cache: &mut KvCache) -> Result<Buffer> {
-    let hidden = model.forward_decode(ids, segments, cache)?;
-    Ok(model.next_logits(&hidden)?)
+fn step(model: &Model, ids: &[u32], segments: &[Segment], cache: &mut KvCache) -> Result<Arc<Buffer>> {
+    Ok(model.decode_step(ids, segments, cache)?)
 }
 
 /// Tokens of `from` that `to` now holds: none where the backend cannot fork.
