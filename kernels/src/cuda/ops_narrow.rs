@@ -118,12 +118,12 @@ struct Variant {
 }
 
 const EXACT: [Variant; 3] = [
-    Variant { name: "narrow_x1", most_tokens: 2, terms: 3, warps: 32, ahead: 3 },
+    Variant { name: "narrow_x1", most_tokens: 2, terms: 3, warps: 16, ahead: 4 },
     Variant { name: "narrow_x2", most_tokens: 5, terms: 3, warps: 16, ahead: 4 },
     Variant { name: "narrow_x3", most_tokens: 8, terms: 3, warps: 16, ahead: 4 },
 ];
 const HALF: [Variant; 3] = [
-    Variant { name: "narrow_h1", most_tokens: 8, terms: 1, warps: 32, ahead: 3 },
+    Variant { name: "narrow_h1", most_tokens: 8, terms: 1, warps: 16, ahead: 4 },
     Variant { name: "narrow_h2", most_tokens: 16, terms: 1, warps: 16, ahead: 4 },
     Variant { name: "narrow_h4", most_tokens: 32, terms: 1, warps: 16, ahead: 4 },
 ];

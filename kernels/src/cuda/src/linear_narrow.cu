@@ -11,7 +11,7 @@
 //           [out_j, in*bits/32], lowest bits first; meta_j [ceil(out_j / 16), groups, 16] of narrow_meta. kind 0: bf16
 //           in steps of 32 columns, 1: w4 in steps of 128, 2: w4 in steps of 64, 3: w8 in steps of 64; `in` a multiple
 //           of the step. Step s lies in group s >> group_shift. An absent weight has out_j = 0.
-// launch    1024 threads (x1, h1) or 512; grid (any number of blocks, splits), at least 4 steps a split; dynamic shared
+// launch    512 threads; grid (any number of blocks, splits), at least 4 steps a split; dynamic shared
 //           memory as ops_narrow.rs lays it out, for sums of `round` tiles. splits > 1: partial [splits, tokens, 16
 //           tiles] and a zero counter for each grid column and round, left zero.
 // mapping   A block takes tiles of 16 rows in turn, a warp one of four turns of a tile's steps. Each warp's next
@@ -341,9 +341,9 @@ KERNEL BOUNDS(256, 4) narrow_meta(const float* __restrict__ scales, const u8* __
     else NR_ROWS(NrW8, NT, TERMS, WARPS, AHEAD);                                                                       \
   }
 
-NR_KERNEL(narrow_x1, 1, 3, 32, 3)
+NR_KERNEL(narrow_x1, 1, 3, 16, 4)
 NR_KERNEL(narrow_x2, 2, 3, 16, 4)
 NR_KERNEL(narrow_x3, 3, 3, 16, 4)
-NR_KERNEL(narrow_h1, 1, 1, 32, 3)
+NR_KERNEL(narrow_h1, 1, 1, 16, 4)
 NR_KERNEL(narrow_h2, 2, 1, 16, 4)
 NR_KERNEL(narrow_h4, 4, 1, 16, 4)
