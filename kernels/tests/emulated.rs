@@ -65,10 +65,11 @@ fn a_token_scores_the_same_alone_and_in_a_batch() {
         each(|list| {
             for (label, b) in list {
                 let run = |tokens: usize| cases::linear(*b, &w, &x[..tokens * k], None);
-                // Up to eight tokens go through one kernel, more through the other.
-                let (few, many) = (run(8), run(64));
+                // Up to eight tokens, up to 32, and more go through different kernels.
+                let (few, many, wide) = (run(8), run(32), run(64));
                 [1, 3].iter().for_each(|t| assert_eq!(run(*t), few[..t * n], "{name} {label} t={t}"));
-                [9, 33].iter().for_each(|t| assert_eq!(run(*t), many[..t * n], "{name} {label} t={t}"));
+                [9, 17].iter().for_each(|t| assert_eq!(run(*t), many[..t * n], "{name} {label} t={t}"));
+                [33, 50].iter().for_each(|t| assert_eq!(run(*t), wide[..t * n], "{name} {label} t={t}"));
             }
         });
     }

@@ -4,9 +4,9 @@
 //! Activations, caches and weights stay on the device; the host sends token ids, targets and, once a forward pass,
 //! the slot and position of each row. The device finishes what it was given only when something is copied back.
 //!
-//! Results do not depend on the rest of the batch, with limits: a product of more than eight tokens, one of more than 64, and
+//! Results do not depend on the rest of the batch, with limits: a product of more than eight tokens, one of more than 32, and
 //! attention in a call of more than single tokens, may round differently from smaller ones; so may products of different
-//! numbers of tokens from 65 on in [`Arithmetic::Half`].
+//! numbers of tokens from 33 on in [`Arithmetic::Half`].
 
 pub mod device;
 #[cfg(feature = "cuda")]

@@ -1,6 +1,6 @@
 //! Launches of the products with a weight.
 //!
-//! Up to [`GEMV_TOKENS`] tokens take the matrix–vector kernels, more the tensor-core tiles, and from 65 on the wide tiles
+//! Up to [`GEMV_TOKENS`] tokens take the matrix–vector kernels, more the tensor-core tiles, and from 33 on the wide tiles
 //! (`ops_wide.rs`) where device and weight have them. Within each, the result of a token does not depend on the tokens
 //! beside it, bit for bit (wide tiles with one term excepted); between them it agrees to rounding.
 
@@ -275,7 +275,7 @@ pub(in crate::cuda) mod tests {
                     continue;
                 }
                 let w = DeviceWeight::upload(&d, &w).unwrap();
-                for tokens in [9, 64, 130] {
+                for tokens in [9, 32, 130] {
                     let wide = ops_wide::takes(&d, &w, tokens, 1) && matches!(w.layout, Layout::Packed { .. });
                     let round = |v: &f64| f64::from(bf16::from_f32(*v as f32).to_f32());
                     let exact: Vec<f64> = exact.iter().map(|v| if wide { round(v) } else { *v }).collect();
@@ -295,14 +295,14 @@ pub(in crate::cuda) mod tests {
         let (out, cols) = (37, 192);
         for (name, w, _) in weights(&mut noise, out, cols) {
             let w = DeviceWeight::upload(&d, &w).unwrap();
-            let x = noise.many(64 * cols);
+            let x = noise.many(32 * cols);
             let few = run(&d, &w, &x[..8 * cols], None, 8);
             for t in 1..8 {
                 assert_eq!(run(&d, &w, &x[..t * cols], None, t), few[..t * out], "{name} {t} of 8 tokens");
             }
-            let many = run(&d, &w, &x, None, 64);
-            assert_eq!(run(&d, &w, &x[..9 * cols], None, 9), many[..9 * out], "{name} 9 of 64 tokens");
-            assert_eq!(run(&d, &w, &x[55 * cols..], None, 9), many[55 * out..], "{name} later tokens");
+            let many = run(&d, &w, &x, None, 32);
+            assert_eq!(run(&d, &w, &x[..9 * cols], None, 9), many[..9 * out], "{name} 9 of 32 tokens");
+            assert_eq!(run(&d, &w, &x[23 * cols..], None, 9), many[23 * out..], "{name} later tokens");
         }
     }
 
