@@ -104,9 +104,16 @@ impl Context {
         })
     }
 
-    /// The arithmetic of a purpose on a GPU or its emulation; `None` on the CPU.
+    /// The arithmetic of a purpose on a GPU or its emulation; `None` on the CPU. Only `auto` opens a device for it.
     pub fn arithmetic(&self, purpose: Purpose) -> Result<Option<Arithmetic>> {
-        Ok(self.opened(purpose)?.kernels.as_ref().map(|k| k.0))
+        let usual = match (self.device, purpose) {
+            (Device::Auto, _) => return Ok(self.opened(purpose)?.kernels.as_ref().map(|k| k.0)),
+            (Device::Cpu | Device::Scalar, _) => return Ok(None),
+            (Device::Emulated, _) => Arithmetic::Reproducible,
+            (Device::Cuda(_), Purpose::Accuracy) => Arithmetic::Fast,
+            (Device::Cuda(_), Purpose::Speed) => Arithmetic::Half,
+        };
+        Ok(Some(self.arithmetic.unwrap_or(usual)))
     }
 
     fn opened(&self, purpose: Purpose) -> Result<&Opened> {
