@@ -429,8 +429,8 @@ mod tests {
             "| w4a16-g128 | 1.00 µs · 50 % · 3.00× | – |",
             "- last: out of memory",
             "### shape, random weights",
-            "| shape bf16 | tg32 @ d1024 | 16 | 100 | – | 50 % | – |",
-            "| shape w4a16-g128 | tg32 @ d1024 | 16 | 250 | 2.50× | 50 % | – |",
+            "| shape bf16 | tg32 \\@ d1024 | 16 | 100.0 | – | 50 % | – |",
+            "| shape w4a16-g128 | tg32 \\@ d1024 | 16 | 250.0 | 2.50× | 50 % | – |",
             "Not measured: shape f32: does not fit.",
         ] {
             assert!(text.contains(wanted), "no `{wanted}` in:\n{text}");
