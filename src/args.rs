@@ -1,8 +1,12 @@
 //! What was typed: clap only, no files touched.
 
+mod endpoint;
+
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+
+pub use endpoint::{EndpointArgs, JudgeArgs};
 
 /// Quantize a language model, prove what that did to its accuracy, and measure what it gained in speed.
 #[derive(Parser, Debug)]
@@ -96,7 +100,7 @@ pub enum Command {
     /// Between checkpoint formats: GGUF or packed weights to a bf16 Hugging Face folder, or packed to packed.
     Convert(ConvertArgs),
     /// Perplexity and task scores, and drift against a reference in the same pass.
-    Eval(EvalArgs),
+    Eval(Box<EvalArgs>),
     /// A verdict on accuracy: pass, regression or inconclusive, as an exit code, JUnit XML and Markdown.
     Gate(GateArgs),
     /// Prefill and decode rates, interleaved with a reference, against the memory bandwidth.
@@ -300,7 +304,7 @@ pub struct EvalArgs {
     #[command(subcommand)]
     pub command: Option<EvalCommand>,
     /// Model.
-    #[arg(required = true)]
+    #[arg(required_unless_present = "endpoint")]
     pub model: Option<String>,
     /// The model to compare with.
     #[arg(long)]
@@ -343,6 +347,10 @@ pub struct EvalArgs {
     /// Replace an existing record.
     #[arg(long)]
     pub force: bool,
+    #[command(flatten)]
+    pub endpoint: EndpointArgs,
+    #[command(flatten)]
+    pub judge: JudgeArgs,
 }
 
 /// What --blame swaps at a time.
@@ -399,6 +407,9 @@ pub struct GateArgs {
     /// Largest ratio of perplexities to the reference's.
     #[arg(long, value_name = "RATIO")]
     pub max_ppl_ratio: Option<f64>,
+    /// Largest share of a task's items that may lack a judge's verdict, percent; beyond it nothing is decided.
+    #[arg(long, value_name = "PERCENT", default_value_t = 1.0)]
+    pub max_unjudged: f64,
     /// Seed of permutations and simulations.
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
@@ -451,7 +462,8 @@ pub struct TaskArgs {
     /// Print every request as a JSON line; run no model.
     #[arg(long, requires = "tasks")]
     pub render: bool,
-    /// Whose rule decides on BOS: before 0.4.9.2 never by itself (Gemma aside), since then as the tokenizer says.
+    /// Release of lm-evaluation-harness whose rule on BOS holds: up to 0.4.9.1 none (but for Gemma), from 0.4.9.2 on what the
+    /// tokenizer adds.
     #[arg(long, value_enum, default_value_t = Compat::Current)]
     pub compat: Compat,
     /// Most tokens of one input (default: the models' positions); part of the protocol of rolled texts.
@@ -464,7 +476,7 @@ pub struct TaskArgs {
     #[arg(long, value_name = "I/N", conflicts_with_all = ["ppl", "kl"])]
     pub shard: Option<lowbit_eval::engine::Shard>,
     /// Look at the verdict of `lowbit gate` at equal steps and stop once it is clear; its error is kept over all looks.
-    #[arg(long, requires = "reference", conflicts_with = "shard")]
+    #[arg(long, conflicts_with = "shard")]
     pub until_decided: bool,
     /// Looks of --until-decided.
     #[arg(long, default_value_t = 5, requires = "until_decided")]
@@ -483,13 +495,13 @@ pub struct TaskArgs {
     pub system_instruction: Option<String>,
 }
 
-/// Which release of lm-evaluation-harness the encoding of prompts follows.
+/// Release of lm-evaluation-harness whose BOS rule holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Compat {
-    /// No special tokens, except Gemma's BOS.
+    /// None, except Gemma's.
     #[value(name = "lm-eval-0.4.9.1")]
     Old,
-    /// As the tokenizer does by itself.
+    /// What the tokenizer adds by itself.
     #[value(name = "lm-eval-0.4.13", alias = "lm-eval-0.4.9.2")]
     Current,
 }

@@ -40,7 +40,7 @@ pub fn without_model(
     Ok(Provenance {
         tool: format!("lowbit {}", env!("CARGO_PKG_VERSION")),
         commit: option_env!("LOWBIT_COMMIT").map(str::to_string),
-        command: std::env::args().collect::<Vec<_>>().join(" "),
+        command: command_without_secrets(),
         unix_time: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs()),
         device: ctx.backend()?.name().into(),
         cpu: cpu_model(),

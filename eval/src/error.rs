@@ -78,6 +78,9 @@ pub enum EvalError {
     /// A request that cannot be asked of this model.
     #[error("request {idx} of document {doc} of {task}: {problem}")]
     Request { task: String, doc: usize, idx: usize, problem: String },
+    /// A server that cannot be used.
+    #[error("{url} {problem}")]
+    Endpoint { url: String, problem: String },
     /// A journal or cache file could not be used.
     #[error("{path}: {problem}")]
     Journal { path: PathBuf, problem: String },

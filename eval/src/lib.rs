@@ -3,8 +3,10 @@
 pub mod cache;
 pub mod drift;
 pub mod encode;
+pub mod endpoint;
 pub mod engine;
 pub mod error;
+pub mod judge;
 pub mod kl;
 pub mod perplexity;
 pub mod protocol;

@@ -10,6 +10,7 @@ use crate::drift::free_running::FreeRunning;
 use crate::drift::summary::{DriftStatistics, TaskDrift};
 use crate::drift::tokens::TokenView;
 use crate::engine::Shard;
+use crate::judge::JudgeRecord;
 use crate::tasks::TaskRecord;
 use crate::verdict::Look;
 
@@ -121,6 +122,9 @@ pub struct ItemFiles {
     /// The reference's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reference: Option<ItemFile>,
+    /// Votes of judges.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub judge: Option<ItemFile>,
     /// Of a shard: the answers that `lowbit eval merge` puts together.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub answers: Option<ItemFile>,
@@ -154,6 +158,9 @@ pub struct EvalRecord {
     /// Which layers the drift comes from.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub blame: Option<Blame>,
+    /// What judges said, by `task/metric`.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub judges: BTreeMap<String, JudgeRecord>,
     /// Name asked for → labels of its tasks (`mmlu` → its 57 subjects).
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub families: BTreeMap<String, Vec<String>>,

@@ -13,9 +13,10 @@ use lowbit_model::Model;
 use lowbit_quantize::Progress;
 
 use crate::args::{EvalArgs, EvalCommand};
+use crate::commands::judge::{self, Judge};
 use crate::commands::scores::{self, Job, Output};
 use crate::commands::table::table;
-use crate::commands::{drift, merge, tasks};
+use crate::commands::{drift, endpoint, merge, tasks};
 use crate::context::{Context, Purpose};
 use crate::models::{self, Located};
 use crate::provenance;
@@ -98,6 +99,15 @@ pub fn eval(ctx: &Context, args: &EvalArgs) -> Result<()> {
     if args.tasks.render {
         return tasks::render(ctx, args);
     }
+    let names = [("MODEL", &args.model, "--endpoint"), ("--reference", &args.reference, "--reference-endpoint")];
+    for (what, name, option) in names {
+        if let Some(url) = name.as_ref().filter(|n| n.starts_with("http://") || n.starts_with("https://")) {
+            bail!("{what} is a folder, a .gguf file, `demo` or a hub id, found {url}\nhint: {option} {url}");
+        }
+    }
+    if args.endpoint.any() {
+        return endpoint::eval(ctx, args);
+    }
     if args.ppl.is_none() && args.kl.is_none() && args.tasks.tasks.is_empty() {
         bail!("nothing to evaluate\nhint: give --tasks, --ppl TEXT, or --kl TEXT with --reference MODEL");
     }
@@ -114,12 +124,19 @@ pub fn eval(ctx: &Context, args: &EvalArgs) -> Result<()> {
     };
     let name = args.model.as_deref().unwrap_or_default();
     // Mistakes in task files and data come before any weight is read.
-    let job = if args.tasks.tasks.is_empty() { None } else { Some(Job::prepare(ctx, args, name, output.as_ref())?) };
+    let job = if args.tasks.tasks.is_empty() { None } else { Some(Job::prepare(ctx, args, output.as_ref())?) };
+    let judge = match &job {
+        Some(job) => Judge::connect(ctx, args, job, output.as_ref())?,
+        None => None,
+    };
     let candidate = models::locate(ctx, name)?;
     let reference = args.reference.as_deref().map(|r| models::locate(ctx, r)).transpose()?;
     let mut models = Models::load(ctx, candidate, reference)?;
     let start = Instant::now();
-    let answered = job.as_ref().map(|j| j.answer(ctx, &models)).transpose()?;
+    let answered = match &job {
+        None => None,
+        Some(job) => Some(job.answer(ctx, &[job.party(ctx, &models)?], models.other.is_some(), models.bits)?),
+    };
     let mut record = measure(ctx, &models, &request)?;
     if let Some((source, options)) = &request.kl {
         drift::fill(ctx, args, &mut models, source, options, &mut record)?;
@@ -128,8 +145,10 @@ pub fn eval(ctx: &Context, args: &EvalArgs) -> Result<()> {
         record.provenance.options.extend(job.options.clone());
         record.shard = job.shard;
         record.look.clone_from(&answered.look);
-        let scored = scores::score(&job.suite, &answered.plan, &answered.answers)?;
-        scored.fill(&mut record, output.as_ref())?;
+        if let Some(judge) = &judge {
+            record.provenance.options.insert("judge".into(), judge.described());
+        }
+        scores::judged(ctx, job, answered, judge.as_ref())?.fill(&mut record, output.as_ref())?;
     }
     record.seconds = start.elapsed().as_secs_f64();
     if let Some(output) = &output {
@@ -245,6 +264,7 @@ pub fn summary(r: &EvalRecord) -> String {
     if !r.tasks.is_empty() {
         out.push(scores::summary(r));
     }
+    out.extend(judge::summary(r));
     out.push(format!("{:.1} s", r.seconds));
     out.join("\n\n")
 }

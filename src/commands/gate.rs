@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, Result, bail};
 use lowbit_checkpoint::hash::sha256_hex;
 use lowbit_checkpoint::writer::write_atomic;
+use lowbit_eval::judge::spec::PAIRWISE;
 use lowbit_eval::record::{EvalRecord, Interval, ItemFile};
 use lowbit_eval::stats::perplexity_ratio;
 use lowbit_eval::tasks::Item;
@@ -45,6 +46,7 @@ pub fn gate(ctx: &Context, args: &GateArgs) -> Result<()> {
         None => candidate.reference()?,
     };
     let paired = pair(&candidate.items, &reference.items, &pairing(args, &candidate)?)?;
+    check_judged(args, &paired)?;
     let policy = policy(args, candidate.record.as_ref());
     let thresholds = thresholds(ctx, args, &candidate, &reference, &paired)?;
     if paired.series.is_empty() && thresholds.iter().all(|t| t.limit.is_none()) {
@@ -100,6 +102,29 @@ fn check(args: &GateArgs) -> Result<()> {
         }
         if args.items.contains(&0) || args.looks == 0 || args.runs == 0 {
             bail!("--items, --looks and --runs are at least 1");
+        }
+    }
+    Ok(())
+}
+
+/// Verdicts of a judge must be there for almost all items, and a comparison is about the reference of its own run.
+fn check_judged(args: &GateArgs, paired: &Paired) -> Result<()> {
+    for s in &paired.series {
+        let all = s.scores.len() + s.unjudged;
+        if s.unjudged as f64 * 100.0 > args.max_unjudged * all as f64 {
+            bail!(
+                "{} of {all} items of {} have no verdict of the judge, more than {} %\nhint: see why in the votes beside the record (.judge.jsonl); give the judge more tokens (`max_tokens`) or votes, or raise --max-unjudged",
+                s.unjudged,
+                s.name,
+                args.max_unjudged
+            );
+        }
+        if args.baseline.is_some() && s.metric == PAIRWISE {
+            bail!(
+                "{} of {} compares with the reference of its own run\nhint: leave out the second file",
+                s.metric,
+                s.name
+            );
         }
     }
     Ok(())

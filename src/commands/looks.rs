@@ -52,7 +52,7 @@ impl Looks {
         for (index, part) in parts.into_iter().enumerate() {
             let answers = answer(&part)?;
             let look = Look { fractions: fractions.clone(), index };
-            let scored = score(suite, &part, &answers)?;
+            let scored = score(suite, &part, &answers, None)?;
             let Some(reference) = &scored.reference else { bail!("--until-decided compares with a reference") };
             let options = PairingOptions { families: scored.families.clone(), ..PairingOptions::default() };
             let paired = pair(&scored.candidate.items, &reference.items, &options)?;

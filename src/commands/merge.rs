@@ -37,8 +37,16 @@ pub fn merge(ctx: &Context, args: &MergeArgs) -> Result<()> {
     let options = task_args(first)?;
     let limit = first.record.provenance.options.get("limit").and_then(Value::as_u64).map(|n| n as usize);
     let suite = tasks::load(ctx, &options)?;
-    let template = tasks::chat_template(ctx, &options, &first.record.provenance.model)?;
-    let plan = suite.plan(tasks::chat_options(&options, template.as_ref()), limit)?;
+    let recorded = &first.record.provenance;
+    let text = |key: &str| recorded.options.get(key).and_then(Value::as_str);
+    // Of a served model only the tokenizer's folder is here; conversations need no template.
+    let template = match (text("endpoint_api"), text("tokenizer")) {
+        (None, _) => tasks::chat_template(ctx, &options, &recorded.model)?,
+        (Some(_), Some(model)) => tasks::chat_template(ctx, &options, model)?,
+        (Some(_), None) => None,
+    };
+    let chat = tasks::chat_options(&options, template.as_ref(), text("endpoint_api") == Some("chat"));
+    let plan = suite.plan(chat, limit)?;
     let known = answers(&parts)?;
     let mut found = Vec::with_capacity(plan.requests.len());
     for request in &plan.requests {
@@ -60,7 +68,7 @@ pub fn merge(ctx: &Context, args: &MergeArgs) -> Result<()> {
         seconds: parts.iter().map(|p| p.record.seconds).sum(),
         ..EvalRecord::default()
     };
-    scores::score(&suite, &plan, &found)?.fill(&mut record, Some(&output))?;
+    scores::score(&suite, &plan, &found, None)?.fill(&mut record, Some(&output))?;
     for (name, task) in &record.tasks {
         for part in &parts {
             let theirs =

@@ -9,7 +9,10 @@ use lowbit_checkpoint::hash::{model_sha256, sha256_file, sha256_hex};
 use lowbit_checkpoint::writer::write_atomic;
 use lowbit_eval::cache::Cache;
 use lowbit_eval::drift::summary::{TaskDrift, task_drift};
-use lowbit_eval::engine::{Answer, BosRule, Engine, EngineOptions, Found, Journal, Shard, Store, Weights, request_key};
+use lowbit_eval::engine::{
+    Answer, Answers, BosRule, Engine, EngineOptions, Found, Journal, Shard, Store, Weights, request_key,
+};
+use lowbit_eval::judge::Judging;
 use lowbit_eval::record::{EvalRecord, ItemFile};
 use lowbit_eval::tasks::{Evaluated, Item, Plan, Suite, TaskRecord};
 use lowbit_eval::verdict::{Look, power};
@@ -18,6 +21,7 @@ use serde_json::Value;
 
 use crate::args::{Compat, EvalArgs};
 use crate::commands::eval::Models;
+use crate::commands::judge::Judge;
 use crate::commands::looks::Looks;
 use crate::commands::table::table;
 use crate::commands::tasks;
@@ -31,10 +35,14 @@ pub struct Output {
     candidate: PathBuf,
     /// `eval.reference.items.jsonl`.
     reference: PathBuf,
-    /// `eval.journal` while the run lasts.
-    journal: PathBuf,
-    /// `eval.answers`: of a shard, the journal kept.
+    /// `eval.journal` while the run lasts; `eval.reference.journal` where the reference is asked by itself.
+    journals: [PathBuf; 2],
+    /// `eval.answers`: of a shard, all its answers.
     answers: PathBuf,
+    /// `eval.judge.jsonl`.
+    votes: PathBuf,
+    /// `eval.judge.journal` while the judge is asked.
+    judge: PathBuf,
 }
 
 impl Output {
@@ -46,15 +54,22 @@ impl Output {
             record: record.to_path_buf(),
             candidate: beside(".items.jsonl"),
             reference: beside(".reference.items.jsonl"),
-            journal: beside(".journal"),
+            journals: [beside(".journal"), beside(".reference.journal")],
             answers: beside(".answers"),
+            votes: beside(".judge.jsonl"),
+            judge: beside(".judge.journal"),
         })
+    }
+
+    /// Where the judge's answers are kept while it is asked.
+    pub fn judge_journal(&self) -> PathBuf {
+        self.judge.clone()
     }
 
     /// Files of another run are not overwritten without --force; those of this run, cut short, are.
     pub fn refuse_items(&self, force: bool) -> Result<()> {
-        let ours = force || self.journal.exists();
-        match [&self.candidate, &self.reference, &self.answers].into_iter().find(|p| p.exists() && !ours) {
+        let ours = force || self.journals.iter().any(|j| j.exists());
+        match [&self.candidate, &self.reference, &self.answers, &self.votes].into_iter().find(|p| p.exists() && !ours) {
             Some(path) => Err(CheckpointError::Exists { path: path.clone() }.into()),
             None => Ok(()),
         }
@@ -71,11 +86,24 @@ pub struct Job {
     pub options: BTreeMap<String, Value>,
     /// Which part.
     pub shard: Option<Shard>,
-    compat: Compat,
-    max_length: Option<usize>,
+    /// BOS rule.
+    pub compat: Compat,
+    /// Most tokens of one input.
+    pub max_length: Option<usize>,
     cache: Option<PathBuf>,
-    journal: Option<PathBuf>,
+    journals: Option<[PathBuf; 2]>,
+    file: Option<PathBuf>,
     looks: Option<Looks>,
+}
+
+/// Who answers the requests of a job: one for both models, or one for each.
+pub struct Party<'a> {
+    /// Answers.
+    pub answers: Box<dyn Answers + 'a>,
+    /// What its answers depend on.
+    pub identity: String,
+    /// Address, where it is a server.
+    pub url: Option<String>,
 }
 
 /// Answers of a job.
@@ -90,15 +118,22 @@ pub struct Answered {
 
 impl Job {
     /// Reads task files and data, and renders.
-    pub fn prepare(ctx: &Context, args: &EvalArgs, model: &str, output: Option<&Output>) -> Result<Self> {
+    pub fn prepare(ctx: &Context, args: &EvalArgs, output: Option<&Output>) -> Result<Self> {
         if let Some(output) = output {
             output.refuse_items(args.force)?;
         } else if args.tasks.shard.is_some() {
             bail!("a shard is of no use without its record\nhint: give -o FILE");
         }
+        if args.tasks.until_decided && args.reference.is_none() && args.endpoint.reference_endpoint.is_none() {
+            bail!("--until-decided compares with a reference\nhint: give --reference MODEL");
+        }
         let suite = tasks::load(ctx, &args.tasks)?;
-        let template = tasks::chat_template(ctx, &args.tasks, model)?;
-        let all = suite.plan(tasks::chat_options(&args.tasks, template.as_ref()), args.limit)?;
+        let template = match tasks::template_of(args) {
+            Some(model) => tasks::chat_template(ctx, &args.tasks, model)?,
+            None => None,
+        };
+        let chat = tasks::chat_options(&args.tasks, template.as_ref(), tasks::asks_chat(args));
+        let all = suite.plan(chat, args.limit)?;
         let mut options = tasks::options(&args.tasks, args.limit);
         let plan = match args.tasks.shard {
             Some(shard) => {
@@ -120,13 +155,14 @@ impl Job {
             compat: args.tasks.compat,
             max_length: args.tasks.max_length,
             cache: args.tasks.cache.clone(),
-            journal: output.map(|o| o.journal.clone()),
+            journals: output.map(|o| o.journals.clone()),
+            file: output.map(|o| o.answers.clone()),
             looks,
         })
     }
 
-    /// Answers every request with both models; what an earlier run finished is taken from its journal or the cache.
-    pub fn answer(&self, ctx: &Context, models: &Models) -> Result<Answered> {
+    /// Models here, side by side.
+    pub fn party<'a>(&self, ctx: &Context, models: &'a Models) -> Result<Party<'a>> {
         let bos = match self.compat {
             // The release had one exception.
             Compat::Old if !models.family.starts_with("gemma") => BosRule::Never,
@@ -143,58 +179,97 @@ impl Job {
             tokenizer: models.tokenizer.sha256(),
             precision: &precision,
         });
-        let mut stores: Vec<Box<dyn Store>> = Vec::new();
-        if let Some(path) = &self.journal {
-            let journal = Journal::open(path, &identity)?;
-            match journal.found {
-                Found::Continued(n) => ctx.say(format!("tasks: {n} answers of an earlier run that was cut short")),
-                Found::Replaced => ctx.say(format!("tasks: {} was of another run, and starts anew", path.display())),
-                Found::New => {}
-            }
-            stores.push(Box::new(journal));
-        }
-        if let Some(dir) = &self.cache {
-            stores.push(Box::new(Cache::open(dir, &identity)?));
+        Ok(Party { answers: Box::new(engine), identity, url: None })
+    }
+
+    /// Answers every request by all parties, the candidate's first; what an earlier run finished is taken from its journal or the
+    /// cache. `compared` says that there is a reference.
+    pub fn answer(&self, ctx: &Context, parties: &[Party<'_>], compared: bool, bits: Option<u32>) -> Result<Answered> {
+        let mut stores: Vec<Vec<Box<dyn Store>>> = Vec::new();
+        for (i, party) in parties.iter().enumerate() {
+            let path = self.journals.as_ref().and_then(|j| j.get(i));
+            stores.push(open_stores(ctx, path, self.cache.as_deref(), &party.identity)?);
         }
         ctx.say(format!("tasks: {} documents, {} requests", self.plan.len(), self.plan.requests.len()));
-        if models.other.is_some() {
+        if compared {
             let found = power::detectable(self.plan.len() as u64, 0.05, 0.05, 0.8);
             ctx.say(format!(
                 "tasks: where 5 % of so many items change, a loss of {:.2} pp is found with power 80 %",
                 100.0 * found
             ));
         }
+        if self.looks.is_some() {
+            // Later looks ask again what earlier ones did.
+            stores.iter_mut().for_each(|s| s.push(Box::new(Memory::default())));
+        }
+        let mut all = |part: &Plan| -> Result<Vec<Answer>> {
+            let mut answers: Option<Vec<Answer>> = None;
+            for (party, stores) in parties.iter().zip(&mut stores) {
+                let own = ask(ctx, party, part, stores)?;
+                answers = Some(match answers {
+                    None => own,
+                    Some(first) => first.into_iter().zip(own).map(side_by_side).collect(),
+                });
+            }
+            answers.context("nobody is asked")
+        };
         let answered = match &self.looks {
             None => {
-                let answers = ask(ctx, &engine, &self.plan, &mut stores)?;
+                let answers = all(&self.plan)?;
                 Answered { answers, plan: self.plan.clone(), look: None }
             }
-            Some(looks) => {
-                // Later looks ask again what earlier ones did.
-                stores.push(Box::new(Memory::default()));
-                looks
-                    .run(ctx, &self.suite, &self.plan, models.bits, &mut |part| ask(ctx, &engine, part, &mut stores))?
-            }
+            Some(looks) => looks.run(ctx, &self.suite, &self.plan, bits, &mut all)?,
         };
-        drop(stores);
-        if let (Some(path), Some(_)) = (&self.journal, self.shard) {
-            // What the cache knew is not in the journal yet, and `merge` has only that.
-            let mut journal = Journal::open(path, &identity)?;
+        if let (Some(path), Some(_)) = (&self.file, self.shard) {
+            let identities: Vec<&str> = parties.iter().map(|p| p.identity.as_str()).collect();
+            let identity = match identities.as_slice() {
+                [one] => (*one).to_owned(),
+                several => sha256_hex(several.join(" ").as_bytes()),
+            };
+            let mut file = Journal::open(path, &identity)?;
             for (request, answer) in self.plan.requests.iter().zip(&answered.answers) {
-                journal.put(&request_key(request)?, answer)?;
+                file.put(&request_key(request)?, answer)?;
             }
-            journal.finish()?;
+            file.finish()?;
         }
         Ok(answered)
     }
 
-    /// The record is written: the journal has done its work.
+    /// The record is written: the journals have done their work.
     pub fn finish(&self, output: &Output) -> Result<()> {
-        if output.journal.exists() {
-            std::fs::remove_file(&output.journal)?;
+        for journal in output.journals.iter().chain([&output.judge]).filter(|j| j.exists()) {
+            std::fs::remove_file(journal)?;
         }
         Ok(())
     }
+}
+
+/// Journal and cache of a run.
+pub fn open_stores(
+    ctx: &Context,
+    journal: Option<&PathBuf>,
+    cache: Option<&Path>,
+    identity: &str,
+) -> Result<Vec<Box<dyn Store>>> {
+    let mut stores: Vec<Box<dyn Store>> = Vec::new();
+    if let Some(path) = journal {
+        let journal = Journal::open(path, identity)?;
+        match journal.found {
+            Found::Continued(n) => ctx.say(format!("tasks: {n} answers of an earlier run that was cut short")),
+            Found::Replaced => ctx.say(format!("tasks: {} was of another run, and starts anew", path.display())),
+            Found::New => {}
+        }
+        stores.push(Box::new(journal));
+    }
+    if let Some(dir) = cache {
+        stores.push(Box::new(Cache::open(dir, identity)?));
+    }
+    Ok(stores)
+}
+
+/// The candidate's answer and the reference's, asked apart.
+fn side_by_side((own, other): (Answer, Answer)) -> Answer {
+    Answer { response: own.response, reference: Some(other.response), drift: Vec::new() }
 }
 
 /// Answers of this run, for its later looks.
@@ -213,9 +288,9 @@ impl Store for Memory {
 }
 
 /// Runs a plan and says what it cost.
-fn ask(ctx: &Context, engine: &Engine<'_>, plan: &Plan, stores: &mut Vec<Box<dyn Store>>) -> Result<Vec<Answer>> {
+fn ask(ctx: &Context, party: &Party<'_>, plan: &Plan, stores: &mut Vec<Box<dyn Store>>) -> Result<Vec<Answer>> {
     let mut before = 0;
-    let outcome = engine.run(&plan.requests, stores, &mut |done, total| {
+    let outcome = party.answers.answer(&plan.requests, stores, &mut |done, total| {
         if before == 0 {
             ctx.progress.stage("tasks", total as u64);
         }
@@ -224,13 +299,11 @@ fn ask(ctx: &Context, engine: &Engine<'_>, plan: &Plan, stores: &mut Vec<Box<dyn
     })?;
     ctx.progress.clear();
     let w = outcome.work;
-    ctx.say(format!(
-        "tasks: {} tokens computed for {} asked, {} of {} requests answered before",
-        w.computed_tokens,
-        w.asked_tokens,
-        outcome.restored,
-        plan.requests.len()
-    ));
+    let cost = match &party.url {
+        None => format!("{} tokens computed for {} asked", w.computed_tokens, w.asked_tokens),
+        Some(url) => format!("{} requests sent to {url}", w.calls),
+    };
+    ctx.say(format!("tasks: {cost}, {} of {} requests answered before", outcome.restored, plan.requests.len()));
     Ok(outcome.answers)
 }
 
@@ -242,18 +315,40 @@ pub struct Scored {
     pub reference: Option<Evaluated>,
     records: BTreeMap<String, TaskRecord>,
     drift: BTreeMap<String, TaskDrift>,
+    judging: Judging,
     /// Name asked for → labels of its tasks.
     pub families: BTreeMap<String, Vec<String>>,
 }
 
-/// Answers to items, scores and drift.
-pub fn score(suite: &Suite, plan: &Plan, answers: &[Answer]) -> Result<Scored> {
+/// The answers of a job as scores, with its judge's verdicts.
+pub fn judged(ctx: &Context, job: &Job, answered: &Answered, judge: Option<&Judge>) -> Result<Scored> {
+    let (suite, plan) = (&job.suite, &answered.plan);
+    match judge {
+        None => score(suite, plan, &answered.answers, None),
+        Some(judge) => {
+            let mut verdicts = |own: &mut [Item], other: Option<&mut [Item]>| judge.run(ctx, suite, plan, own, other);
+            score(suite, plan, &answered.answers, Some(&mut verdicts))
+        }
+    }
+}
+
+/// Puts verdicts into the items of both models.
+pub type Verdicts<'a> = &'a mut dyn FnMut(&mut [Item], Option<&mut [Item]>) -> Result<Judging>;
+
+/// Answers to items, scores and drift; judged where there is a judge.
+pub fn score(suite: &Suite, plan: &Plan, answers: &[Answer], judge: Option<Verdicts<'_>>) -> Result<Scored> {
     let own: Vec<_> = answers.iter().map(|a| a.response.clone()).collect();
-    let candidate = suite.evaluate(plan, &own)?;
+    let mut items = suite.items(plan, &own)?;
     let theirs: Option<Vec<_>> = answers.iter().map(|a| a.reference.clone()).collect();
     // An empty shard has no answers: `collect` would take that for a reference.
     let theirs = theirs.filter(|t| !t.is_empty());
-    let reference = theirs.map(|t| suite.evaluate(plan, &t)).transpose()?;
+    let mut other = theirs.map(|t| suite.items(plan, &t)).transpose()?;
+    let judging = match judge {
+        Some(judge) => judge(&mut items, other.as_deref_mut())?,
+        None => Judging::default(),
+    };
+    let candidate = suite.aggregate(items)?;
+    let reference = other.map(|items| suite.aggregate(items)).transpose()?;
     let mut rows: BTreeMap<&str, Vec<Vec<_>>> = BTreeMap::new();
     for span in plan.spans() {
         let Some(task) = suite.tasks.get(span.task) else { continue };
@@ -262,21 +357,20 @@ pub fn score(suite: &Suite, plan: &Plan, answers: &[Answer]) -> Result<Scored> {
     }
     let drift = rows.into_iter().filter_map(|(label, d)| Some((label.to_owned(), task_drift(label, &d)?))).collect();
     let records = suite.records(&candidate, reference.as_ref());
-    Ok(Scored { candidate, reference, records, drift, families: suite.families() })
+    Ok(Scored { candidate, reference, records, drift, judging, families: suite.families() })
 }
 
 impl Scored {
     /// Puts everything into the record, and writes the items beside it.
     pub fn fill(self, record: &mut EvalRecord, output: Option<&Output>) -> Result<()> {
         if let Some(output) = output {
-            record.items.candidate = Some(write_items(&output.candidate, &self.candidate.items)?);
+            record.items.candidate = Some(write_lines(&output.candidate, &self.candidate.items)?);
             record.items.reference =
-                self.reference.as_ref().map(|r| write_items(&output.reference, &r.items)).transpose()?;
+                self.reference.as_ref().map(|r| write_lines(&output.reference, &r.items)).transpose()?;
+            if !self.judging.votes.is_empty() {
+                record.items.judge = Some(write_lines(&output.votes, &self.judging.votes)?);
+            }
             if record.shard.is_some() {
-                // A copy: until the record is there, the journal is what a rerun continues from.
-                if output.journal.exists() {
-                    write_atomic(&output.answers, &std::fs::read(&output.journal)?)?;
-                }
                 record.items.answers = Some(ItemFile {
                     file: name(&output.answers),
                     sha256: sha256_file(&output.answers)?,
@@ -285,6 +379,7 @@ impl Scored {
             }
         }
         record.tasks = self.records;
+        record.judges = self.judging.records;
         record.task_drift = self.drift;
         record.families = self.families;
         Ok(())
@@ -295,7 +390,7 @@ fn name(path: &Path) -> String {
     path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default()
 }
 
-fn write_items(path: &Path, items: &[Item]) -> Result<ItemFile> {
+fn write_lines<T: serde::Serialize>(path: &Path, items: &[T]) -> Result<ItemFile> {
     let mut out = Vec::new();
     for item in items {
         serde_json::to_writer(&mut out, item)?;

@@ -70,16 +70,30 @@ pub fn chat_template(ctx: &Context, args: &TaskArgs, model: &str) -> Result<Opti
         .map(Some)
 }
 
-/// How `--apply-chat-template` and its companions shape prompts.
-pub fn chat_options<'a>(args: &'a TaskArgs, template: Option<&'a ChatTemplate>) -> ChatOptions<'a> {
-    ChatOptions { template, multiturn: args.fewshot_as_multiturn, system: args.system_instruction.as_deref() }
+/// The model whose chat template prompts go through: the one here, or the one that `--tokenizer` names.
+pub fn template_of(args: &EvalArgs) -> Option<&str> {
+    let local = args.model.as_deref().or(args.reference.as_deref());
+    args.endpoint.tokenizer.as_deref().filter(|_| args.endpoint.any()).or(local)
+}
+
+/// Whether a server is asked by conversations.
+pub fn asks_chat(args: &EvalArgs) -> bool {
+    args.endpoint.any() && !args.endpoint.completions
+}
+
+/// How `--apply-chat-template` and its companions shape prompts; `messages` where a chat endpoint is asked.
+pub fn chat_options<'a>(args: &'a TaskArgs, template: Option<&'a ChatTemplate>, messages: bool) -> ChatOptions<'a> {
+    ChatOptions { template, multiturn: args.fewshot_as_multiturn, system: args.system_instruction.as_deref(), messages }
 }
 
 /// `--render`: every request on a line. The model is looked at for its chat template only.
 pub fn render(ctx: &Context, args: &EvalArgs) -> Result<()> {
     let suite = load(ctx, &args.tasks)?;
-    let template = chat_template(ctx, &args.tasks, args.model.as_deref().unwrap_or_default())?;
-    let chat = chat_options(&args.tasks, template.as_ref());
+    let template = match template_of(args) {
+        Some(model) => chat_template(ctx, &args.tasks, model)?,
+        None => None,
+    };
+    let chat = chat_options(&args.tasks, template.as_ref(), asks_chat(args));
     let mut out = BufWriter::with_capacity(1 << 20, std::io::stdout().lock());
     for task in &suite.tasks {
         for rendered in task.documents(chat, args.limit) {
@@ -95,11 +109,14 @@ pub fn render(ctx: &Context, args: &EvalArgs) -> Result<()> {
                     RequestKind::LogLikelihood { context, continuation } => (context, continuation),
                     // What is scored or continued is lm-eval's first argument.
                     RequestKind::Rolling { text } => (text, String::new()),
-                    RequestKind::Generate { context, until, max_new_tokens, temperature, do_sample } => {
+                    RequestKind::Generate { context, until, max_new_tokens, temperature, do_sample, messages } => {
                         line["until"] = until.into();
                         line["max_new_tokens"] = max_new_tokens.into();
                         line["temperature"] = temperature.into();
                         line["do_sample"] = do_sample.into();
+                        if !messages.is_empty() {
+                            line["messages"] = json!(messages);
+                        }
                         (context, String::new())
                     }
                 };

@@ -7,6 +7,7 @@ mod architecture;
 mod bench;
 mod drift;
 mod emulated;
+mod endpoint;
 mod errors;
 mod gate;
 mod golden;
@@ -15,6 +16,7 @@ mod pipeline;
 mod scores;
 mod serve;
 mod snapshots;
+mod standin;
 mod suite;
 mod tasks;
 

@@ -10,9 +10,9 @@ use serde_json::{Value, json};
 use super::{demo, lowbit, ok};
 
 /// A server, killed when dropped.
-struct Serving {
+pub(super) struct Serving {
     child: Child,
-    port: u16,
+    pub(super) port: u16,
     _cache: tempfile::TempDir,
 }
 
@@ -23,7 +23,7 @@ impl Drop for Serving {
     }
 }
 
-fn start(args: &[&str], env: &[(&str, &str)]) -> Serving {
+pub(super) fn start(args: &[&str], env: &[(&str, &str)]) -> Serving {
     let cache = tempfile::tempdir().unwrap();
     let mut c = lowbit(cache.path());
     c.args(["--quiet", "--device", "cpu", "--json", "serve"]).arg(demo()).args([

@@ -73,6 +73,8 @@ pub struct Head {
     pub keep_alive: bool,
     /// `Server`, where it says.
     pub server: Option<String>,
+    /// `Retry-After`, where it says.
+    pub retry_after: Option<String>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -181,6 +183,7 @@ impl ResponseParser {
                 event_stream: text("content-type").is_some_and(|t| t.starts_with("text/event-stream")),
                 keep_alive: keep_alive && framed,
                 server: text("server"),
+                retry_after: text("retry-after"),
             });
             return Ok(Some(start + used));
         }

@@ -6,6 +6,7 @@ pub mod compare;
 pub(crate) mod connection;
 pub mod data;
 pub mod error;
+pub mod exchange;
 pub mod http;
 pub mod metrics;
 pub mod openai;

@@ -33,7 +33,7 @@ pub enum BosRule {
     /// As the tokenizer does by itself, but no second BOS before a text that spells one (lm-eval 0.4.9.2 and later).
     #[default]
     Tokenizer,
-    /// Never (lm-eval up to 0.4.9.1; its exception for Gemma is not copied).
+    /// Never (lm-eval up to 0.4.9.1, but for Gemma: there `--compat lm-eval-0.4.9.1` keeps [`Self::Tokenizer`]).
     Never,
 }
 
@@ -274,6 +274,7 @@ mod tests {
                 max_new_tokens,
                 temperature: 0.0,
                 do_sample: false,
+                messages: vec![],
             })
         };
         let Encoded::Prompt(p) = encoder.encode(0, &generate("abcdef", 2)).unwrap() else { panic!("scored") };

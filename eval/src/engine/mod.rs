@@ -74,6 +74,29 @@ pub struct Outcome {
     pub restored: usize,
 }
 
+/// Whoever answers requests: a model here, two side by side, a server.
+pub trait Answers {
+    /// Answers `requests`; what `store` knows is not asked again, and it hears of each new answer as it comes. `progress` hears of
+    /// requests done and their number.
+    fn answer(
+        &self,
+        requests: &[Request],
+        store: &mut dyn Store,
+        progress: &mut dyn FnMut(usize, usize),
+    ) -> Result<Outcome>;
+}
+
+impl Answers for Engine<'_> {
+    fn answer(
+        &self,
+        requests: &[Request],
+        store: &mut dyn Store,
+        progress: &mut dyn FnMut(usize, usize),
+    ) -> Result<Outcome> {
+        self.run(requests, store, progress)
+    }
+}
+
 /// Models, tokenizer and options.
 pub struct Engine<'a> {
     candidate: &'a Model,

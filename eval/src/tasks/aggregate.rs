@@ -58,6 +58,18 @@ impl Task {
             return Ok(Scores::default());
         }
         for spec in &self.config.metrics {
+            if matches!(spec.metric, super::metrics::Metric::Judge(_)) {
+                // Only items with a verdict have a value; how many lack one is in the judge's record.
+                let judged: Vec<f64> = items.iter().filter_map(|i| i.metrics.get(&spec.name).copied()).collect();
+                if !judged.is_empty() {
+                    let (value, stderr) = match spec.aggregation {
+                        Aggregation::Median => (median(&judged), bootstrap(&judged, &median)),
+                        _ => of_mean(&judged),
+                    };
+                    metrics.insert(spec.name.clone(), Score { value, stderr, higher_is_better: spec.higher_is_better });
+                }
+                continue;
+            }
             let keys: Vec<String> = match (self.config.output_type, &spec.metric) {
                 (OutputType::Generate, m) if !matches!(m, super::metrics::Metric::Pipeline(_)) => {
                     self.config.filters.iter().map(|f| super::task::keyed(&spec.name, &f.name)).collect()

@@ -9,6 +9,7 @@ use super::pattern::Pattern;
 use super::pipeline::Pipeline;
 use super::python;
 use super::rouge::rouge_l;
+use crate::judge::JudgeSpec;
 
 /// A metric of one item.
 #[derive(Debug)]
@@ -52,6 +53,8 @@ pub enum Metric {
     RougeL,
     /// A metric of a retrieval or agent task, by name.
     Pipeline(&'static str),
+    /// What a language model says of the text.
+    Judge(JudgeSpec),
 }
 
 /// Where a schema comes from.
@@ -102,7 +105,8 @@ impl Normalize {
 }
 
 const KNOWN: &str = "acc, acc_norm, acc_bytes, acc_mutual_info, mc2, exact_match, perplexity, word_perplexity, \
-                     byte_perplexity, bits_per_byte, contains, regex, numeric, json_schema, json_equal, rouge_l";
+                     byte_perplexity, bits_per_byte, contains, regex, numeric, json_schema, json_equal, rouge_l, judge, \
+                     judge_pairwise";
 
 impl Metric {
     /// Reads one entry of `metric_list`.
@@ -110,6 +114,12 @@ impl Metric {
         use OutputType::{Generate, LogLikelihood, MultipleChoice, Rolling};
         if let Some(own) = pipeline.and_then(|p| p.metric(name)) {
             return Ok(Self::Pipeline(own));
+        }
+        if ["judge", "judge_pairwise"].contains(&name) {
+            if output != Generate || matches!(pipeline, Some(Pipeline::Agent(_))) {
+                return Err("a judge reads the text of a `generate_until` task".into());
+            }
+            return Ok(Self::Judge(JudgeSpec::parse(name, entry)?));
         }
         let number = |key: &str| match entry.get(key) {
             None => Ok(0.0),

@@ -1,9 +1,10 @@
 //! From turns of a conversation to the text a model is given, plain or through a chat template.
 
 use lowbit_checkpoint::CheckpointError;
-use lowbit_checkpoint::chat_template::{ChatTemplate, Message};
+use lowbit_checkpoint::chat_template::{ChatTemplate, Message as TemplateMessage};
 
 use super::python::{ends_with_space, starts_with_space};
+use super::request::Message;
 
 /// A turn, with what follows it in plain text.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -32,6 +33,16 @@ pub struct ChatOptions<'a> {
     pub multiturn: bool,
     /// Put before the task's description.
     pub system: Option<&'a str>,
+    /// Texts to be written are asked as conversations, though there is no template here: a server applies its own.
+    pub messages: bool,
+}
+
+impl ChatOptions<'_> {
+    /// The messages a template is given: as many as turns, or one for all between the system's and an answer begun.
+    pub fn messages(&self, turns: Vec<Turn>) -> Vec<Message> {
+        let turns = if self.multiturn { turns } else { one_turn(turns) };
+        turns.into_iter().map(|t| Message { role: t.role, content: t.content }).collect()
+    }
 }
 
 /// `prefix` and `suffix` with `delimiter` between where neither brings white space there; one alone if the other is empty.
@@ -87,13 +98,13 @@ pub fn render(turns: Vec<Turn>, chat: &ChatOptions<'_>, continues: bool) -> Resu
     let Some(template) = chat.template else {
         return Ok(turns.into_iter().map(|t| t.content + &t.delimiter).collect());
     };
-    let turns = if chat.multiturn { turns } else { one_turn(turns) };
-    let messages: Vec<Message> = turns.into_iter().map(|t| Message::new(t.role, t.content)).collect();
+    let messages: Vec<TemplateMessage> =
+        chat.messages(turns).into_iter().map(|m| TemplateMessage::new(m.role, m.content)).collect();
     let rendered = match template.render(&messages, !continues) {
         Ok(text) => text,
         Err(error) => {
             // A template that refuses the system role gets the conversation without it.
-            let rest: Vec<Message> = messages.iter().filter(|m| m.role != "system").cloned().collect();
+            let rest: Vec<TemplateMessage> = messages.iter().filter(|m| m.role != "system").cloned().collect();
             if rest.len() == messages.len() {
                 return Err(error);
             }
@@ -158,7 +169,7 @@ mod tests {
     #[test]
     fn chat_as_one_turn_or_many() {
         let template = chatml();
-        let mut chat = ChatOptions { template: Some(&template), multiturn: true, system: None };
+        let mut chat = ChatOptions { template: Some(&template), multiturn: true, system: None, messages: false };
         assert_eq!(
             render(turns(None), &chat, false).unwrap(),
             "<system>S. </>\n<user>Q1</>\n<assistant>A1</>\n<user>Q2</>\n<assistant>"
@@ -175,7 +186,7 @@ mod tests {
     fn a_template_without_system_role_goes_without() {
         let source = "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}[{{ m.content }}]{% endfor %}";
         let template = ChatTemplate::compile("chat".into(), source, Vec::new()).unwrap();
-        let chat = ChatOptions { template: Some(&template), multiturn: true, system: None };
+        let chat = ChatOptions { template: Some(&template), multiturn: true, system: None, messages: false };
         assert_eq!(render(turns(None), &chat, false).unwrap(), "[Q1][A1][Q2]");
     }
 

@@ -16,6 +16,15 @@ pub struct Request {
     pub kind: RequestKind,
 }
 
+/// A message of a conversation.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Message {
+    /// `system`, `user`, `assistant`.
+    pub role: String,
+    /// Text.
+    pub content: String,
+}
+
 /// The kinds of question; named as lm-evaluation-harness names them.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "snake_case")]
@@ -50,6 +59,10 @@ pub enum RequestKind {
         temperature: f64,
         /// Sample instead of taking the most likely token.
         do_sample: bool,
+        /// The same as a conversation, where the prompt is one: what a chat endpoint is given instead of `context`. A last
+        /// message of the assistant is the start of the answer.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        messages: Vec<Message>,
     },
 }
 

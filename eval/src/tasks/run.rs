@@ -20,7 +20,7 @@ pub struct Plan {
     /// In order of task, document and index.
     pub requests: Vec<Request>,
     /// Task, document, number of its requests.
-    documents: Vec<(usize, DocumentHead, usize)>,
+    pub(super) documents: Vec<(usize, DocumentHead, usize)>,
 }
 
 /// One model's results.
@@ -139,7 +139,12 @@ impl Suite {
 
     /// Scores the answers to a plan's requests, given in their order.
     pub fn evaluate(&self, plan: &Plan, answers: &[Response]) -> Result<Evaluated> {
-        let mut out = Evaluated::default();
+        self.aggregate(self.items(plan, answers)?)
+    }
+
+    /// One item a document.
+    pub fn items(&self, plan: &Plan, answers: &[Response]) -> Result<Vec<Item>> {
+        let mut out = Vec::with_capacity(plan.documents.len());
         let mut rest = answers;
         for (index, head, count) in &plan.documents {
             let (Some(task), Some((own, after))) = (self.tasks.get(*index), rest.split_at_checked(*count)) else {
@@ -151,8 +156,14 @@ impl Suite {
                 });
             };
             rest = after;
-            out.items.push(task.item(head, own)?);
+            out.push(task.item(head, own)?);
         }
+        Ok(out)
+    }
+
+    /// Scores of tasks and groups from their items.
+    pub fn aggregate(&self, items: Vec<Item>) -> Result<Evaluated> {
+        let mut out = Evaluated { items, scores: BTreeMap::new() };
         for task in &self.tasks {
             let items: Vec<&Item> = out.items.iter().filter(|i| i.task == task.label).collect();
             out.scores.insert(task.label.clone(), task.scores(&items)?);

@@ -13,6 +13,7 @@ use serde_json::{Map, Value as Json};
 use super::config::{Field, TaskConfig};
 use super::data::{self, DataOptions, Row, Rows};
 use super::error::{Result, TaskError};
+use super::metrics::Metric;
 use super::pipeline::Pipeline;
 use super::python::{self, literal_eval};
 use super::template::Templates;
@@ -254,6 +255,32 @@ impl Task {
     }
 }
 
+impl Task {
+    fn document(&self, head: &DocumentHead) -> Result<&Doc> {
+        self.docs.get(head.doc).ok_or_else(|| TaskError::Responses {
+            task: self.label.clone(),
+            doc: head.doc,
+            expected: "a document of this task".into(),
+            found: "another".into(),
+        })
+    }
+
+    /// A template of the file, of a document.
+    pub(super) fn rendered(&self, head: &DocumentHead, key: &str) -> Result<String> {
+        let doc = self.document(head)?;
+        self.templates.render(key, &doc.value).map_err(|e| {
+            let column = e.names.iter().find(|n| !doc.values.contains_key(*n));
+            self.wrong(doc, column.map(String::as_str), format!("`{key}`: {}", e.problem))
+        })
+    }
+
+    /// `doc_to_text` of a document, without examples.
+    pub(super) fn asked(&self, head: &DocumentHead) -> Result<String> {
+        let doc = self.document(head)?;
+        Ok(python::json_to_str(&self.doc_to_text(doc, "doc_to_text", &self.config.text)?))
+    }
+}
+
 /// The split and files examples come from.
 ///
 /// Where the task does not fix the split, the first of training, validation and test split counts that is there: data
@@ -322,6 +349,13 @@ fn compile(config: &TaskConfig) -> std::result::Result<Templates, (String, Strin
     add("fewshot_config.gen_prefix", shots.gen_prefix.as_deref().unwrap_or_default())?;
     if let Some(Pipeline::Retrieval(r)) = &config.pipeline {
         add("retrieval.doc_to_text_closed", &r.closed)?;
+    }
+    for metric in &config.metrics {
+        if let Metric::Judge(spec) = &metric.metric {
+            let [question, rubric] = Task::judge_keys(spec);
+            add(&question, spec.question.as_deref().unwrap_or_default())?;
+            add(&rubric, &spec.rubric)?;
+        }
     }
     Ok(out)
 }

@@ -151,7 +151,7 @@ pub fn judge(paired: &pairing::Paired, policy: &Policy, thresholds: Vec<Threshol
     let core = decide(&evidence, policy, &levels);
     let single = evidence.len() <= 1;
     let adjusted = holm::adjusted(&core.task_p);
-    let endpoint = |name: &str, metric: &str, e: &Evidence, means: (f64, f64)| {
+    let endpoint = |name: &str, metric: &str, e: &Evidence, means: (f64, f64), unjudged: usize| {
         let (low, high) = e.bounds(0.025);
         let alpha = levels.level(policy.alpha);
         let bounds = e.bounds(alpha);
@@ -159,6 +159,7 @@ pub fn judge(paired: &pairing::Paired, policy: &Policy, thresholds: Vec<Threshol
             name: name.into(),
             metric: metric.into(),
             n: e.n,
+            unjudged: unjudged as u64,
             clusters: e.clusters(),
             reference: means.0,
             candidate: means.1,
@@ -180,7 +181,7 @@ pub fn judge(paired: &pairing::Paired, policy: &Policy, thresholds: Vec<Threshol
     };
     let mut tasks: Vec<Endpoint> = Vec::new();
     for (i, (series, e)) in paired.series.iter().zip(&evidence).enumerate() {
-        let mut own = endpoint(&series.name, &series.metric, e, series.means());
+        let mut own = endpoint(&series.name, &series.metric, e, series.means(), series.unjudged);
         own.p_adjusted = adjusted.get(i).copied();
         if core.rejected.get(i) == Some(&true) || (single && core.pool == Verdict::Regression) {
             own.verdict = Verdict::Regression;
@@ -190,7 +191,7 @@ pub fn judge(paired: &pairing::Paired, policy: &Policy, thresholds: Vec<Threshol
     let pool = (!evidence.is_empty()).then(|| {
         let all = Evidence::pool(&evidence);
         let metric = if single { tasks[0].metric.clone() } else { "all items".into() };
-        let mut pool = endpoint("pool", &metric, &all, paired.means());
+        let mut pool = endpoint("pool", &metric, &all, paired.means(), paired.series.iter().map(|s| s.unjudged).sum());
         pool.verdict = core.pool;
         pool
     });

@@ -6,10 +6,11 @@ use serde::{Deserialize, Serialize};
 
 use super::evidence::Evidence;
 use crate::error::{EvalError, Result};
+use crate::judge::spec::{PAIRWISE, SCORE};
 use crate::tasks::Item;
 
 /// Metrics a task is judged by, the first that its items have; any other comes after them by name.
-const PRIMARY: [&str; 12] = [
+const PRIMARY: [&str; 14] = [
     "acc",
     "exact_match",
     "exact_match,strict-match",
@@ -21,8 +22,12 @@ const PRIMARY: [&str; 12] = [
     "regex",
     "contains",
     "mc2",
+    SCORE,
+    PAIRWISE,
     "rouge_l",
 ];
+/// Metrics that an item may lack: a judge said nothing that could be read.
+const JUDGED: [&str; 2] = [SCORE, PAIRWISE];
 /// Values of items that are no scores.
 const NO_SCORE: [&str; 3] = ["log_prob", "words", "bytes"];
 
@@ -57,6 +62,8 @@ pub struct Series {
     pub metric: String,
     /// In order of task and document.
     pub scores: Vec<Score>,
+    /// Pairs without a judge's verdict on either side, which are not among them.
+    pub unjudged: usize,
     /// 1, or −1 for a metric of which less is better.
     sign: f64,
 }
@@ -216,12 +223,18 @@ pub fn pair(candidate: &[Item], reference: &[Item], options: &PairingOptions) ->
 }
 
 /// The metric a family is judged by; none for rolled texts.
-fn metric(name: &str, pairs: &[(&Item, &Item)], options: &PairingOptions) -> Result<Option<String>> {
+fn metric<'a>(name: &str, pairs: &[(&'a Item, &'a Item)], options: &PairingOptions) -> Result<Option<String>> {
     let Some((first, _)) = pairs.first() else { return Ok(None) };
-    let have: Vec<&String> = first.metrics.keys().filter(|k| !NO_SCORE.contains(&k.as_str())).collect();
+    let mut have: Vec<&String> = first.metrics.keys().filter(|k| !NO_SCORE.contains(&k.as_str())).collect();
+    // A verdict may be missing from the first document.
+    for judged in JUDGED {
+        let both = |p: &(&'a Item, &'a Item)| p.0.metrics.get_key_value(judged).or(p.1.metrics.get_key_value(judged));
+        let found = pairs.iter().find_map(both).map(|m| m.0);
+        have.extend(found.filter(|f| !have.contains(f)));
+    }
     let asked = options.metrics.get(name).or_else(|| options.metrics.get(&first.task));
     if let Some(asked) = asked {
-        return match first.metrics.contains_key(asked) {
+        return match first.metrics.contains_key(asked) || have.contains(&asked) {
             true => Ok(Some(asked.clone())),
             false => Err(unpaired(format!("{name} has no metric {asked}; there are {have:?}"))),
         };
@@ -240,7 +253,12 @@ fn series(
     let mut numbers: HashMap<String, usize> = HashMap::new();
     let mut scores = Vec::with_capacity(pairs.len());
     let lower = pairs.first().is_some_and(|p| options.lower_is_better.iter().any(|l| l.0 == p.0.task && l.1 == metric));
+    let mut unjudged = 0;
     for (own, other) in pairs {
+        if JUDGED.contains(&metric.as_str()) && [own, other].iter().any(|i| !i.metrics.contains_key(&metric)) {
+            unjudged += 1;
+            continue;
+        }
         let value = |item: &Item, whose: &str| {
             item.metrics.get(&metric).copied().filter(|v| v.is_finite()).ok_or_else(|| {
                 unpaired(format!("document {} of {} has no {metric} in the {whose}'s items", item.doc, item.task))
@@ -258,7 +276,7 @@ fn series(
             out.flips.push(flip(own, other, reference, candidate));
         }
     }
-    out.series.push(Series { name: name.into(), metric, scores, sign: if lower { -1.0 } else { 1.0 } });
+    out.series.push(Series { name: name.into(), metric, scores, unjudged, sign: if lower { -1.0 } else { 1.0 } });
     Ok(())
 }
 
@@ -340,6 +358,21 @@ mod tests {
         let paired = pair(&both(1.0), &both(1.0), &PairingOptions { families, ..Default::default() }).unwrap();
         let names: Vec<(&str, usize)> = paired.series.iter().map(|s| (s.name.as_str(), s.scores.len())).collect();
         assert_eq!(names, [("m", 2), ("x", 1)]);
+    }
+
+    #[test]
+    fn pairs_without_a_verdict_are_counted_and_left_out() {
+        let judged = |doc, value: Option<f64>| {
+            let mut i = item("a", doc, 1.0);
+            i.metrics = value.map(|v| (SCORE.to_owned(), v)).into_iter().collect();
+            i
+        };
+        let reference: Vec<Item> = (0..4).map(|d| judged(d, Some(0.75))).collect();
+        let candidate = [judged(0, None), judged(1, Some(0.5)), judged(2, Some(0.75)), judged(3, Some(1.0))];
+        let series = pair(&candidate, &reference, &PairingOptions::default()).unwrap().series.remove(0);
+        assert_eq!((series.metric.as_str(), series.scores.len(), series.unjudged), (SCORE, 3, 1));
+        let e = series.evidence();
+        assert_eq!((e.n, e.losses, e.gains, e.loss(), e.test()), (3, 1, 1, 0.0, "sign-flip permutation"));
     }
 
     #[test]

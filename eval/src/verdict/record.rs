@@ -18,6 +18,9 @@ pub struct Endpoint {
     pub metric: String,
     /// Pairs.
     pub n: u64,
+    /// Pairs left out, because a judge's verdict on them is missing.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub unjudged: u64,
     /// Independent units among them.
     pub clusters: u64,
     /// The reference's mean.
@@ -53,6 +56,10 @@ pub struct Endpoint {
     pub needed: Option<u64>,
     /// Of a task, `inconclusive` holds nothing up.
     pub verdict: Verdict,
+}
+
+fn is_zero(n: &u64) -> bool {
+    *n == 0
 }
 
 /// A figure with a clustered 95 % interval beside a limit.
@@ -176,6 +183,10 @@ impl GateRecord {
                 let p = t.p_adjusted.unwrap_or(t.p_margin);
                 parts.push(format!("{}: loss {} in {} items, adjusted p = {p:.2e}", t.name, pp(t.loss), count(t.n)));
             }
+        }
+        let unjudged: u64 = self.tasks.iter().map(|t| t.unjudged).sum();
+        if unjudged > 0 {
+            parts.push(format!("{} items without a judge's verdict are left out", count(unjudged)));
         }
         for t in self.thresholds.iter().filter(|t| !matches!(t.verdict, None | Some(Verdict::Pass))) {
             let limit = t.limit.unwrap_or(f64::NAN);

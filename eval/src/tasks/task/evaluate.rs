@@ -6,7 +6,7 @@ use serde_json::Value as Json;
 
 use super::requests::DocumentHead;
 use super::{Doc, Task};
-use crate::tasks::config::OutputType;
+use crate::tasks::config::{FilterChain, OutputType};
 use crate::tasks::error::{Result, TaskError};
 use crate::tasks::item::Item;
 use crate::tasks::metrics::Metric;
@@ -148,13 +148,7 @@ impl Task {
         let own_choices: Option<Vec<String>> = own_choices.map(|list| list.iter().map(json_to_str).collect());
         let choices = own_choices.as_deref().or(head.choices.as_deref());
         for chain in &self.config.filters {
-            let mut texts = item.responses.clone();
-            for step in &chain.steps {
-                texts = step
-                    .apply(texts, choices)
-                    .map_err(|p| self.wrong(doc, None, format!("filter `{}`: {p}", chain.name)))?;
-            }
-            let text = texts.into_iter().next().unwrap_or_default();
+            let text = self.filtered(doc, chain, item.responses.clone(), choices)?;
             for spec in &self.config.metrics {
                 let value = spec.metric.of_text(&text, &head.targets, &doc.values);
                 if let Some(value) = value.map_err(|p| self.wrong(doc, None, format!("metric `{}`: {p}", spec.name)))? {
@@ -166,6 +160,30 @@ impl Task {
             self.retrieved(head, doc, item)?;
         }
         Ok(())
+    }
+
+    fn filtered(
+        &self,
+        doc: &Doc,
+        chain: &FilterChain,
+        mut texts: Vec<String>,
+        choices: Option<&[String]>,
+    ) -> Result<String> {
+        for step in &chain.steps {
+            texts = step
+                .apply(texts, choices)
+                .map_err(|p| self.wrong(doc, None, format!("filter `{}`: {p}", chain.name)))?;
+        }
+        Ok(texts.into_iter().next().unwrap_or_default())
+    }
+
+    /// What the first filter leaves of an item's texts.
+    pub(in crate::tasks) fn answer_text(&self, head: &DocumentHead, item: &Item) -> Result<String> {
+        let doc = self.document(head)?;
+        match self.config.filters.first() {
+            Some(chain) => self.filtered(doc, chain, item.responses.clone(), head.choices.as_deref()),
+            None => Ok(item.responses.first().cloned().unwrap_or_default()),
+        }
     }
 
     fn retrieved(&self, head: &DocumentHead, doc: &Doc, item: &mut Item) -> Result<()> {

@@ -212,6 +212,7 @@ impl Documents<'_> {
                 _ => history.insert(0, Turn::new("system", system)),
             }
         }
+        let turns = history.clone();
         if self.chat.template.is_none() {
             for turn in &mut history {
                 let mut role = turn.role.clone();
@@ -224,22 +225,30 @@ impl Documents<'_> {
         let chat = ChatOptions { multiturn: true, ..self.chat };
         let context = prompt::render(history, &chat, false)
             .map_err(|source| TaskError::Chat { task: self.task.config.task.clone(), source })?;
-        Ok(self.generate(context))
+        Ok(self.generate(context, turns, &chat))
     }
 
-    fn generate(&self, context: String) -> RequestKind {
+    /// `turns` are those the context was made of.
+    fn generate(&self, context: String, turns: Vec<Turn>, chat: &ChatOptions<'_>) -> RequestKind {
         let g = &self.task.config.generation;
+        let conversation = chat.template.is_some() || chat.messages;
         RequestKind::Generate {
             context,
             until: g.until.clone(),
             max_new_tokens: g.max_new_tokens,
             temperature: g.temperature,
             do_sample: g.do_sample,
+            messages: if conversation { chat.messages(turns) } else { Vec::new() },
         }
     }
 
     /// Prompt for one question.
     fn ask(&self, opening: &[Turn], text: &str, prefix: &str, delimiter: &str) -> Result<String> {
+        self.finish(self.turns(opening, text, prefix, delimiter), !prefix.is_empty())
+    }
+
+    /// Its turns.
+    fn turns(&self, opening: &[Turn], text: &str, prefix: &str, delimiter: &str) -> Vec<Turn> {
         let question = Question {
             text,
             answer: None,
@@ -249,7 +258,7 @@ impl Documents<'_> {
         };
         let mut turns = opening.to_vec();
         turns.extend(question.turns());
-        self.finish(turns, !prefix.is_empty())
+        turns
     }
 
     fn kinds(
@@ -285,7 +294,8 @@ impl Documents<'_> {
             Json::String(text) => text,
             other => return Err(task.wrong(doc, None, format!("`doc_to_text` gives {other}, which is not text"))),
         };
-        let context = self.ask(&opening, &text, &prefix, &config.target_delimiter)?;
+        let turns = self.turns(&opening, &text, &prefix, &config.target_delimiter);
+        let context = self.finish(turns.clone(), !prefix.is_empty())?;
         match config.output_type {
             OutputType::MultipleChoice => {
                 let choices = choices.unwrap_or_default();
@@ -300,7 +310,7 @@ impl Documents<'_> {
                 Ok(vec![RequestKind::LogLikelihood { context, continuation: json_to_str(target) }])
             }
             OutputType::Generate | OutputType::Rolling => {
-                let mut out = vec![self.generate(context.clone()); config.repeats];
+                let mut out = vec![self.generate(context.clone(), turns, &self.chat); config.repeats];
                 if let (Some(Pipeline::Retrieval(_)), Some(gold)) = (&config.pipeline, targets.first()) {
                     let closed = task.closed_text(doc)?;
                     let closed = self.ask(&opening, &closed, &prefix, &config.target_delimiter)?;
@@ -376,8 +386,15 @@ fn hash_kinds(kinds: &[RequestKind]) -> String {
                 part(&mut text, continuation);
             }
             RequestKind::Rolling { text: rolled } => part(&mut text, rolled),
-            RequestKind::Generate { context, until, max_new_tokens, temperature, do_sample } => {
-                part(&mut text, context);
+            RequestKind::Generate { context, until, max_new_tokens, temperature, do_sample, messages } => {
+                // A conversation is the same question whatever template spells it.
+                if messages.is_empty() {
+                    part(&mut text, context);
+                }
+                for message in messages {
+                    part(&mut text, &message.role);
+                    part(&mut text, &message.content);
+                }
                 text.push_str(&format!("{until:?} {max_new_tokens} {temperature} {do_sample}\n"));
             }
         }
