@@ -244,6 +244,22 @@ fn a_failure_that_lasts_is_an_error_that_names_its_document() {
         out.status.code() == Some(3) && says.contains("Only no echo is supported") && says.contains("of words"),
         "{says}"
     );
+    // A server that hangs.
+    let hung = StandIn::start(|path, _, _| {
+        if path != "/v1/models" {
+            std::thread::sleep(Duration::from_secs(20));
+        }
+        Play::Json(Value::Null)
+    });
+    let mut c = lowbit(dir);
+    c.args(["eval", "--endpoint", &hung.url, "--timeout", "0.5", "--retries", "1", "--limit", "1", "--tasks"])
+        .arg(&task);
+    let out = c.output().unwrap();
+    let says = stderr(&out);
+    assert!(
+        out.status.code() == Some(3) && says.contains("asked 2 times") && says.contains("no whole answer"),
+        "{says}"
+    );
     let gone = ask("http://127.0.0.1:9");
     assert!(gone.status.code() == Some(3) && stderr(&gone).contains("http://127.0.0.1:9"), "{}", stderr(&gone));
     let url = lowbit(dir).args(["eval", "http://x", "--tasks", "piqa"]).output().unwrap();
@@ -434,6 +450,43 @@ fn a_judge_that_cannot_be_trusted_is_found_out() {
         .output()
         .unwrap();
     assert!(out.status.code() == Some(3) && stderr(&out).contains("no task has"), "{}", stderr(&out));
+}
+
+#[test]
+fn a_judge_that_failed_goes_on_where_it_stopped() {
+    let tmp = tempfile::tempdir().unwrap();
+    let dir = tmp.path();
+    let task = writing(dir, 6, "metric_list:\n  - {metric: judge, rubric: 'Row {{n}}.', votes: 2}\n");
+    let own = model(|_| 3);
+    let judge = StandIn::start(|path, body, before| match path {
+        "/v1/models" => Play::Json(Value::Null),
+        _ if last(body).contains("Row 4.") && before == 0 => Play::Status(403, "", "{\"detail\": \"quota\"}".into()),
+        _ => judge_says(body, false),
+    });
+    let run = || {
+        let mut c = lowbit(dir);
+        c.args(["eval", "--endpoint", &own.url, "--judge", &judge.url, "--concurrency", "1", "--tasks"]).arg(&task);
+        c.arg("-o").arg(dir.join("e.json")).output().unwrap()
+    };
+    let out = run();
+    let says = stderr(&out);
+    assert!(
+        out.status.code() == Some(3) && says.contains("403: quota") && says.contains("document 4 of writing (judge)"),
+        "{says}"
+    );
+    assert!(!dir.join("e.json").exists());
+    let out = run();
+    // The other vote on that row has a seed of its own, and is refused once, too.
+    assert!(
+        stderr(&out).contains("6 of 6 requests answered before") && out.status.code() == Some(3),
+        "{}",
+        stderr(&out)
+    );
+    assert!(run().status.success());
+    assert_eq!(own.bodies("/v1/chat/completions").len(), 6);
+    assert_eq!(judge.bodies("/v1/chat/completions").len(), 12 + 2);
+    assert!(!dir.join("e.judge.journal").exists() && !dir.join("e.journal").exists());
+    assert_eq!(read(&dir.join("e.json"))["tasks"]["writing"]["judge"], 0.75);
 }
 
 #[test]

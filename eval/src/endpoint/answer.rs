@@ -104,6 +104,12 @@ pub(super) fn scores(body: &[u8], tokens: usize, scored: usize) -> Result<Found,
             values.len()
         )));
     }
+    // The request's one new token is listed behind the prompt's: without it the list is shifted (some servers drop BOS).
+    if choice.get("finish_reason").and_then(Json::as_str) == Some("length") && values.len() == tokens {
+        return Err(Unfit::lasting(format!(
+            "answered {tokens} log-probabilities for {tokens} tokens sent and one written: one is missing"
+        )));
+    }
     let counted = value.get("usage").and_then(|u| u.get("prompt_tokens")).and_then(Json::as_u64);
     if counted.is_some_and(|n| n != tokens as u64) {
         return Err(Unfit::lasting(format!(
@@ -177,6 +183,8 @@ mod tests {
         assert!(scores(body(4).as_bytes(), 3, 1).unwrap_err().problem.contains("adds tokens"));
         let e = scores(body(9).as_bytes(), 9, 1).unwrap_err();
         assert!(!e.again && e.problem.contains("does not echo"), "{e:?}");
+        let shifted = body(4).replace("\"logprobs\":", "\"finish_reason\":\"length\",\"logprobs\":");
+        assert!(scores(shifted.as_bytes(), 4, 1).unwrap_err().problem.contains("one is missing"));
         let none = json!({"choices": [{"text": "a", "logprobs": null}]}).to_string();
         assert!(scores(none.as_bytes(), 3, 1).unwrap_err().problem.contains("without `logprobs`"));
     }

@@ -84,6 +84,12 @@ impl Served {
         let reply = transport.get("/v1/models").map_err(|why| {
             failed(format!("does not answer: {why}\nhint: is the server up? `lowbit serve MODEL` starts one"))
         })?;
+        if matches!(reply.status, 401 | 403) {
+            let why = answer::shown(&reply);
+            return Err(failed(format!(
+                "refuses: {why}\nhint: --api-key-env VAR (--judge-api-key-env, --reference-api-key-env) names the variable with its token"
+            )));
+        }
         let list = (reply.status == 200).then(|| serde_json::from_slice::<Json>(&reply.body).ok()).flatten();
         let list = list.and_then(|v| v.get("data").and_then(Json::as_array).cloned());
         let id = |m: &Json| m.get("id").and_then(Json::as_str).map(str::to_owned);
