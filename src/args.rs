@@ -8,9 +8,11 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 pub use endpoint::{EndpointArgs, JudgeArgs};
 
+use crate::examples;
+
 /// Quantize a language model, prove what that did to its accuracy, and measure what it gained in speed.
 #[derive(Parser, Debug)]
-#[command(name = "lowbit", version, max_term_width = 100)]
+#[command(name = "lowbit", version, max_term_width = 100, after_help = examples::TOP)]
 pub struct Cli {
     #[command(flatten)]
     pub global: Global,
@@ -87,36 +89,52 @@ fn parse_device(text: &str) -> Result<Device, String> {
 
 #[derive(Subcommand, Debug)]
 pub enum Command {
-    /// The main job: plan, quantize, verify, eval and bench against the original, report.
+    /// The main job: plan, quantize, verify, eval and bench against the original, a verdict, report.
+    #[command(after_help = examples::RUN)]
     Run(RunArgs),
     /// Architecture, tensors, dtypes, sizes, quantization found.
     Inspect(InspectArgs),
     /// Before any work: every tensor's fate and why, and the exact size of the output.
+    #[command(after_help = examples::PLAN)]
     Plan(PlanArgs),
     /// Write the quantized checkpoint and quantize.json.
+    #[command(after_help = examples::QUANTIZE)]
     Quantize(QuantizeArgs),
     /// Re-open an artefact and check every tensor against its config and record.
     Verify(VerifyArgs),
     /// Between checkpoint formats: GGUF or packed weights to a bf16 Hugging Face folder, or packed to packed.
     Convert(ConvertArgs),
     /// Perplexity and task scores, and drift against a reference in the same pass.
+    #[command(after_help = examples::EVAL)]
     Eval(Box<EvalArgs>),
     /// A verdict on accuracy: pass, regression or inconclusive, as an exit code, JUnit XML and Markdown.
+    #[command(after_help = examples::GATE)]
     Gate(GateArgs),
     /// Prefill and decode rates, interleaved with a reference, against the memory bandwidth.
+    #[command(after_help = examples::BENCH)]
     Bench(BenchArgs),
     /// Load a serving endpoint: latencies with intervals, an objective's verdict, the highest rate that meets it.
+    #[command(after_help = examples::LOAD)]
     Load(LoadArgs),
     /// Servers for a peak rate and what a million tokens costs, from load records or from a data sheet.
+    #[command(after_help = examples::CAPACITY)]
     Capacity(CapacityArgs),
     /// Two load records against each other: ratios of latencies with intervals.
     Compare(CompareArgs),
     /// OpenAI-compatible server: completions and chat, streaming, continuous batching.
+    #[command(after_help = examples::SERVE)]
     Serve(ServeArgs),
     /// Continue a prompt.
     Generate(GenerateArgs),
-    /// Write report.html, report.md and report.json from the records in a folder.
+    /// Write report.html, report.md and report.json from the records in a folder, or compare several folders.
+    #[command(after_help = examples::REPORT)]
     Report(ReportArgs),
+    /// Print the completion script of a shell.
+    #[command(after_help = examples::COMPLETIONS)]
+    Completions(CompletionsArgs),
+    /// Print the man page, or write those of all commands into a folder.
+    #[command(after_help = examples::MAN)]
+    Man(ManArgs),
     /// Check every operation of a device against the scalar reference, and time layer shapes of real models: what
     /// bench/gpu-suite runs (docs/gpu.md).
     #[command(hide = true)]
@@ -235,6 +253,34 @@ pub struct RunArgs {
     /// Perplexity windows at most.
     #[arg(long, default_value_t = 10)]
     pub limit: usize,
+    /// Tasks to score both models on, as in `lowbit eval` (default for `demo`: two of our own). The gate judges them; the exit
+    /// code is its verdict.
+    #[arg(long, value_delimiter = ',')]
+    pub tasks: Vec<String>,
+    /// Folder with the tasks' data; without it data comes from the hub.
+    #[arg(long, value_name = "DIR")]
+    pub data: Option<PathBuf>,
+    /// Folder with task files of your own.
+    #[arg(long, value_name = "DIR")]
+    pub include: Vec<PathBuf>,
+    /// Documents at most, of each task.
+    #[arg(long, value_name = "N")]
+    pub task_limit: Option<usize>,
+    /// Largest loss the gate accepts, percentage points (default as in `lowbit gate`).
+    #[arg(long, value_name = "PP")]
+    pub margin: Option<f64>,
+    /// Largest mean KL divergence the gate accepts, nats a token.
+    #[arg(long, value_name = "NATS")]
+    pub max_kl: Option<f64>,
+    /// Largest ratio of perplexities the gate accepts.
+    #[arg(long, value_name = "RATIO")]
+    pub max_ppl_ratio: Option<f64>,
+    /// Show the N positions of the --eval-text where the models part most (demo: 12).
+    #[arg(long, value_name = "N")]
+    pub worst_tokens: Option<usize>,
+    /// Swap each linear (or block) back, one at a time, and rank them by KL regained per byte (demo: linear).
+    #[arg(long, value_enum, value_name = "UNIT")]
+    pub blame: Option<BlameArg>,
     /// Leave the bench out.
     #[arg(long)]
     pub no_bench: bool,
@@ -696,6 +742,12 @@ pub struct CapacityArgs {
     /// Servers that may fail.
     #[arg(long, default_value_t = 1)]
     pub spare: u64,
+    /// Write the plan here; `lowbit report` reads capacity.json.
+    #[arg(long, short, conflicts_with = "estimate")]
+    pub output: Option<PathBuf>,
+    /// Replace an existing plan.
+    #[arg(long)]
+    pub force: bool,
     /// From sizes and a data sheet, before any run.
     #[arg(long, conflicts_with_all = ["files", "gpu_hour", "slo"])]
     pub estimate: bool,
@@ -816,8 +868,32 @@ pub struct ServeArgs {
 
 #[derive(Args, Debug)]
 pub struct ReportArgs {
-    /// Folder with plan.json, quantize.json, eval.json, bench.json.
-    pub dir: PathBuf,
+    /// Folders of `lowbit run`, or any with its records: plan.json, quantize.json, eval.json, gate.json, bench.json,
+    /// load.json (and load-NAME.json), capacity.json. Several are compared in one page.
+    #[arg(required = true, value_name = "DIR")]
+    pub dirs: Vec<PathBuf>,
+    /// Folder to write into (default: DIR, where there is one).
+    #[arg(long, short, value_name = "DIR")]
+    pub output: Option<PathBuf>,
+    /// With --output: replace existing reports.
+    #[arg(long)]
+    pub force: bool,
+}
+
+#[derive(Args, Debug)]
+pub struct CompletionsArgs {
+    /// Shell.
+    pub shell: clap_complete::Shell,
+}
+
+#[derive(Args, Debug)]
+pub struct ManArgs {
+    /// Folder for lowbit.1 and a page for each command (default: print lowbit.1).
+    #[arg(long, short, value_name = "DIR")]
+    pub output: Option<PathBuf>,
+    /// Replace existing pages.
+    #[arg(long)]
+    pub force: bool,
 }
 
 #[derive(Args, Debug)]

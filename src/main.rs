@@ -6,6 +6,8 @@
 mod args;
 mod commands;
 mod context;
+mod demo_tasks;
+mod examples;
 mod exit;
 mod models;
 mod progress;

@@ -120,7 +120,7 @@ pub fn markdown(r: &GpuRecord) -> String {
     }
     if let Some(b) = &r.bench {
         out += "\n### Demo model\n\n";
-        let mut t = Table::new(&["Test", "#Batch", "#Tokens/s"]);
+        let mut t = Table::new("", &["Test", "#Batch", "#Tokens/s"]);
         for row in &b.rows {
             t.row(vec![row.test.as_str().into(), count(row.batch as u64).into(), sig(row.tokens_per_second, 3).into()]);
         }
@@ -136,7 +136,7 @@ fn synthetic(b: &BenchRecord, out: &mut String) {
     let shape = first.model.split(' ').next().unwrap_or_default();
     *out += &format!("\n### {}, random weights\n\n", escape(shape));
     let columns = ["Model", "Test", "#Batch", "#Tokens/s", "#× first", "#Of bandwidth", "#Of large linear"];
-    let mut t = Table::new(&columns);
+    let mut t = Table::new("", &columns);
     let share = |v: Option<f64>| v.map_or(NONE.to_string(), |v| percent(v, 0));
     for row in &b.rows {
         let of_row = |s: &&SpeedUp| s.model == row.model && s.test == row.test && s.batch == row.batch;
@@ -161,7 +161,7 @@ fn stages(r: &GpuRecord, out: &mut String) {
     if r.stages.is_empty() {
         return;
     }
-    let mut t = Table::new(&["Stage", "Result", "#Time", "Note"]);
+    let mut t = Table::new("", &["Stage", "Result", "#Time", "Note"]);
     for s in &r.stages {
         let result = match s.status {
             None => "skipped".to_string(),
@@ -185,7 +185,7 @@ fn correctness(r: &GpuRecord, out: &mut String) {
     if !rows.is_empty() {
         let passed = rows.iter().filter(|r| r.passed).count();
         *out += &format!("{passed} of {} operations agree with the scalar reference.\n", rows.len());
-        let mut t = Table::new(&["Operation", "Case", "#Error", "#Tolerance"]);
+        let mut t = Table::new("", &["Operation", "Case", "#Error", "#Tolerance"]);
         for row in rows.iter().filter(|r| !r.passed) {
             let error = row.error.map_or_else(|| row.problem.clone().unwrap_or_default(), |e| sig(e, 3));
             t.row(vec![row.op.as_str().into(), row.case.as_str().into(), error.into(), sig(row.tolerance, 3).into()]);
@@ -215,7 +215,8 @@ fn kernels(r: &GpuRecord, s: &SuiteRecord, out: &mut String) {
         );
     }
     linears(r, &s.kernels, out);
-    let mut t = Table::new(&["Operation", "Model", "Shape", "#Tokens", "#Time", "#Bandwidth", "#Flops", "#Of ceiling"]);
+    let mut t =
+        Table::new("", &["Operation", "Model", "Shape", "#Tokens", "#Time", "#Bandwidth", "#Flops", "#Of ceiling"]);
     let others: Vec<_> = s.kernels.iter().filter(|r| r.format.is_none()).collect();
     for row in &others {
         t.row(vec![
@@ -252,7 +253,7 @@ fn linears(r: &GpuRecord, rows: &[KernelRow], out: &mut String) {
     }
     let mut heads = vec!["Model".to_string(), "Layers".into(), "Shape".into(), "Weights".into()];
     heads.extend(tokens.iter().map(|t| format!("#{t}")));
-    let mut table = Table::new(&heads.iter().map(String::as_str).collect::<Vec<_>>());
+    let mut table = Table::new("", &heads.iter().map(String::as_str).collect::<Vec<_>>());
     let mut done: Vec<(&str, &str, Format)> = Vec::new();
     for &(row, format) in &linears {
         let key = (row.model.as_str(), row.layers.as_str(), format);

@@ -1,8 +1,9 @@
 //! Joins the records of a quantized model into one self-contained report.
 //!
-//! [`load`] reads `plan.json`, `quantize.json`, `eval.json` and `bench.json` of a directory, as far
-//! as they exist; [`html`], [`markdown`] and [`json`] render them; [`write`] does all of that and
-//! puts `report.html`, `report.md` and `report.json` next to the records.
+//! [`load`] reads the records of a run directory, as far as they exist, and [`load_all`] those of several, to be compared;
+//! [`html`], [`markdown`] and [`json`] render them; [`write`] does all of that and puts `report.html`, `report.md` and
+//! `report.json` next to the records or elsewhere. The verdict comes first, then three numbers, then what they rest on; what there
+//! is no record of has no section. The same records give the same bytes.
 //!
 //! [`gpu`] makes the tables of `docs/gpu.md` from a record of `bench/gpu-suite`.
 //!
@@ -11,8 +12,13 @@
 
 #![warn(missing_docs)]
 
-mod chart;
+mod chart_kl;
+mod chart_layers;
+mod chart_lines;
+mod chart_size;
 mod chart_speed;
+mod chart_tasks;
+mod chart_triangle;
 mod format;
 pub mod gpu;
 mod load;
@@ -22,8 +28,14 @@ mod svg;
 mod table;
 mod view;
 mod view_accuracy;
+mod view_compare;
+mod view_layers;
+mod view_provenance;
+mod view_serving;
+mod view_size;
 mod view_speed;
+mod view_verdict;
 
-pub use load::{Records, ReportError, load};
+pub use load::{Records, ReportError, Variant, load, load_all};
 pub use markdown::markdown;
 pub use output::{html, json, write};

@@ -1,12 +1,15 @@
-//! Reading the records of a directory and joining them by hash.
+//! Reading the records of run directories and joining them by hash.
 
 use std::fs;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
+use lowbit_bench::capacity::plan::CapacityRecord;
+use lowbit_bench::load::record::LoadRecord;
 use lowbit_bench::record::BenchRecord;
 use lowbit_checkpoint::provenance::Provenance;
 use lowbit_eval::record::EvalRecord;
+use lowbit_eval::verdict::record::GateRecord;
 use lowbit_quantize::record::{PlanRecord, QuantizeRecord};
 use serde::de::DeserializeOwned;
 
@@ -34,30 +37,38 @@ pub enum ReportError {
         message: String,
     },
     /// Nothing to report on.
-    #[error("{}: no records here (looked for plan.json, quantize.json, eval.json and bench.json)", dir.display())]
+    #[error("{}: no records here (looked for {})", dir.display(), FILES.join(", "))]
     NoRecords {
         /// Where they were looked for.
         dir: PathBuf,
     },
-    /// Accuracy and speed were measured on different checkpoints.
+    /// Two records of one directory are about different checkpoints.
     #[error(
-        "eval.json and bench.json are about different checkpoints: \
-         eval.json has {eval_model} ({eval_sha256}), bench.json has {bench_model} ({bench_sha256})"
+        "{first} and {second} are about different checkpoints: \
+         {first} has {first_model} ({first_sha256}), {second} has {second_model} ({second_sha256})"
     )]
     ModelMismatch {
-        /// Model name in `eval.json`.
-        eval_model: String,
+        /// A file.
+        first: &'static str,
+        /// Model name in it.
+        first_model: String,
         /// Its hash.
-        eval_sha256: String,
-        /// Model name in `bench.json`.
-        bench_model: String,
+        first_sha256: String,
+        /// The other file.
+        second: &'static str,
+        /// Model name in that one.
+        second_model: String,
         /// Its hash.
-        bench_sha256: String,
+        second_sha256: String,
     },
     /// The page could not be rendered.
     #[error("report template: {0}")]
     Template(#[from] minijinja::Error),
 }
+
+/// What a directory may hold, beside further `load-NAME.json`.
+const FILES: [&str; 7] =
+    ["plan.json", "quantize.json", "eval.json", "gate.json", "bench.json", "load.json", "capacity.json"];
 
 /// The records of one model, as far as they exist.
 #[derive(Clone, Debug, Default)]
@@ -68,17 +79,39 @@ pub struct Records {
     pub quantize: Option<QuantizeRecord>,
     /// `eval.json`.
     pub eval: Option<EvalRecord>,
+    /// `gate.json`.
+    pub gate: Option<GateRecord>,
     /// `bench.json`.
     pub bench: Option<BenchRecord>,
+    /// `load.json` under an empty name, `load-NAME.json` under NAME; without their requests.
+    pub loads: Vec<(String, LoadRecord)>,
+    /// `capacity.json`.
+    pub capacity: Option<CapacityRecord>,
+}
+
+/// The records of one candidate among several.
+#[derive(Clone, Debug, Default)]
+pub struct Variant {
+    /// What tells it from the others; empty for a single one.
+    pub name: String,
+    /// Its records.
+    pub records: Records,
+}
+
+impl From<Records> for Variant {
+    fn from(records: Records) -> Self {
+        Self { name: String::new(), records }
+    }
 }
 
 impl Records {
-    /// Files that are not there.
+    /// Files of the main job that are not there.
     pub fn missing(&self) -> Vec<&'static str> {
         [
             ("plan.json", self.plan.is_none()),
             ("quantize.json", self.quantize.is_none()),
             ("eval.json", self.eval.is_none()),
+            ("gate.json", self.gate.is_none()),
             ("bench.json", self.bench.is_none()),
         ]
         .into_iter()
@@ -86,19 +119,25 @@ impl Records {
         .collect()
     }
 
-    /// Fails where `eval` and `bench` measured different checkpoints.
+    /// Fails where two of `eval`, `gate` and `bench` are about different checkpoints.
     pub fn check(&self) -> Result<(), ReportError> {
-        if let (Some(eval), Some(bench)) = (&self.eval, &self.bench)
-            && eval.provenance.model_sha256 != bench.provenance.model_sha256
-        {
-            return Err(ReportError::ModelMismatch {
-                eval_model: eval.provenance.model.clone(),
-                eval_sha256: eval.provenance.model_sha256.clone(),
-                bench_model: bench.provenance.model.clone(),
-                bench_sha256: bench.provenance.model_sha256.clone(),
-            });
+        let about: Vec<(&'static str, &Provenance)> = self
+            .provenance()
+            .into_iter()
+            .filter(|(file, p)| ["eval.json", "gate.json", "bench.json"].contains(file) && !p.model_sha256.is_empty())
+            .collect();
+        let Some((first, rest)) = about.split_first() else { return Ok(()) };
+        match rest.iter().find(|other| other.1.model_sha256 != first.1.model_sha256) {
+            None => Ok(()),
+            Some(second) => Err(ReportError::ModelMismatch {
+                first: first.0,
+                first_model: first.1.model.clone(),
+                first_sha256: first.1.model_sha256.clone(),
+                second: second.0,
+                second_model: second.1.model.clone(),
+                second_sha256: second.1.model_sha256.clone(),
+            }),
         }
-        Ok(())
     }
 
     /// Differences a reader must know about that do not spoil the report.
@@ -126,6 +165,11 @@ impl Records {
                 out.push(format!("{file} compares with another reference than the model that was quantized."));
             }
         }
+        if let (Some(eval), Some(gate)) = (find("eval.json"), find("gate.json"))
+            && gate.unix_time < eval.unix_time
+        {
+            out.push("gate.json is older than eval.json: the verdict is on an earlier evaluation.".to_owned());
+        }
         out
     }
 
@@ -135,7 +179,10 @@ impl Records {
         out.extend(self.plan.as_ref().map(|r| ("plan.json", &r.provenance)));
         out.extend(self.quantize.as_ref().map(|r| ("quantize.json", &r.provenance)));
         out.extend(self.eval.as_ref().map(|r| ("eval.json", &r.provenance)));
+        out.extend(self.gate.as_ref().map(|r| ("gate.json", &r.provenance)));
         out.extend(self.bench.as_ref().map(|r| ("bench.json", &r.provenance)));
+        out.extend(self.loads.iter().map(|(_, r)| ("load.json", &r.provenance)));
+        out.extend(self.capacity.as_ref().map(|r| ("capacity.json", &r.provenance)));
         out
     }
 }
@@ -155,20 +202,74 @@ pub(crate) fn read<T: DeserializeOwned>(path: PathBuf) -> Result<Option<T>, Repo
     })
 }
 
-/// Reads `plan.json`, `quantize.json`, `eval.json` and `bench.json` from `dir`.
+/// Reads what [`Records`] names from `dir`.
 ///
-/// A missing file is `None`; none at all is an error, and so are a broken file and an `eval.json`
-/// and `bench.json` about different checkpoints.
+/// A missing file is `None`; none at all is an error, and so are a broken file and records of one directory
+/// about different checkpoints.
 pub fn load(dir: &Path) -> Result<Records, ReportError> {
-    let records = Records {
+    let mut records = Records {
         plan: read(dir.join("plan.json"))?,
         quantize: read(dir.join("quantize.json"))?,
         eval: read(dir.join("eval.json"))?,
+        gate: read(dir.join("gate.json"))?,
         bench: read(dir.join("bench.json"))?,
+        loads: Vec::new(),
+        capacity: read(dir.join("capacity.json"))?,
     };
-    if records.missing().len() == 4 {
+    for (name, file) in load_files(dir)? {
+        let Some(mut record) = read::<LoadRecord>(dir.join(file))? else { continue };
+        // Every stamp of every request: summaries are beside them.
+        for stage in &mut record.stages {
+            stage.requests = Vec::new();
+            stage.metrics.concurrency = Vec::new();
+        }
+        records.loads.push((name, record));
+    }
+    if records.provenance().is_empty() {
         return Err(ReportError::NoRecords { dir: dir.to_owned() });
     }
     records.check()?;
     Ok(records)
+}
+
+/// `load.json` and `load-NAME.json`, by name.
+fn load_files(dir: &Path) -> Result<Vec<(String, String)>, ReportError> {
+    let entries = match fs::read_dir(dir) {
+        Ok(entries) => entries,
+        Err(e) if e.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(source) => return Err(ReportError::Io { path: dir.to_owned(), source }),
+    };
+    let mut out = Vec::new();
+    for entry in entries {
+        let entry = entry.map_err(|source| ReportError::Io { path: dir.to_owned(), source })?;
+        let file = entry.file_name().to_string_lossy().into_owned();
+        let name = file.strip_prefix("load").and_then(|rest| rest.strip_suffix(".json"));
+        match name {
+            Some("") => out.push((String::new(), file)),
+            Some(name) if name.starts_with('-') => out.push((name[1..].to_owned(), file)),
+            _ => {}
+        }
+    }
+    out.sort();
+    Ok(out)
+}
+
+/// Reads several directories, each a variant named by the shortest end of its path that no other has.
+pub fn load_all(dirs: &[PathBuf]) -> Result<Vec<Variant>, ReportError> {
+    let paths: Vec<Vec<String>> = dirs
+        .iter()
+        .map(|d| {
+            let whole = d.canonicalize().unwrap_or_else(|_| d.clone());
+            whole.components().map(|c| c.as_os_str().to_string_lossy().into_owned()).collect()
+        })
+        .collect();
+    let end = |p: &[String], n: usize| p[p.len().saturating_sub(n)..].join("/");
+    let name = |i: usize| {
+        if dirs.len() == 1 {
+            return String::new();
+        }
+        let unique = |n: &usize| (0..paths.len()).filter(|j| end(&paths[*j], *n) == end(&paths[i], *n)).count() == 1;
+        end(&paths[i], (1..=paths[i].len()).find(unique).unwrap_or(paths[i].len()))
+    };
+    dirs.iter().enumerate().map(|(i, d)| Ok(Variant { name: name(i), records: load(d)? })).collect()
 }

@@ -7,6 +7,27 @@ use crate::format::sig;
 /// Width of every chart in user units; the page scales it.
 pub(crate) const WIDTH: f64 = 880.0;
 
+/// About how wide `text` is in the charts' type size.
+pub(crate) fn text_width(text: &str) -> f64 {
+    6.9 * text.chars().count() as f64
+}
+
+/// `text` cut to about `width` user units, with an ellipsis.
+pub(crate) fn fit(text: &str, width: f64) -> String {
+    let most = (width / 6.9).max(2.0) as usize;
+    if text.chars().count() <= most {
+        return text.to_owned();
+    }
+    let mut out: String = text.chars().take(most - 1).collect();
+    out.push('…');
+    out
+}
+
+/// Colour of the `i`th variant: `c1` to `c8`, over again.
+pub(crate) fn colour(i: usize) -> String {
+    format!("{}", i % 8 + 1)
+}
+
 /// Text safe inside an element or a quoted attribute.
 pub(crate) fn esc(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
@@ -32,13 +53,15 @@ pub(crate) fn at(v: f64) -> String {
 /// An SVG under construction.
 pub(crate) struct Svg {
     height: f64,
-    label: String,
+    title: String,
+    description: String,
     body: String,
 }
 
 impl Svg {
-    pub(crate) fn new(height: f64, label: &str) -> Self {
-        Self { height, label: esc(label), body: String::new() }
+    /// `title` names the chart and `description` says what it shows, to who cannot see it.
+    pub(crate) fn new(height: f64, title: &str, description: &str) -> Self {
+        Self { height, title: esc(title), description: esc(description), body: String::new() }
     }
 
     pub(crate) fn line(&mut self, class: &str, from: (f64, f64), to: (f64, f64)) {
@@ -100,13 +123,39 @@ impl Svg {
         );
     }
 
+    /// Outlines of one class with one title: many small parts take few bytes this way.
+    pub(crate) fn path(&mut self, class: &str, d: &str) {
+        let _ = write!(self.body, r#"<path class="{class}" d="{d}"/>"#);
+    }
+
+    pub(crate) fn circle(&mut self, class: &str, (x, y): (f64, f64), r: f64, title: &str) {
+        let (x, y, r) = (at(x), at(y), at(r));
+        let _ = write!(
+            self.body,
+            r#"<circle class="{class}" cx="{x}" cy="{y}" r="{r}"><title>{}</title></circle>"#,
+            esc(title)
+        );
+    }
+
+    /// A line from `low` to `high` with ends across it.
+    pub(crate) fn whisker(&mut self, low: (f64, f64), high: (f64, f64)) {
+        self.line("whisker", low, high);
+        let flat = (low.1 - high.1).abs() < 1e-9;
+        let (dx, dy) = if flat { (0.0, 4.0) } else { (4.0, 0.0) };
+        for (x, y) in [low, high] {
+            self.line("whisker", (x - dx, y - dy), (x + dx, y + dy));
+        }
+    }
+
     /// The finished element in a box that scrolls where the screen is narrow.
     pub(crate) fn finish(self) -> String {
         format!(
-            r#"<div class="chart scroll" tabindex="0"><svg viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg></div>"#,
+            r#"<div class="chart scroll" role="region" aria-label="{}" tabindex="0"><svg viewBox="0 0 {} {}" role="img"><title>{}</title><desc>{}</desc>{}</svg></div>"#,
+            self.title,
             at(WIDTH),
             at(self.height),
-            self.label,
+            self.title,
+            self.description,
             self.body
         )
     }
@@ -146,11 +195,6 @@ pub(crate) fn legend(entries: &[(usize, String, String)]) -> String {
     out
 }
 
-/// What a chart without data says.
-pub(crate) fn empty(what: &str) -> String {
-    format!(r#"<p class="empty">No chart: {}.</p>"#, esc(what))
-}
-
 /// Values onto a stretch of user units.
 pub(crate) struct Scale {
     log: bool,
@@ -166,6 +210,17 @@ impl Scale {
         let max = if max.is_finite() && max > 0.0 { max } else { 1.0 };
         let step = nice_step(max);
         Self { log: false, low: 0.0, high: (max / step - 1e-9).ceil() * step, start, end }
+    }
+
+    /// Round numbers around `low` to `high`, zero inside.
+    pub(crate) fn around_zero(low: f64, high: f64, start: f64, end: f64) -> Self {
+        let (low, high) =
+            (if low.is_finite() { low.min(0.0) } else { 0.0 }, if high.is_finite() { high.max(0.0) } else { 0.0 });
+        let span = if high - low > 0.0 { high - low } else { 1.0 };
+        let step = nice_step(span);
+        let (below, above) = ((low / step + 1e-9).floor(), (high / step - 1e-9).ceil());
+        let above = if above <= below { below + 1.0 } else { above };
+        Self { log: false, low: below * step, high: above * step, start, end }
     }
 
     /// Logarithmic over whole thirds of decades (1, 2, 5); both ends positive.
@@ -202,9 +257,9 @@ impl Scale {
     /// Tick values with their labels.
     pub(crate) fn ticks(&self) -> Vec<(f64, String)> {
         if !self.log {
-            let step = nice_step(self.high);
-            let n = (self.high / step).round() as usize;
-            return (0..=n).map(|i| i as f64 * step).map(|v| (v, plain(v))).collect();
+            let step = nice_step(self.high - self.low);
+            let (from, to) = ((self.low / step - 1e-9).ceil() as i64, (self.high / step + 1e-9).floor() as i64);
+            return (from..=to).map(|i| i as f64 * step).map(|v| (v, plain(v))).collect();
         }
         let (from, to) = (self.low.log10().floor() as i32, self.high.log10().ceil() as i32);
         let dense = to - from <= 3;

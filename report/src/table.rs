@@ -2,6 +2,8 @@
 
 use serde::Serialize;
 
+use crate::format::NONE;
+
 /// One cell.
 #[derive(Clone, Debug, Default, Serialize)]
 pub(crate) struct Cell {
@@ -36,14 +38,16 @@ struct Head {
 /// Heads and rows; the first column names the row.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct Table {
+    caption: String,
     head: Vec<Head>,
     rows: Vec<Vec<Cell>>,
     total: bool,
+    wrap: bool,
 }
 
 impl Table {
-    /// Columns by title; one that starts with `#` holds numbers.
-    pub(crate) fn new(columns: &[&str]) -> Self {
+    /// What it holds, and its columns by title; one that starts with `#` holds numbers.
+    pub(crate) fn new(caption: &str, columns: &[&str]) -> Self {
         let head = columns
             .iter()
             .map(|c| match c.strip_prefix('#') {
@@ -51,7 +55,32 @@ impl Table {
                 None => Head { text: (*c).to_owned(), num: false },
             })
             .collect();
-        Self { head, rows: Vec::new(), total: false }
+        Self { caption: caption.to_owned(), head, rows: Vec::new(), total: false, wrap: false }
+    }
+
+    /// Lets cells break into lines, for tables of many columns.
+    pub(crate) fn wrapping(mut self) -> Self {
+        self.wrap = true;
+        self
+    }
+
+    /// Whether it has no rows.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.rows.is_empty()
+    }
+
+    /// Without the columns that hold nothing but dashes.
+    pub(crate) fn without_empty_columns(mut self) -> Self {
+        let used: Vec<bool> = (0..self.head.len())
+            .map(|i| self.rows.iter().any(|r| r.get(i).is_some_and(|c| c.text != NONE && !c.text.is_empty())))
+            .collect();
+        let mut keep = used.iter();
+        self.head.retain(|_| *keep.next().unwrap_or(&true));
+        for row in &mut self.rows {
+            let mut keep = used.iter();
+            row.retain(|_| *keep.next().unwrap_or(&true));
+        }
+        self
     }
 
     /// Adds a row.
@@ -121,11 +150,14 @@ mod tests {
 
     #[test]
     fn markdown_is_escaped() {
-        let mut t = Table::new(&["Name", "#Value"]);
+        let mut t = Table::new("c", &["Name", "#Value"]);
         t.row(vec!["a|b<script>".into(), code("x`y|z".to_owned(), "")]);
         let text = t.markdown();
         assert!(text.contains("| --- | ---: |"));
         assert!(text.contains("a\\|b&lt;script&gt;"));
         assert!(text.contains("`x'y¦z`"));
+        let mut t = Table::new("c", &["Name", "#Empty", "#Value"]);
+        t.row(vec!["a".into(), NONE.into(), "1".into()]);
+        assert!(t.without_empty_columns().markdown().starts_with("| Name | Value |\n"));
     }
 }

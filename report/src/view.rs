@@ -1,12 +1,10 @@
-//! The head of the page and its section on size, as text and tables.
+//! The head of the page: what it is about, and three numbers.
 
 use lowbit_quantize::record::ComponentSize;
 use serde_json::{Value, json};
 
-use crate::Records;
-use crate::chart;
-use crate::format::{self as f, NONE, bytes, count, interval, percent, sig};
-use crate::table::Table;
+use crate::format::{self as f, bytes, count, interval, sig};
+use crate::{Records, Variant};
 
 /// Sizes: what happened, or else what was planned.
 pub(crate) fn size_source(r: &Records) -> Option<(&[ComponentSize], u64, u64, bool)> {
@@ -48,14 +46,29 @@ pub(crate) fn scheme(r: &Records) -> Vec<String> {
     }
 }
 
-/// Title, scheme and where the checkpoint was measured.
-pub(crate) fn header(r: &Records) -> Value {
-    let measured = r.eval.as_ref().map(|e| &e.provenance).or(r.bench.as_ref().map(|b| &b.provenance));
-    let all = r.provenance();
+/// Title, scheme and where the checkpoint was measured; of several variants what they share.
+pub(crate) fn header(variants: &[Variant]) -> Value {
+    let all: Vec<_> = variants.iter().flat_map(|v| v.records.provenance()).collect();
     let last = all.iter().map(|(_, p)| p).max_by_key(|p| p.unix_time);
+    let mut models: Vec<String> = Vec::new();
+    for name in variants.iter().map(|v| model(&v.records)) {
+        if !models.contains(&name) {
+            models.push(name);
+        }
+    }
+    let single = match variants {
+        [only] => Some(&only.records),
+        _ => None,
+    };
+    let measured =
+        single.and_then(|r| r.eval.as_ref().map(|e| &e.provenance).or(r.bench.as_ref().map(|b| &b.provenance)));
+    let schemes = match single {
+        Some(r) => scheme(r).into_iter().filter(|s| !s.is_empty()).collect(),
+        None => vec![format!("{} variants", variants.len())],
+    };
     json!({
-        "model": model(r),
-        "scheme": scheme(r).iter().filter(|s| !s.is_empty()).cloned().collect::<Vec<_>>(),
+        "model": models.join(", "),
+        "scheme": schemes,
         "candidate": measured.map(|p| f::short_name(&p.model)).unwrap_or_default(),
         "hash": measured.map(|p| f::short_hash(&p.model_sha256)).unwrap_or_default(),
         "date": last.map(|p| f::utc(p.unix_time)).unwrap_or_default(),
@@ -64,7 +77,7 @@ pub(crate) fn header(r: &Records) -> Value {
 }
 
 /// The decode speed-up to lead with: the smallest batch of the first `tg` test.
-fn lead(r: &Records) -> Option<&lowbit_bench::record::SpeedUp> {
+pub(crate) fn lead(r: &Records) -> Option<&lowbit_bench::record::SpeedUp> {
     r.bench.as_ref()?.speed_ups.iter().filter(|s| s.test.starts_with("tg")).min_by_key(|s| s.batch)
 }
 
@@ -87,100 +100,47 @@ pub(crate) fn headline(r: &Records) -> Value {
         "reference_perplexity": first.and_then(|p| p.reference),
         "perplexity_ratio": first.and_then(|p| p.ratio),
         "decode_speed_up": lead(r),
+        "verdict": r.gate.as_ref().map(|g| g.verdict),
+        "verdict_reason": r.gate.as_ref().map(|g| g.reason.as_str()),
     })
 }
 
-fn tile(label: &str, value: String, detail: String) -> Value {
+fn number(label: &str, value: String, detail: String) -> Value {
     json!({ "label": label, "value": value, "detail": detail })
 }
 
-/// The four figures on top, as (label, value, detail).
-pub(crate) fn tiles(r: &Records) -> Vec<Value> {
-    let size = match size_source(r) {
-        Some((_, before, after, planned)) => {
-            let label = if planned { "Size (planned)" } else { "Size" };
-            tile(label, f::shrink(before, after), format!("{} → {}", bytes(before), bytes(after)))
-        }
-        None => tile("Size", NONE.to_owned(), "quantize.json is missing".to_owned()),
-    };
-    let without = |what: &str| {
-        if r.eval.is_none() { "eval.json is missing".to_owned() } else { format!("eval.json has no {what}") }
-    };
-    let kl = match r.eval.as_ref().and_then(|e| e.kl.as_ref()) {
-        Some(k) => tile(
-            "KL divergence, mean",
-            format!("{} nats/token", sig(k.mean, 3)),
-            format!(
-                "95 % CI {} over {} tokens",
-                f::range(k.mean_interval.low, k.mean_interval.high, 3),
-                count(k.tokens)
-            ),
-        ),
-        None => tile("KL divergence, mean", NONE.to_owned(), without("drift")),
-    };
-    let perplexity = match r.eval.as_ref().and_then(|e| e.perplexities.first()) {
-        Some(p) => {
-            let value = match &p.reference {
-                Some(reference) => format!("{} → {}", sig(reference.value, 4), sig(p.perplexity.value, 4)),
-                None => sig(p.perplexity.value, 4),
-            };
-            let detail = match &p.ratio {
-                Some(ratio) => format!("ratio {}, {}", interval(ratio, 4), p.protocol),
-                None => format!("{}, no reference", p.protocol),
-            };
-            tile("Perplexity, float → quantized", value, detail)
-        }
-        None => tile("Perplexity", NONE.to_owned(), without("perplexity")),
-    };
-    let decode = r.bench.as_ref().and_then(|b| {
-        b.rows.iter().filter(|w| w.role == "candidate" && w.test.starts_with("tg")).min_by_key(|w| w.batch)
+/// Bytes, drift and speed-up, each with its interval, as far as there are records: (label, value, detail).
+pub(crate) fn numbers(r: &Records) -> Vec<Value> {
+    let size = size_source(r).filter(|s| s.1 > 0 && s.2 > 0).map(|(_, before, after, planned)| {
+        let label = if planned { "Size, planned" } else { "Size" };
+        number(label, f::shrink(before, after), format!("{} → {}, exact", bytes(before), bytes(after)))
     });
-    let speed = match (lead(r), decode) {
-        (Some(s), _) => tile(
-            "Decode speed-up",
-            f::factor(s.ratio),
-            format!("95 % CI {}, {}, batch {}", f::range(s.low, s.high, 3), s.test, s.batch),
-        ),
-        (None, Some(w)) => tile(
-            "Decode speed",
-            format!("{} tokens/s", sig(w.tokens_per_second, 3)),
-            format!("{}, batch {}, no reference", w.test, w.batch),
-        ),
-        (None, None) if r.bench.is_some() => {
-            tile("Decode speed", NONE.to_owned(), "bench.json has no decode test".to_owned())
-        }
-        (None, None) => tile("Decode speed", NONE.to_owned(), "bench.json is missing".to_owned()),
-    };
-    vec![size, kl, perplexity, speed]
+    [size, drift(r), speed(r)].into_iter().flatten().collect()
 }
 
-/// Bytes by component.
-pub(crate) fn size_table(r: &Records) -> Option<Table> {
-    let (sizes, before, after, _) = size_source(r)?;
-    let mut t = Table::new(&["Component", "#Before", "#After", "#Before ÷ after", "#Share after"]);
-    let row = |name: &str, b: u64, a: u64| {
-        let ratio = if a == 0 { NONE.to_owned() } else { f::factor(b as f64 / a as f64) };
-        let share = if after == 0 { NONE.to_owned() } else { percent(a as f64 / after as f64, 3) };
-        vec![name.into(), bytes(b).into(), bytes(a).into(), ratio.into(), share.into()]
-    };
-    for s in sizes {
-        t.row(row(&s.component.replace('_', " "), s.before_bytes, s.after_bytes));
+fn drift(r: &Records) -> Option<Value> {
+    let e = r.eval.as_ref();
+    if let Some(k) = e.and_then(|e| e.kl.as_ref()) {
+        let interval = f::range(k.mean_interval.low, k.mean_interval.high, 3);
+        let detail = format!("mean KL from the float model; 95 % CI {interval}, {} tokens", count(k.tokens));
+        return Some(number("Drift", format!("{} nats/token", sig(k.mean, 3)), detail));
     }
-    t.total(row("total", before, after));
-    Some(t)
+    if let Some((p, ratio)) = e.and_then(|e| e.perplexities.iter().find_map(|p| Some((p, p.ratio?)))) {
+        let detail = format!("ratio of perplexities; 95 % CI {}, {}", f::range(ratio.low, ratio.high, 4), p.protocol);
+        return Some(number("Drift", format!("{} ×", sig(ratio.value, 4)), detail));
+    }
+    let first = e.and_then(|e| e.perplexities.first())?;
+    let detail = format!("{}, no reference", first.protocol);
+    Some(number("Perplexity", interval(&first.perplexity, 4), detail))
 }
 
-/// The section on size.
-pub(crate) fn size(r: &Records) -> Value {
-    let Some((sizes, _, _, planned)) = size_source(r) else {
-        return Value::Null;
-    };
-    let linears = match (&r.quantize, &r.plan) {
-        (_, Some(p)) => {
-            format!("{} linears to quantize, {} kept as they are.", p.quantized_linears, p.kept_linears)
-        }
-        (Some(q), None) => format!("{} linears quantized.", q.layers.len()),
-        (None, None) => String::new(),
-    };
-    json!({ "planned": planned, "chart": chart::sizes(sizes), "table": size_table(r), "linears": linears })
+fn speed(r: &Records) -> Option<Value> {
+    if let Some(s) = lead(r) {
+        let detail = format!("95 % CI {}, {}, batch {}", f::range(s.low, s.high, 3), s.test, s.batch);
+        return Some(number("Decode speed-up", f::factor(s.ratio), detail));
+    }
+    let rows = r.bench.as_ref()?.rows.iter();
+    let row = rows.filter(|w| w.role == "candidate" && w.test.starts_with("tg")).min_by_key(|w| w.batch)?;
+    let detail = format!("{}, batch {}, no reference", row.test, row.batch);
+    Some(number("Decode speed", format!("{} tokens/s", sig(row.tokens_per_second, 3)), detail))
 }

@@ -1,12 +1,11 @@
-//! What the page shows of speed, memory and where the records came from.
-
-use std::collections::BTreeMap;
+//! What the page shows of speed and memory.
 
 use lowbit_bench::record::{BenchRecord, BenchRow};
 use lowbit_checkpoint::provenance::Provenance;
 use serde_json::{Value, json};
 
-use crate::Records;
+use crate::Variant;
+use crate::chart_lines::{Frame, Line, lines};
 use crate::chart_speed;
 use crate::format::{self as f, NONE, bytes, count, sig};
 use crate::table::Table;
@@ -27,15 +26,18 @@ fn roofline(row: Option<&&BenchRow>) -> String {
 
 /// Rates of both roles for each test and batch.
 pub(crate) fn rate_table(b: &BenchRecord) -> Table {
-    let mut t = Table::new(&[
-        "Test",
-        "#Batch",
-        "#Candidate, tokens/s (range)",
-        "#Reference, tokens/s (range)",
-        "#Speed-up [95 % CI]",
-        "#Roofline, candidate",
-        "#Roofline, reference",
-    ]);
+    let mut t = Table::new(
+        "Rates",
+        &[
+            "Test",
+            "#Batch",
+            "#Candidate, tokens/s (range)",
+            "#Reference, tokens/s (range)",
+            "#Speed-up [95 % CI]",
+            "#Roofline, candidate",
+            "#Roofline, reference",
+        ],
+    );
     for (test, rows) in chart_speed::by_test(&b.rows) {
         let mut batches: Vec<usize> = rows.iter().map(|r| r.batch).collect();
         batches.dedup();
@@ -62,17 +64,10 @@ fn latency_table(b: &BenchRecord) -> Option<Table> {
     if b.latency.is_empty() {
         return None;
     }
-    let mut t = Table::new(&[
-        "Model",
-        "#Prompt",
-        "#Output",
-        "#TTFT p50",
-        "#TTFT p95",
-        "#TTFT p99",
-        "#ITL p50",
-        "#ITL p95",
-        "#ITL p99",
-    ]);
+    let mut t = Table::new(
+        "Latency of a single stream, ms",
+        &["Model", "#Prompt", "#Output", "#TTFT p50", "#TTFT p95", "#TTFT p99", "#ITL p50", "#ITL p95", "#ITL p99"],
+    );
     for l in &b.latency {
         let mut row =
             vec![l.role.as_str().into(), count(l.prompt_tokens as u64).into(), count(l.output_tokens as u64).into()];
@@ -87,7 +82,10 @@ pub(crate) fn memory_table(b: &BenchRecord) -> Option<Table> {
     if b.memory.is_empty() {
         return None;
     }
-    let mut t = Table::new(&["Model", "#Weights", "#KV cache, one sequence", "#of tokens", "#Peak resident, process"]);
+    let mut t = Table::new(
+        "Memory",
+        &["Model", "#Weights", "#KV cache, one sequence", "#of tokens", "#Peak resident, process"],
+    );
     for m in &b.memory {
         t.row(vec![
             m.role.as_str().into(),
@@ -109,20 +107,54 @@ pub(crate) fn bandwidth(b: &BenchRecord) -> String {
     }
 }
 
-/// The section on speed.
-pub(crate) fn throughput(r: &Records) -> Value {
-    let Some(b) = &r.bench else {
-        return Value::Null;
+/// Decode rates against what the bandwidth allows for the bytes a token needs.
+fn roofline_chart(name: &str, b: &BenchRecord) -> Option<String> {
+    let roof = Some(b.bandwidth_bytes_per_second).filter(|v| v.is_finite() && *v > 0.0)?;
+    let line = |role: &str, colour: &str, shape: usize| {
+        let rows = b.rows.iter().filter(|r| r.role == role && r.bytes_per_step > 0 && r.test.starts_with("tg"));
+        let places = rows.map(|r| {
+            let bytes = r.bytes_per_step as f64 / r.batch.max(1) as f64;
+            (bytes / 1e6, r.tokens_per_second, chart_speed::spread(&r.samples))
+        });
+        Line { name: role.to_owned(), colour: colour.to_owned(), shape, places: places.collect() }
     };
-    let p = &b.provenance;
-    json!({
-        "machine": machine(p),
-        "bandwidth": bandwidth(b),
-        "chart": chart_speed::throughput(&b.rows),
-        "table": rate_table(b),
-        "latency": latency_table(b),
-        "memory": memory_table(b),
-    })
+    let both: Vec<Line> =
+        [line("candidate", "1", 0), line("reference", "x", 1)].into_iter().filter(|l| !l.places.is_empty()).collect();
+    let title = if name.is_empty() {
+        "Decoding against the roofline".to_owned()
+    } else {
+        format!("Decoding against the roofline, {name}")
+    };
+    lines(
+        &both,
+        &Frame {
+            title: &title,
+            x: "MB read for a token: weights and cache over the batch (log scale)",
+            y: "tokens/s (log scale)",
+            limits: &[],
+            roof: Some((roof / 1e6, format!("roofline, {}", bandwidth(b)))),
+            log_x: true,
+        },
+    )
+}
+
+/// The section on speed: one entry for each variant that was timed.
+pub(crate) fn throughput(variants: &[Variant]) -> Vec<Value> {
+    let timed = variants.iter().filter_map(|v| Some((v.name.as_str(), v.records.bench.as_ref()?)));
+    timed
+        .map(|(name, b)| {
+            json!({
+                "name": name,
+                "machine": machine(&b.provenance),
+                "bandwidth": bandwidth(b),
+                "chart": chart_speed::throughput(&b.rows),
+                "roofline": roofline_chart(name, b),
+                "table": rate_table(b).without_empty_columns(),
+                "latency": latency_table(b),
+                "memory": memory_table(b).map(Table::without_empty_columns),
+            })
+        })
+        .collect()
 }
 
 /// Device, processor, threads and type on one line.
@@ -133,82 +165,4 @@ pub(crate) fn machine(p: &Provenance) -> String {
     parts.push(p.dtype.clone());
     parts.retain(|s| !s.is_empty());
     parts.join(", ")
-}
-
-fn options(map: &BTreeMap<String, Value>) -> Vec<Value> {
-    map.iter()
-        .map(|(k, v)| {
-            let text = v.as_str().map_or_else(|| v.to_string(), str::to_owned);
-            json!([k, text])
-        })
-        .collect()
-}
-
-fn item(name: &str, text: impl Into<String>, code: bool) -> Value {
-    json!({ "name": name, "text": text.into(), "code": code })
-}
-
-fn entries(p: &Provenance) -> Vec<Value> {
-    let mut out = vec![
-        item("Written", f::utc(p.unix_time), false),
-        item("Tool", p.tool.as_str(), false),
-        item("Commit", p.commit.as_deref().unwrap_or("not recorded"), true),
-        item("Command", p.command.as_str(), true),
-        item("Model", p.model.as_str(), false),
-        item("Model SHA-256", p.model_sha256.as_str(), true),
-    ];
-    if let Some(reference) = &p.reference {
-        out.push(item("Reference", reference.as_str(), false));
-    }
-    if let Some(hash) = &p.reference_sha256 {
-        out.push(item("Reference SHA-256", hash.as_str(), true));
-    }
-    out.extend([
-        item("Device", p.device.as_str(), false),
-        item("CPU", p.cpu.as_str(), false),
-        item("GPU", p.gpu.as_deref().unwrap_or("none"), false),
-        item("Threads", p.threads.to_string(), false),
-        item("Activations", p.dtype.as_str(), false),
-        item("Seed", p.seed.to_string(), false),
-    ]);
-    out
-}
-
-/// The section on provenance: one block for each record.
-pub(crate) fn provenance(r: &Records) -> Vec<Value> {
-    let mut out = Vec::new();
-    for (file, p) in r.provenance() {
-        let mut entries = entries(p);
-        let mut settings = options(&p.options);
-        if let (Some(q), "quantize.json") = (&r.quantize, file) {
-            settings.extend(options(&q.options).into_iter().filter(|o| !options(&p.options).contains(o)));
-            match &q.calibration {
-                Some(c) => entries.extend([
-                    item("Calibration", c.source.as_str(), false),
-                    item(
-                        "Calibration windows",
-                        format!(
-                            "{} of {} tokens, {} in all, seed {}",
-                            c.windows,
-                            c.window_tokens,
-                            count(c.tokens),
-                            c.seed
-                        ),
-                        false,
-                    ),
-                    item("Calibration SHA-256", c.windows_sha256.as_str(), true),
-                ]),
-                None => entries.push(item("Calibration", "none", false)),
-            }
-            let stages: Vec<String> = q.stage_seconds.iter().map(|(k, v)| format!("{k} {}", f::seconds(*v))).collect();
-            let stages = if stages.is_empty() { String::new() } else { format!(" ({})", stages.join(", ")) };
-            entries.push(item("Wall time", format!("{}{stages}", f::seconds(q.seconds)), false));
-            entries.push(item("Peak resident", q.peak_rss_bytes.map_or("not recorded".to_owned(), bytes), false));
-        }
-        if let (Some(plan), "plan.json") = (&r.plan, file) {
-            entries.push(item("Peak memory, estimate", bytes(plan.peak_memory_bytes), false));
-        }
-        out.push(json!({ "file": file, "entries": entries, "options": settings }));
-    }
-    out
 }

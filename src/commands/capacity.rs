@@ -1,22 +1,25 @@
 //! `lowbit capacity`: how many servers, which variant, what it costs.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use anyhow::{Context as _, Result, bail};
 use lowbit_bench::capacity::estimate::{EstimateOptions, SCHEMES, estimate};
 use lowbit_bench::capacity::gpus::{GPUS, Gpu};
-use lowbit_bench::capacity::plan::{PlanOptions, Variant, plan};
+use lowbit_bench::capacity::plan::{CapacityRecord, PlanOptions, SCHEMA, Variant, plan};
 use lowbit_bench::capacity::shape::ModelShape;
 use lowbit_bench::load::record::LoadRecord;
 use lowbit_bench::load::workload::Workload;
 use lowbit_bench::slo::Slo;
+use lowbit_checkpoint::writer::write_atomic;
 use serde_json::{Value, json};
 
 use crate::args::CapacityArgs;
+use crate::commands::eval::refuse_existing;
 use crate::commands::table::table;
 use crate::context::Context;
 use crate::exit::VerdictError;
-use crate::models;
+use crate::{models, provenance};
 
 /// `lowbit capacity`.
 pub fn capacity(ctx: &Context, args: &CapacityArgs) -> Result<()> {
@@ -140,9 +143,22 @@ fn plans(ctx: &Context, args: &CapacityArgs) -> Result<()> {
         spare: args.spare,
         slo: args.slo.as_deref().map(Slo::parse).transpose()?,
     };
+    refuse_existing(args.output.as_ref(), args.force)?;
     let variants = args.files.iter().map(|f| variant(f)).collect::<Result<Vec<_>>>()?;
     let (rows, best) = plan(&variants, &o);
-    let lines: Vec<Vec<String>> = rows
+    let options = BTreeMap::from([("files".into(), json!(args.files))]);
+    let record = CapacityRecord {
+        schema: SCHEMA,
+        provenance: provenance::of_client(ctx, 0, "", options),
+        options: o,
+        variants: rows,
+        best,
+    };
+    if let Some(path) = &args.output {
+        write_atomic(path, &serde_json::to_vec_pretty(&record)?)?;
+    }
+    let lines: Vec<Vec<String>> = record
+        .variants
         .iter()
         .map(|r| {
             let n = |v: Option<f64>, d: usize| v.map_or("–".into(), |v| format!("{v:.d$}"));
@@ -159,11 +175,11 @@ fn plans(ctx: &Context, args: &CapacityArgs) -> Result<()> {
         })
         .collect();
     let header = ["variant", "req/s a server", "servers", "$/h", "$/M out", "TTFT p50", "accuracy", ""];
-    ctx.print(&json!({"options": o, "variants": rows, "best": best}), || {
-        let said =
-            best.as_ref().map_or("infeasible: no variant meets the objective and the accuracy".to_string(), |b| {
-                format!("cheapest that can be used: {b}")
-            });
+    let best = record.best.as_ref();
+    ctx.print(&record, || {
+        let said = best.map_or("infeasible: no variant meets the objective and the accuracy".to_string(), |b| {
+            format!("cheapest that can be used: {b}")
+        });
         format!("{}\n{said}", table(&header, &lines))
     })?;
     if best.is_some() { Ok(()) } else { Err(VerdictError { code: 1, text: "infeasible".into() }.into()) }
@@ -183,5 +199,8 @@ fn variant(text: &str) -> Result<Variant> {
         })
         .transpose()?;
     let stem = Path::new(load).file_stem().map_or(load.to_string(), |s| s.to_string_lossy().into_owned());
+    // Folders of `lowbit run` all call theirs load.json.
+    let folder = Path::new(load).parent().and_then(Path::file_name).map(|f| f.to_string_lossy().into_owned());
+    let stem = folder.filter(|_| stem == "load").unwrap_or(stem);
     Ok(Variant { name: format!("{stem} ({})", record.target.model), load: record, accuracy })
 }

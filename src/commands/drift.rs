@@ -1,5 +1,7 @@
 //! `lowbit eval --free-running`, `--worst-tokens`, `--blame`: what drift looks like, and where it comes from.
 
+use std::collections::BTreeMap;
+
 use anyhow::Result;
 use lowbit_eval::drift::blame::{Unit, blame};
 use lowbit_eval::drift::free_running::free_running;
@@ -7,6 +9,7 @@ use lowbit_eval::drift::tokens::{Choice, worst_tokens};
 use lowbit_eval::engine::Limits;
 use lowbit_eval::{Encode, EvalRecord, KlOptions, Source};
 use lowbit_quantize::Progress;
+use serde_json::Value;
 
 use crate::args::{BlameArg, EvalArgs};
 use crate::commands::eval::Models;
@@ -15,6 +18,32 @@ use crate::context::{Context, Purpose};
 
 /// Tokens of a prompt both models write on from.
 const PROMPT: usize = 32;
+
+/// What was asked for, for the record.
+pub fn options(args: &EvalArgs, kl: &KlOptions) -> BTreeMap<String, Value> {
+    let mut out = BTreeMap::new();
+    if let Some(count) = args.free_running {
+        out.insert("free_running".into(), count.into());
+        out.insert("free_tokens".into(), args.free_tokens.into());
+    }
+    if let Some(count) = args.worst_tokens {
+        out.insert("worst_tokens".into(), count.into());
+    }
+    if let Some(unit) = args.blame {
+        let unit = match unit {
+            BlameArg::Linear => "linear",
+            BlameArg::Block => "block",
+        };
+        out.insert("blame".into(), unit.into());
+        out.insert("blame_windows".into(), blame_windows(args, kl).into());
+    }
+    out
+}
+
+/// Every swap is measured on no more windows than KL itself.
+fn blame_windows(args: &EvalArgs, kl: &KlOptions) -> usize {
+    args.blame_windows.min(kl.limit.unwrap_or(usize::MAX))
+}
 
 /// What was asked for, into the record.
 pub fn fill(
@@ -27,6 +56,7 @@ pub fn fill(
 ) -> Result<()> {
     let ids = models.tokenizer.encode(&source.text()?, true)?;
     let Some(other) = &models.other else { return Ok(()) };
+    record.provenance.options.extend(self::options(args, options));
     if let Some(count) = args.free_running {
         let bos = models.tokenizer.added_bos()?;
         let step = (ids.len() / count.max(1)).max(1);
@@ -37,8 +67,6 @@ pub fn fill(
         let limits = Limits::default();
         record.free_running =
             Some(free_running(&models.model, other, &models.tokenizer, &prompts, args.free_tokens, &limits)?);
-        record.provenance.options.insert("free_running".into(), count.into());
-        record.provenance.options.insert("free_tokens".into(), args.free_tokens.into());
     }
     if let Some(count) = args.worst_tokens {
         ctx.check_stop()?;
@@ -51,8 +79,7 @@ pub fn fill(
             BlameArg::Linear => Unit::Linear,
             BlameArg::Block => Unit::Block,
         };
-        let limit = args.blame_windows.min(options.limit.unwrap_or(usize::MAX));
-        let options = KlOptions { limit: Some(limit), ..*options };
+        let options = KlOptions { limit: Some(blame_windows(args, options)), ..*options };
         let found = blame(&mut models.model, &mut donor, other, &ids, source, &options, unit, &|done, total| {
             if done == 0 {
                 ctx.progress.stage("blame", total as u64);
@@ -61,7 +88,6 @@ pub fn fill(
             }
         })?;
         ctx.progress.clear();
-        record.provenance.options.insert("blame_windows".into(), limit.into());
         record.blame = Some(found);
     }
     Ok(())

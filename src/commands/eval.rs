@@ -1,4 +1,4 @@
-//! `lowbit eval`, and the evaluation `run` does.
+//! `lowbit eval`, and the evaluation that `run` does.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -131,26 +131,8 @@ pub fn eval(ctx: &Context, args: &EvalArgs) -> Result<()> {
     };
     let candidate = models::locate(ctx, name)?;
     let reference = args.reference.as_deref().map(|r| models::locate(ctx, r)).transpose()?;
-    let mut models = Models::load(ctx, candidate, reference)?;
-    let start = Instant::now();
-    let answered = match &job {
-        None => None,
-        Some(job) => Some(job.answer(ctx, &[job.party(ctx, &models)?], models.other.is_some(), models.bits)?),
-    };
-    let mut record = measure(ctx, &models, &request)?;
-    if let Some((source, options)) = &request.kl {
-        drift::fill(ctx, args, &mut models, source, options, &mut record)?;
-    }
-    if let (Some(job), Some(answered)) = (&job, &answered) {
-        record.provenance.options.extend(job.options.clone());
-        record.shard = job.shard;
-        record.look.clone_from(&answered.look);
-        if let Some(judge) = &judge {
-            record.provenance.options.insert("judge".into(), judge.described());
-        }
-        scores::judged(ctx, job, answered, judge.as_ref())?.fill(&mut record, output.as_ref())?;
-    }
-    record.seconds = start.elapsed().as_secs_f64();
+    let models = Models::load(ctx, candidate, reference)?;
+    let record = evaluate(ctx, args, &request, (job.as_ref(), judge.as_ref()), models, output.as_ref())?;
     if let Some(output) = &output {
         write_atomic(&output.record, &serde_json::to_vec_pretty(&record)?)?;
         if let Some(job) = &job {
@@ -168,14 +150,36 @@ pub fn refuse_existing(path: Option<&PathBuf>, force: bool) -> Result<()> {
     }
 }
 
-/// Loads both models and scores texts.
+/// Texts by `request`, tasks by a job and its judge with their items beside `output`, and what `args` wants to know of drift. The record
+/// itself is left to the caller to write.
 pub fn evaluate(
     ctx: &Context,
-    candidate: &Located,
-    reference: Option<&Located>,
+    args: &EvalArgs,
     request: &Request,
+    (job, judge): (Option<&Job>, Option<&Judge>),
+    mut models: Models,
+    output: Option<&Output>,
 ) -> Result<EvalRecord> {
-    measure(ctx, &Models::load(ctx, candidate.clone(), reference.cloned())?, request)
+    let start = Instant::now();
+    let answered = match job {
+        None => None,
+        Some(job) => Some(job.answer(ctx, &[job.party(ctx, &models)?], models.other.is_some(), models.bits)?),
+    };
+    let mut record = measure(ctx, &models, request)?;
+    if let Some((source, options)) = &request.kl {
+        drift::fill(ctx, args, &mut models, source, options, &mut record)?;
+    }
+    if let (Some(job), Some(answered)) = (job, &answered) {
+        record.provenance.options.extend(job.options.clone());
+        record.shard = job.shard;
+        record.look.clone_from(&answered.look);
+        if let Some(judge) = judge {
+            record.provenance.options.insert("judge".into(), judge.described());
+        }
+        scores::judged(ctx, job, answered, judge)?.fill(&mut record, output)?;
+    }
+    record.seconds = start.elapsed().as_secs_f64();
+    Ok(record)
 }
 
 /// Perplexity and drift on texts; a record without tasks.

@@ -39,34 +39,12 @@ pub fn gate(ctx: &Context, args: &GateArgs) -> Result<()> {
     for path in [&args.output, &args.junit, &args.markdown] {
         refuse_existing(path.as_ref(), args.force)?;
     }
-    let Some(path) = &args.candidate else { bail!("no record given") };
-    let candidate = Side::read(path)?;
-    let reference = match &args.baseline {
-        Some(path) => Side::read(path)?,
-        None => candidate.reference()?,
-    };
-    let paired = pair(&candidate.items, &reference.items, &pairing(args, &candidate)?)?;
-    check_judged(args, &paired)?;
-    let policy = policy(args, candidate.record.as_ref());
-    let thresholds = thresholds(ctx, args, &candidate, &reference, &paired)?;
-    if paired.series.is_empty() && thresholds.iter().all(|t| t.limit.is_none()) {
+    let Some(record) = judged(ctx, args)? else {
         bail!(
             "nothing to judge: {} has no items with a score\nhint: run `lowbit eval` with --tasks and -o, or give --max-kl or --max-ppl-ratio",
-            candidate.path.display()
+            args.candidate.as_deref().unwrap_or(Path::new("")).display()
         );
-    }
-    let mut record = judge(&paired, &policy, thresholds);
-    record.provenance = provenance::of_client(ctx, args.seed, "", options(args, &policy));
-    if let Some(r) = &candidate.record {
-        record.provenance.model.clone_from(&r.provenance.model);
-        record.provenance.model_sha256.clone_from(&r.provenance.model_sha256);
-        record.provenance.reference.clone_from(&r.provenance.reference);
-        record.provenance.reference_sha256.clone_from(&r.provenance.reference_sha256);
-    }
-    if let (Some(_), Some(r)) = (&args.baseline, &reference.record) {
-        record.provenance.reference = Some(r.provenance.model.clone());
-        record.provenance.reference_sha256 = Some(r.provenance.model_sha256.clone());
-    }
+    };
     if let Some(path) = &args.output {
         write_atomic(path, &serde_json::to_vec_pretty(&record)?)?;
     }
@@ -81,6 +59,36 @@ pub fn gate(ctx: &Context, args: &GateArgs) -> Result<()> {
         Verdict::Pass => Ok(()),
         v => Err(VerdictError { code: v.exit_code(), text: format!("{}: {}", v.name(), record.reason) }.into()),
     }
+}
+
+/// The verdict; none where there are neither items with a score nor limits on drift.
+pub fn judged(ctx: &Context, args: &GateArgs) -> Result<Option<GateRecord>> {
+    let Some(path) = &args.candidate else { bail!("no record given") };
+    let candidate = Side::read(path)?;
+    let reference = match &args.baseline {
+        Some(path) => Side::read(path)?,
+        None => candidate.reference()?,
+    };
+    let paired = pair(&candidate.items, &reference.items, &pairing(args, &candidate)?)?;
+    check_judged(args, &paired)?;
+    let policy = policy(args, candidate.record.as_ref());
+    let thresholds = thresholds(ctx, args, &candidate, &reference, &paired)?;
+    if paired.series.is_empty() && thresholds.iter().all(|t| t.limit.is_none()) {
+        return Ok(None);
+    }
+    let mut record = judge(&paired, &policy, thresholds);
+    record.provenance = provenance::of_client(ctx, args.seed, "", options(args, &policy));
+    if let Some(r) = &candidate.record {
+        record.provenance.model.clone_from(&r.provenance.model);
+        record.provenance.model_sha256.clone_from(&r.provenance.model_sha256);
+        record.provenance.reference.clone_from(&r.provenance.reference);
+        record.provenance.reference_sha256.clone_from(&r.provenance.reference_sha256);
+    }
+    if let (Some(_), Some(r)) = (&args.baseline, &reference.record) {
+        record.provenance.reference = Some(r.provenance.model.clone());
+        record.provenance.reference_sha256 = Some(r.provenance.model_sha256.clone());
+    }
+    Ok(Some(record))
 }
 
 fn check(args: &GateArgs) -> Result<()> {
@@ -280,28 +288,38 @@ fn thresholds(
     Ok(out)
 }
 
-fn row(e: &Endpoint) -> Vec<String> {
+/// What was scored.
+fn scored(e: &Endpoint) -> Vec<String> {
     vec![
         e.name.clone(),
         e.metric.clone(),
         count(e.n),
         format!("{:.4}", e.reference),
         format!("{:.4}", e.candidate),
-        format!("{} [{}, {}]", pp(e.loss), pp(e.interval.0), pp(e.interval.1)),
         format!("{}/{}", count(e.losses), count(e.gains)),
+    ]
+}
+
+/// What it says, in percentage points.
+fn said(e: &Endpoint) -> Vec<String> {
+    let points = |share: f64| format!("{:+.2}", 100.0 * share);
+    vec![
+        e.name.clone(),
+        format!("{} [{}, {}]", points(e.loss), points(e.interval.0), points(e.interval.1)),
         format!("{:.2e}", e.p_loss),
-        format!("{:.2} pp", 100.0 * e.detectable),
+        format!("{:.2}", 100.0 * e.detectable),
         e.verdict.name().to_string(),
     ]
 }
 
-fn summary(r: &GateRecord) -> String {
+/// The result as text.
+pub fn summary(r: &GateRecord) -> String {
     let mut out = Vec::new();
-    let rows: Vec<Vec<String>> = r.pool.iter().filter(|_| r.tasks.len() > 1).chain(&r.tasks).map(row).collect();
-    if !rows.is_empty() {
-        let header =
-            ["", "metric", "items", "reference", "candidate", "loss [95 %]", "lost/gained", "p(loss)", "finds", ""];
-        out.push(table(&header, &rows));
+    let shown = || r.pool.iter().filter(|_| r.tasks.len() > 1).chain(&r.tasks);
+    if shown().next().is_some() {
+        let rows = |f: fn(&Endpoint) -> Vec<String>| shown().map(f).collect::<Vec<_>>();
+        out.push(table(&["", "metric", "items", "reference", "candidate", "lost/gained"], &rows(scored)));
+        out.push(table(&["percentage points", "loss [95 %]", "p(loss)", "finds", ""], &rows(said)));
     }
     let rows: Vec<Vec<String>> = r
         .thresholds

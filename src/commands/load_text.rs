@@ -32,7 +32,7 @@ pub fn without_samples(r: &LoadRecord) -> Value {
 
 /// The result as text.
 pub fn summary(r: &LoadRecord) -> String {
-    let rows: Vec<Vec<String>> = r
+    let rates: Vec<Vec<String>> = r
         .stages
         .iter()
         .map(|s| {
@@ -45,30 +45,23 @@ pub fn summary(r: &LoadRecord) -> String {
                 format!("{:.2}", m.rates.requests_per_second),
                 format!("{:.1}", m.rates.output_tokens_per_second),
                 format!("{:.1}", m.rates.mean_concurrency),
-                at(s, "ttft_ms", 0.5),
-                at(s, "ttft_ms", 0.99),
-                at(s, "itl_request_mean_ms", 0.5),
-                at(s, "itl_request_mean_ms", 0.99),
-                at(s, "e2e_ms", 0.5),
-                at(s, "e2e_ms", 0.99),
             ]
         })
         .collect();
-    let header = [
-        "load",
-        "ok",
-        "failed",
-        "req/s",
-        "out tok/s",
-        "in flight",
-        "TTFT p50",
-        "p99",
-        "ITL p50",
-        "p99",
-        "E2E p50",
-        "p99",
+    let latencies: Vec<Vec<String>> = r
+        .stages
+        .iter()
+        .map(|s| {
+            let names = ["ttft_ms", "itl_request_mean_ms", "e2e_ms"];
+            let both = names.iter().flat_map(|name| [at(s, name, 0.5), at(s, name, 0.99)]);
+            std::iter::once(load_of(s)).chain(both).collect()
+        })
+        .collect();
+    let mut out = vec![
+        table(&["load", "ok", "failed", "req/s", "out tok/s", "in flight"], &rates),
+        String::new(),
+        table(&["load", "TTFT p50", "p99", "ITL p50", "p99", "E2E p50", "p99"], &latencies),
     ];
-    let mut out = vec![table(&header, &rows)];
     out.push(
         "ms; TTFT and E2E from the scheduled start, ITL the mean of a request; – where the sample is too small".into(),
     );

@@ -18,8 +18,10 @@ mod merge;
 mod quantize;
 mod report;
 mod run;
+mod run_accuracy;
 mod scores;
 mod serve;
+mod shell;
 mod suite;
 mod table;
 mod tasks;
@@ -48,6 +50,8 @@ pub fn dispatch(ctx: &Context, command: Command) -> Result<()> {
         Command::Generate(a) => generate::generate(ctx, &a),
         Command::Serve(a) => serve::serve(ctx, &a),
         Command::Report(a) => report::report(ctx, &a),
+        Command::Completions(a) => shell::completions(&a),
+        Command::Man(a) => shell::man(ctx, &a),
         Command::Suite(a) => suite::suite(ctx, &a),
     }
 }

@@ -1,4 +1,4 @@
-//! `lowbit run`: plan, quantize, verify, eval, bench, report. A stage whose record is there and belongs to the same
+//! `lowbit run`: plan, quantize, verify, eval, gate, bench, report. A stage whose record is there and belongs to the same
 //! input and options is not done again.
 
 use std::path::Path;
@@ -7,14 +7,15 @@ use anyhow::{Result, bail};
 use lowbit_bench::{BenchOptions, BenchRecord};
 use lowbit_checkpoint::hash::model_sha256;
 use lowbit_checkpoint::writer::write_atomic;
-use lowbit_eval::{EvalRecord, KlOptions, Source};
 use lowbit_quantize::record::{PlanRecord, QuantizeRecord};
 use lowbit_quantize::verify;
 use serde::de::DeserializeOwned;
 
 use crate::args::RunArgs;
-use crate::commands::{bench, eval, quantize};
+use crate::commands::run_accuracy::{self, Pair};
+use crate::commands::{bench, quantize, report};
 use crate::context::Context;
+use crate::exit::VerdictError;
 use crate::models::{self, Located};
 
 /// The main job.
@@ -52,7 +53,8 @@ pub fn run(ctx: &Context, args: &RunArgs) -> Result<()> {
     ctx.say(quantize::describe(&made.record));
     std::fs::create_dir_all(dir)?;
     if !resume {
-        for old in ["quantize.json", "eval.json", "bench.json", "report.html", "report.md", "report.json"] {
+        run_accuracy::forget(dir)?;
+        for old in ["quantize.json", "bench.json"].iter().chain(&report::FILES) {
             match std::fs::remove_file(dir.join(old)) {
                 Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(e.into()),
                 _ => {}
@@ -84,7 +86,11 @@ pub fn run(ctx: &Context, args: &RunArgs) -> Result<()> {
     drop(ckpt);
     let sha = model_sha256(&model_dir)?;
 
-    evaluate(ctx, args, &located, &quantized, &sha, demo, resume)?;
+    let pair = Pair { original: &located, quantized: &quantized, sha256: &sha };
+    let verdict = match run_accuracy::evaluate(ctx, args, &pair, demo, resume)? {
+        Some(_) => run_accuracy::verdict(ctx, args)?,
+        None => None,
+    };
     if !args.no_bench {
         let wanted = BenchOptions { repetitions: args.repetitions, threads: ctx.threads, ..BenchOptions::default() };
         let old: Option<BenchRecord> = if resume { read(&dir.join("bench.json")) } else { None };
@@ -100,53 +106,21 @@ pub fn run(ctx: &Context, args: &RunArgs) -> Result<()> {
             ctx.say(bench::summary(&b));
         }
     }
-    let written = lowbit_report::write(dir)?;
-    ctx.print(&serde_json::json!({"output": dir, "written": written}), || {
+    let written = lowbit_report::write(std::slice::from_ref(dir), dir)?;
+    let name = verdict.as_ref().map(|v| v.verdict.name());
+    ctx.print(&serde_json::json!({"output": dir, "verdict": name, "written": written}), || {
         format!("report: {}", dir.join("report.html").display())
-    })
-}
-
-fn evaluate(
-    ctx: &Context,
-    args: &RunArgs,
-    original: &Located,
-    quantized: &Located,
-    sha: &str,
-    demo: bool,
-    resume: bool,
-) -> Result<()> {
-    let path = args.output.join("eval.json");
-    let source = match &args.eval_text {
-        Some(p) => Source::read(p)?,
-        None if demo => Source::from_text("demo-text/evaluation.txt", models::DEMO_TEXT.to_string()),
-        None => {
-            // A record of an earlier text would end up in the report of this run.
-            if path.exists() {
-                std::fs::remove_file(&path)?;
-            }
-            ctx.say("eval: no --eval-text, so no perplexity and no KL");
-            return Ok(());
+    })?;
+    match verdict {
+        Some(v) if run_accuracy::asked(args) && v.verdict.exit_code() != 0 => {
+            let text = format!("{}: {}", v.verdict.name(), v.reason);
+            Err(VerdictError { code: v.verdict.exit_code(), text }.into())
         }
-    };
-    let protocol = args.protocol.clone().unwrap_or_else(|| if demo { "gptq-512".into() } else { "gptq-2048".into() });
-    let kl = KlOptions { window: if demo { 512 } else { 1024 }, limit: Some(args.kl_windows) };
-    let request = eval::Request {
-        perplexity: Some((source.clone(), vec![protocol])),
-        kl: Some((source, kl)),
-        limit: Some(args.limit),
-    };
-    let old: Option<EvalRecord> = if resume { read(&path) } else { None };
-    if old.is_some_and(|e| e.provenance.model_sha256 == sha && e.provenance.options == request.options()) {
-        ctx.say("eval: done before");
-        return Ok(());
+        _ => Ok(()),
     }
-    let record = eval::evaluate(ctx, quantized, Some(original), &request)?;
-    write_atomic(&path, &serde_json::to_vec_pretty(&record)?)?;
-    ctx.say(eval::summary(&record));
-    Ok(())
 }
 
 /// A record of an earlier run; one that cannot be read is made again.
-fn read<T: DeserializeOwned>(path: &Path) -> Option<T> {
+pub fn read<T: DeserializeOwned>(path: &Path) -> Option<T> {
     serde_json::from_slice(&std::fs::read(path).ok()?).ok()
 }

@@ -16,7 +16,7 @@ use serde_json::json;
 
 use crate::args::{SuiteArgs, SuitePart};
 use crate::commands::eval::refuse_existing;
-use crate::commands::table::table;
+use crate::commands::table::listing;
 use crate::context::{Context, Purpose};
 use crate::provenance;
 
@@ -118,7 +118,7 @@ fn dry_run(ctx: &Context, check: bool, time: bool) -> Result<()> {
             let lines: Vec<_> =
                 cases.iter().map(|c| vec![format!("{}: {}", c.op, c.case), format!("{:.1e}", c.tolerance)]).collect();
             parts.push(format!("{} operations against the scalar reference\n", lines.len()));
-            parts.push(table(&["operation", "tolerance"], &lines));
+            parts.push(listing(&["operation", "tolerance"], &lines));
         }
         if time {
             let lines: Vec<_> = rows
@@ -130,7 +130,7 @@ fn dry_run(ctx: &Context, check: bool, time: bool) -> Result<()> {
                 "{gap}{} timed rows, after the ceilings (copy, addition, large bf16 linear)\n",
                 lines.len()
             ));
-            parts.push(table(&["row", "bytes", "flops"], &lines));
+            parts.push(listing(&["row", "bytes", "flops"], &lines));
         }
         parts.join("\n")
     })
@@ -149,7 +149,7 @@ fn summary(r: &SuiteRecord) -> String {
                 vec![format!("{}: {}", c.op, c.case), error, format!("{:.1e}", c.tolerance), verdict.to_string()]
             })
             .collect();
-        out.push(table(&["operation", "error", "tolerance", ""], &lines));
+        out.push(listing(&["operation", "error", "tolerance", ""], &lines));
     }
     if let Some(c) = &r.ceilings {
         out.push(format!(
@@ -172,7 +172,7 @@ fn summary(r: &SuiteRecord) -> String {
                 ]
             })
             .collect();
-        out.push(table(&["row", "time", "GB/s", "TFLOP/s", "of ceiling"], &lines));
+        out.push(listing(&["row", "time", "GB/s", "TFLOP/s", "of ceiling"], &lines));
     }
     out.extend(r.left.iter().map(|l| format!("not timed: {}: {}", l.row, l.reason)));
     out.join("\n\n")

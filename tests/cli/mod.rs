@@ -15,6 +15,7 @@ mod load;
 mod pipeline;
 mod scores;
 mod serve;
+mod shell;
 mod snapshots;
 mod standin;
 mod suite;

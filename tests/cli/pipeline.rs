@@ -62,6 +62,68 @@ fn run_writes_everything_and_resumes() {
 }
 
 #[test]
+fn run_ends_with_a_verdict() {
+    let tmp = tempfile::tempdir().unwrap();
+    let (words, pick) = super::scores::tasks(tmp.path(), 600);
+    let both = format!("{},{}", words.display(), pick.display());
+    let run = |name: &str, more: &[&str]| {
+        let mut c = lowbit(tmp.path());
+        c.args(["run", "demo", "--method", "rtn", "--no-bench", "--limit", "2", "--kl-windows", "2", "-o"]);
+        c.arg(tmp.path().join(name)).args(more).output().unwrap()
+    };
+    let page = |name: &str| std::fs::read_to_string(tmp.path().join(name).join("report.html")).unwrap();
+
+    // Tasks of one's own: the exit code is the verdict, and the page opens with it.
+    let tasks = ["--scheme", "w2a16", "--tasks", &both, "--task-limit", "590"];
+    let out = run("two", &tasks);
+    assert_eq!(out.status.code(), Some(1), "{}", stderr(&out));
+    let gate = json(&tmp.path().join("two/gate.json"));
+    assert_eq!((&gate["verdict"], &gate["tasks"][0]["n"]), (&"regression".into(), &590.into()));
+    let eval = json(&tmp.path().join("two/eval.json"));
+    assert_eq!(
+        (&eval["provenance"]["options"]["limit"], &eval["provenance"]["options"]["task_limit"]),
+        (&2.into(), &590.into())
+    );
+    assert!(page("two").contains("class=\"verdict regression\""));
+    // Again: nothing is evaluated twice, and the verdict stands.
+    let again = run("two", &tasks);
+    assert_eq!(again.status.code(), Some(1));
+    assert!(stderr(&again).contains("eval: done before") && stderr(&again).contains("regression: loss"));
+    // Other tasks are another evaluation.
+    let fewer = run("two", &["--scheme", "w2a16", "--tasks", &both, "--task-limit", "400"]);
+    assert!(!stderr(&fewer).contains("eval: done before"));
+    assert_eq!(json(&tmp.path().join("two/gate.json"))["tasks"][0]["n"], 400);
+
+    // The demo's own tasks are for show; a limit on drift is not.
+    let out = run("eight", &["--scheme", "w8a16"]);
+    assert_eq!(out.status.code(), Some(0), "{}", stderr(&out));
+    let gate = json(&tmp.path().join("eight/gate.json"));
+    let names: Vec<_> = gate["tasks"].as_array().unwrap().iter().map(|t| t["name"].as_str().unwrap()).collect();
+    assert_eq!((names, &gate["verdict"]), (vec!["next_word", "which_word"], &"pass".into()));
+    assert!(gate["tasks"][0]["n"].as_u64() > gate["tasks"][0]["clusters"].as_u64(), "paragraphs are clusters");
+    let eval = json(&tmp.path().join("eight/eval.json"));
+    assert!(eval["blame"]["suspects"].as_array().is_some_and(|s| s.len() == 28));
+    assert!(eval["worst_tokens"].as_array().is_some_and(|t| t.len() == 12));
+    for section in ["tasks", "accuracy", "tokens", "blame"] {
+        assert!(page("eight").contains(&format!("<section id=\"{section}\"")), "{section}");
+    }
+    let kl = eval["kl"]["mean"].as_f64().unwrap();
+    let limited = run("eight", &["--scheme", "w8a16", "--max-kl", &(kl / 10.0).to_string()]);
+    assert_eq!(limited.status.code(), Some(1), "{}", stderr(&limited));
+    assert!(stderr(&limited).contains("eval: done before"));
+
+    // Both in one page, which is nobody's own.
+    let report = |more: &[&str]| lowbit(tmp.path()).arg("report").args(more).current_dir(tmp.path()).output().unwrap();
+    let out = report(&["two", "eight"]);
+    assert_eq!(out.status.code(), Some(3));
+    assert!(stderr(&out).contains("hint: give -o DIR"), "{}", stderr(&out));
+    assert!(report(&["two", "eight", "-o", "both"]).status.success());
+    assert!(page("both").contains("two: regression") && page("both").contains("<th scope=\"row\">eight</th>"));
+    assert_eq!(report(&["two", "eight", "-o", "both"]).status.code(), Some(3), "nothing is overwritten unasked");
+    assert!(report(&["two", "eight", "-o", "both", "--force"]).status.success());
+}
+
+#[test]
 fn best_is_closer_than_gptq_at_every_width() {
     let tmp = tempfile::tempdir().unwrap();
     let text = root().join("assets/demo-text/evaluation.txt");

@@ -25,8 +25,23 @@ fn check(name: &str, args: &[&str]) {
 fn help() {
     check("help", &["--help"]);
     for command in [
-        "run", "inspect", "plan", "quantize", "verify", "convert", "eval", "bench", "generate", "report", "load",
-        "capacity", "compare", "gate",
+        "run",
+        "inspect",
+        "plan",
+        "quantize",
+        "verify",
+        "convert",
+        "eval",
+        "bench",
+        "generate",
+        "report",
+        "load",
+        "capacity",
+        "compare",
+        "gate",
+        "serve",
+        "completions",
+        "man",
     ] {
         check(&format!("help-{command}"), &[command, "--help"]);
     }

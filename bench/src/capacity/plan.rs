@@ -4,6 +4,7 @@
 //! the low end of a `--find-max` bracket, or the highest open-loop stage whose verdict is `met` below every stage that is
 //! broken. Dollars a million output tokens divide the fleet's price by the tokens of the peak load, not of a saturated server.
 
+use lowbit_checkpoint::provenance::Provenance;
 use serde::{Deserialize, Serialize};
 
 use crate::load::record::LoadRecord;
@@ -61,6 +62,24 @@ pub struct PlanRow {
     pub accuracy: Option<String>,
     /// Why it cannot be used; empty when it can.
     pub infeasible: Vec<String>,
+}
+
+/// Version of the format.
+pub const SCHEMA: u32 = 1;
+
+/// `capacity.json`: what `lowbit capacity` came to.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct CapacityRecord {
+    /// Format of this record.
+    pub schema: u32,
+    /// Where it came from.
+    pub provenance: Provenance,
+    /// What was planned for.
+    pub options: PlanOptions,
+    /// Every variant.
+    pub variants: Vec<PlanRow>,
+    /// The cheapest that can be used.
+    pub best: Option<String>,
 }
 
 /// Every variant, and the cheapest that can be used.

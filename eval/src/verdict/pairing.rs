@@ -116,6 +116,11 @@ pub struct Paired {
 }
 
 impl Series {
+    /// Pairs of a metric of which more is better.
+    pub fn new(name: &str, metric: &str, scores: Vec<Score>) -> Self {
+        Self { name: name.to_owned(), metric: metric.to_owned(), scores, unjudged: 0, sign: 1.0 }
+    }
+
     /// Differences, reference less candidate where more is better.
     pub fn evidence(&self) -> Evidence {
         let binary = self.scores.iter().all(|s| [s.reference, s.candidate].iter().all(|v| *v == 0.0 || *v == 1.0));

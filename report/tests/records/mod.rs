@@ -2,11 +2,24 @@
 
 use std::collections::BTreeMap;
 
+use lowbit_bench::capacity::plan::{CapacityRecord, PlanOptions, PlanRow};
+use lowbit_bench::load::metrics::{Trim, Window, measure};
+use lowbit_bench::load::openai::Endpoint;
+use lowbit_bench::load::record::{ClientCheck, LoadRecord, StageRecord, TargetRecord};
+use lowbit_bench::load::schedule::Arrivals;
+use lowbit_bench::load::sim::{Queue, Service};
 use lowbit_bench::record::{BenchRecord, BenchRow, LatencyRow, MemoryRow, SpeedUp};
+use lowbit_bench::slo::{Slo, verdict};
 use lowbit_checkpoint::provenance::Provenance;
-use lowbit_eval::record::{EvalRecord, Interval, KlRecord, PerplexityRecord};
+use lowbit_eval::drift::blame::{Blame, Suspect, Unit};
+use lowbit_eval::drift::free_running::FreeRunning;
+use lowbit_eval::drift::tokens::{Choice, TokenView};
+use lowbit_eval::record::{EvalRecord, Interval, ItemFile, KlRecord, PerplexityRecord};
+use lowbit_eval::verdict::pairing::{Paired, Score, Series};
+use lowbit_eval::verdict::record::{GateRecord, Threshold};
+use lowbit_eval::verdict::{Policy, judge};
 use lowbit_quantize::record::{CalibrationRecord, ComponentSize, LayerRecord, PlanRecord, QuantizeRecord};
-use lowbit_report::Records;
+use lowbit_report::{Records, Variant};
 use serde_json::json as value;
 
 fn provenance(command: &str, model: &str, hash: char) -> Provenance {
@@ -220,6 +233,195 @@ pub fn bench() -> BenchRecord {
     }
 }
 
+fn token(word: &str, kl: f64) -> TokenView {
+    let choice = |token: &str, probability| Choice { token: token.into(), probability };
+    TokenView {
+        window: 3,
+        position: 211,
+        context: "The committee met twice before the vote, and what it found there was\nnot what anybody had ".into(),
+        token: word.into(),
+        kl,
+        reference_nll: 0.4,
+        candidate_nll: 2.9,
+        reference_choices: vec![choice(word, 0.67), choice(" hoped", 0.21), choice("\n", 0.04)],
+        candidate_choices: vec![choice(" hoped", 0.71), choice(word, 0.055), choice(" been", 0.03)],
+    }
+}
+
+/// Blame, tokens and texts written freely, as `lowbit eval` adds them.
+pub fn with_views(mut e: EvalRecord) -> EvalRecord {
+    let suspect = |i: usize| Suspect {
+        module: format!("model.layers.{i}.mlp.down_proj"),
+        kl: 0.0234 - 0.004 / (i + 1) as f64,
+        regained: interval(0.004 / (i + 1) as f64, 0.0011),
+        bytes: 5_700_000,
+        per_megabyte: 0.0007 / (i + 1) as f64,
+    };
+    let suspects = (0..12).map(suspect).collect();
+    e.blame = Some(Blame { unit: Unit::Linear, kl: 0.0234, windows: 4, window: 512, suspects });
+    e.worst_tokens = vec![token(" expected", 3.4), token(" <b>said", 2.2), token("\n", 1.9)];
+    e.free_running = Some(FreeRunning {
+        prompts: 32,
+        max_new_tokens: 64,
+        first_divergent_mean: 21.4,
+        first_divergent_median: 17.0,
+        identical: 0.125,
+        differing_mean: 0.61,
+        length_ratio: 1.02,
+        reference_loop_rate: 0.031,
+        candidate_loop_rate: 0.062,
+        pairs: vec![],
+    });
+    let file = |name: &str| Some(ItemFile { file: name.into(), sha256: "9".repeat(64), items: 4000 });
+    e.items.candidate = file("eval.items.jsonl");
+    e.items.reference = file("eval.reference.items.jsonl");
+    e
+}
+
+/// The gate's own decision on made-up pairs: `lost` and `gained` of `n` items of two tasks.
+pub fn gate(n: usize, lost: usize, gained: usize, max_kl: Option<f64>) -> GateRecord {
+    let series = |name: &str, lost: usize, gained: usize| {
+        let score = |i: usize| {
+            let (reference, candidate) = match i {
+                i if i < lost => (1.0, 0.0),
+                i if i < lost + gained => (0.0, 1.0),
+                i if i % 3 == 0 => (0.0, 0.0),
+                _ => (1.0, 1.0),
+            };
+            Score { reference, candidate, cluster: i }
+        };
+        Series::new(name, "acc", (0..n).map(score).collect())
+    };
+    let paired = Paired {
+        series: vec![series("arc_easy", lost, gained), series("hellaswag", gained, gained)],
+        ..Paired::default()
+    };
+    let kl = Threshold::new("KL".into(), 0.0234, (0.0223, 0.0246), max_kl);
+    let mut record = judge(&paired, &Policy { max_kl, ..Policy::default() }, vec![kl]);
+    record.provenance = Provenance { device: "client".into(), ..provenance("gate", "./out/qwen2.5-0.5b-w4a16", 'b') };
+    record.flips = serde_json::from_value(value!([
+        {"task": "arc_easy", "doc": 17, "reference": 1.0, "candidate": 0.0, "gold": [2], "reference_choice": 2, "candidate_choice": 0, "moved": 1.93},
+        {"task": "arc_easy", "doc": 4, "reference": 1.0, "candidate": 0.0, "gold": [1], "reference_choice": 1, "candidate_choice": 3, "moved": 0.41},
+        {"task": "hellaswag", "doc": 9, "reference": 0.0, "candidate": 1.0, "gold": [0], "reference_choice": 3, "candidate_choice": 0, "moved": -0.22},
+    ]))
+    .unwrap();
+    record
+}
+
+/// Three open-loop stages of a queue of four servers, `service` seconds a request.
+pub fn load_record(service: f64) -> LoadRecord {
+    let queue = Queue { servers: 4, service: Service::Exponential(service), tokens: 10, failures: 0.0 };
+    let slo = Slo::parse("ttft_p95<=400").unwrap();
+    let stage = |rate: f64| {
+        let requests = queue.run(rate, Arrivals::Poisson, 3000, 1).unwrap();
+        let window = Window { from_ns: 0, to_ns: requests.iter().map(|r| r.end_ns).max().unwrap() + 1 };
+        let metrics = measure(&requests, window);
+        let slo = Some(verdict::judge(&requests, window, metrics.rates.requests_per_second, &slo));
+        StageRecord {
+            profile: "poisson".into(),
+            rate: Some(rate),
+            streams: None,
+            seconds: 1.0,
+            stopped_by: "requests".into(),
+            saturation: None,
+            client: ClientCheck {
+                schedule_delay_p99_ms: 0.1,
+                schedule_delay_max_ms: 0.2,
+                cpu_frac: Some(0.1),
+                connections: 64,
+                resent: 0,
+                invalid: vec![],
+            },
+            metrics,
+            slo,
+            requests,
+        }
+    };
+    LoadRecord {
+        schema: 1,
+        provenance: Provenance { device: "client".into(), ..provenance("load", "", 'b') },
+        target: TargetRecord {
+            url: "http:".into(),
+            endpoint: Endpoint::Chat,
+            model: "qwen2.5-0.5b".into(),
+            streaming: true,
+            exact_output: true,
+            server: None,
+        },
+        data: "chat".into(),
+        trim: Trim::default(),
+        stages: [0.2, 0.5, 0.8, 0.95].map(|part| stage(4.0 * part / service)).to_vec(),
+        find_max: None,
+    }
+}
+
+pub fn capacity() -> CapacityRecord {
+    let row = |name: &str, servers, dollars, infeasible: &[&str]| PlanRow {
+        name: name.into(),
+        rate: Some(32.0),
+        rate_from: "find-max".into(),
+        servers: Some(servers),
+        dollars_per_hour: Some(3.5 * servers as f64),
+        dollars_per_million_output: Some(dollars),
+        ttft_p50_ms: Some(81.0),
+        accuracy: Some(if infeasible.is_empty() { "pass" } else { "regression" }.into()),
+        infeasible: infeasible.iter().map(|s| (*s).to_owned()).collect(),
+    };
+    CapacityRecord {
+        schema: 1,
+        provenance: Provenance { device: "client".into(), ..provenance("capacity", "", 'b') },
+        options: PlanOptions {
+            peak_rps: 120.0,
+            gpu_hour: 3.5,
+            gpus: 1,
+            burst: 1.2,
+            headroom: 0.8,
+            spare: 1,
+            slo: Some(Slo::parse("guidellm/chatbot").unwrap()),
+        },
+        variants: vec![row("w8", 7, 1.31, &[]), row("w4", 5, 0.94, &[]), row("w3", 4, 0.71, &["accuracy: regression"])],
+        best: Some("w4".into()),
+    }
+}
+
+/// Everything that one directory may hold.
 pub fn all() -> Records {
-    Records { plan: Some(plan()), quantize: Some(quantize()), eval: Some(eval()), bench: Some(bench()) }
+    Records {
+        plan: Some(plan()),
+        quantize: Some(quantize()),
+        eval: Some(with_views(eval())),
+        gate: Some(gate(4000, 60, 50, None)),
+        bench: Some(bench()),
+        loads: vec![(String::new(), load_record(0.1))],
+        capacity: Some(capacity()),
+    }
+}
+
+/// Three variants that differ in everything the page compares.
+pub fn several() -> Vec<Variant> {
+    let make = |name: &str, factor: f64, lost: usize, service: f64| {
+        let mut r = all();
+        r.loads = vec![(String::new(), load_record(service))];
+        r.gate = Some(gate(4000, lost, 50, None));
+        r.capacity = r.capacity.filter(|_| name == "w8");
+        if let (Some(q), Some(e), Some(b)) = (&mut r.quantize, &mut r.eval, &mut r.bench) {
+            q.scheme = format!("{name}a16-g128");
+            for s in &mut q.sizes {
+                s.after_bytes = (s.after_bytes as f64 * factor) as u64;
+            }
+            q.after_bytes = q.sizes.iter().map(|s| s.after_bytes).sum();
+            if let Some(k) = &mut e.kl {
+                k.mean /= factor.powi(3);
+                k.mean_interval = interval(k.mean, k.mean / 20.0);
+                k.percentiles.iter_mut().for_each(|p| p.1 /= factor.powi(3));
+            }
+            for row in b.rows.iter_mut().filter(|w| w.role == "candidate") {
+                row.tokens_per_second /= factor;
+                row.samples.iter_mut().for_each(|s| *s /= factor);
+            }
+            b.speed_ups.iter_mut().for_each(|s| s.ratio /= factor);
+        }
+        Variant { name: name.to_owned(), records: r }
+    };
+    vec![make("w8", 1.6, 50, 0.13), make("w4", 1.0, 60, 0.1), make("w3", 0.8, 260, 0.09)]
 }
