@@ -281,6 +281,9 @@ pub struct RunArgs {
     /// Swap each linear (or block) back, one at a time, and rank them by KL regained per byte (demo: linear).
     #[arg(long, value_enum, value_name = "UNIT")]
     pub blame: Option<BlameArg>,
+    /// Leave the verdict out, and of `demo` its tasks, tokens and layers.
+    #[arg(long, conflicts_with_all = ["margin", "max_kl", "max_ppl_ratio"])]
+    pub no_gate: bool,
     /// Leave the bench out.
     #[arg(long)]
     pub no_bench: bool,

@@ -58,9 +58,24 @@ impl Table {
         Self { caption: caption.to_owned(), head, rows: Vec::new(), total: false, wrap: false }
     }
 
-    /// Lets cells break into lines, for tables of many columns.
+    /// Lets cells break into lines, but not within brackets, for tables of many columns.
     pub(crate) fn wrapping(mut self) -> Self {
         self.wrap = true;
+        let heads = self.head.iter_mut().map(|h| &mut h.text);
+        for text in heads.chain(self.rows.iter_mut().flatten().map(|c| &mut c.text)) {
+            let mut depth = 0usize;
+            *text = text
+                .chars()
+                .map(|c| {
+                    match c {
+                        '[' => depth += 1,
+                        ']' => depth = depth.saturating_sub(1),
+                        _ => {}
+                    }
+                    if c == ' ' && depth > 0 { '\u{a0}' } else { c }
+                })
+                .collect();
+        }
         self
     }
 
@@ -158,6 +173,8 @@ mod tests {
         assert!(text.contains("`x'y¦z`"));
         let mut t = Table::new("c", &["Name", "#Empty", "#Value"]);
         t.row(vec!["a".into(), NONE.into(), "1".into()]);
+        t.row(vec!["b c".into(), NONE.into(), "1 [0 – 2]".into()]);
+        assert!(t.clone().wrapping().markdown().contains("| b c | – | 1 \\[0\u{a0}–\u{a0}2\\] |"));
         assert!(t.without_empty_columns().markdown().starts_with("| Name | Value |\n"));
     }
 }

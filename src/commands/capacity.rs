@@ -170,7 +170,7 @@ fn plans(ctx: &Context, args: &CapacityArgs) -> Result<()> {
                 n(r.dollars_per_million_output, 3),
                 n(r.ttft_p50_ms, 1),
                 r.accuracy.clone().unwrap_or_else(|| "not given".into()),
-                if r.infeasible.is_empty() { "ok".into() } else { format!("infeasible: {}", r.infeasible.join("; ")) },
+                if r.infeasible.is_empty() { "ok".into() } else { "infeasible".into() },
             ]
         })
         .collect();
@@ -180,7 +180,9 @@ fn plans(ctx: &Context, args: &CapacityArgs) -> Result<()> {
         let said = best.map_or("infeasible: no variant meets the objective and the accuracy".to_string(), |b| {
             format!("cheapest that can be used: {b}")
         });
-        format!("{}\n{said}", table(&header, &lines))
+        let why = record.variants.iter().filter(|r| !r.infeasible.is_empty());
+        let why: String = why.map(|r| format!("{}: {}\n", r.name, r.infeasible.join("; "))).collect();
+        format!("{}\n\n{why}{said}", table(&header, &lines))
     })?;
     if best.is_some() { Ok(()) } else { Err(VerdictError { code: 1, text: "infeasible".into() }.into()) }
 }

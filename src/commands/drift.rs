@@ -13,7 +13,7 @@ use serde_json::Value;
 
 use crate::args::{BlameArg, EvalArgs};
 use crate::commands::eval::Models;
-use crate::commands::table::{megabytes, table};
+use crate::commands::table::table;
 use crate::context::{Context, Purpose};
 
 /// Tokens of a prompt both models write on from.
@@ -135,15 +135,15 @@ pub fn summary(r: &EvalRecord) -> Vec<String> {
             .take(20)
             .map(|s| {
                 vec![
-                    s.module.clone(),
+                    s.module.trim_start_matches("model.layers.").to_string(),
                     format!("{:.5}", s.kl),
                     format!(
-                        "{:+.5} [{:+.5}, {:+.5}]",
+                        "{:.5} [{:.5}, {:.5}]",
                         s.regained.value,
                         s.regained.low.max(-99.0),
                         s.regained.high.min(99.0)
                     ),
-                    megabytes(s.bytes.unsigned_abs()),
+                    format!("{:.2}", s.bytes.unsigned_abs() as f64 / 1e6),
                     format!("{:+.5}", s.per_megabyte),
                 ]
             })
@@ -153,7 +153,7 @@ pub fn summary(r: &EvalRecord) -> Vec<String> {
             b.kl,
             b.windows,
             b.window,
-            table(&["", "KL", "regained [95 %]", "costs", "a MB"], &rows)
+            table(&["layer", "KL", "regained [95 %]", "costs, MB", "a MB"], &rows)
         ));
     }
     out

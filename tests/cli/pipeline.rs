@@ -112,6 +112,12 @@ fn run_ends_with_a_verdict() {
     assert_eq!(limited.status.code(), Some(1), "{}", stderr(&limited));
     assert!(stderr(&limited).contains("eval: done before"));
 
+    // Without a verdict nothing is left of one, and the page says how to come by it.
+    assert!(run("eight", &["--scheme", "w8a16", "--no-gate"]).status.success());
+    assert!(!tmp.path().join("eight/gate.json").exists());
+    assert!(json(&tmp.path().join("eight/eval.json"))["tasks"].is_null());
+    assert!(page("eight").contains("class=\"verdict none\"") && page("eight").contains("--max-kl NATS"));
+
     // Both in one page, which is nobody's own.
     let report = |more: &[&str]| lowbit(tmp.path()).arg("report").args(more).current_dir(tmp.path()).output().unwrap();
     let out = report(&["two", "eight"]);
