@@ -17,7 +17,7 @@ fn damaged(tmp: &Path, edit: impl FnOnce(&mut Vec<u8>)) -> PathBuf {
     dir
 }
 
-/// `quantize INPUT -o tmp/work/out ARGS` must be refused, naming all of `wanted`, and leave `tmp/work` empty.
+/// `quantize INPUT ARGS` into an empty folder must be refused, naming all of `wanted`, and leave the folder empty.
 fn refused(tmp: &Path, input: &Path, args: &[&str], wanted: &[&str], hint: bool) -> String {
     let work = tmp.join("work");
     std::fs::create_dir_all(&work).unwrap();
