@@ -107,6 +107,13 @@ impl Serving {
         line.unwrap_or_else(|| panic!("no {name} in {text}")).rsplit(' ').next().unwrap().parse().unwrap()
     }
 
+    /// Of all the labels of a name.
+    fn sum(&self, name: &str) -> f64 {
+        let text = self.raw("GET", "/metrics", "", b"").body;
+        let lines = text.lines().filter(|l| l.starts_with(name) && l[name.len()..].starts_with('{'));
+        lines.map(|l| l.rsplit(' ').next().unwrap().parse::<f64>().unwrap()).sum()
+    }
+
     fn wait_for(&self, name: &str, want: f64) {
         let start = Instant::now();
         while self.metric(name) != want {
@@ -303,20 +310,30 @@ fn sixteen_streams_equal_one_and_prompts_are_shared() {
 fn a_client_that_leaves_frees_its_pages_and_a_full_queue_says_so() {
     let s = start(&["--max-concurrent", "1", "--max-queue", "1", "--kept-prompts", "0"], &[]);
     let long = json!({"prompt": prompt(1), "max_tokens": 900, "temperature": 0, "ignore_eos": true, "stream": true});
-    let open = || s.send("POST", "/v1/completions", "", long.to_string().as_bytes());
-    let mut running = open();
+    let open = |answers: usize| {
+        let mut body = long.clone();
+        body["n"] = answers.into();
+        s.send("POST", "/v1/completions", "", body.to_string().as_bytes())
+    };
+    let mut running = open(1);
     // Once it has said something it runs; a reader this slow holds up nobody.
     running.read_exact(&mut [0; 40]).unwrap();
-    let waiting = open();
-    s.wait_for("vllm:num_requests_waiting", 1.0);
+    // The answers of one request come one after the other and fill the queue for as long as a hundred of them take,
+    // whether or not the first request has ended meanwhile.
+    let waiting = open(128);
+    while s.metric("vllm:num_requests_waiting") < 2.0 {
+        std::thread::sleep(Duration::from_millis(2));
+    }
     let refused = s.post("/v1/completions", &long);
     assert_eq!(refused.status, 429, "{refused:?}");
     assert!(refused.head.contains("retry-after: "), "{refused:?}");
     assert!(s.metric("lowbit:kv_cache_pages") > 0.0);
     drop((running, waiting));
     s.wait_for("lowbit:kv_cache_pages", 0.0);
-    assert_eq!(s.metric("vllm:num_requests_running"), 0.0);
-    assert_eq!(s.metric("lowbit:requests_cancelled_total"), 2.0);
+    assert_eq!((s.metric("vllm:num_requests_running"), s.metric("vllm:num_requests_waiting")), (0.0, 0.0));
+    let ended = s.sum("vllm:request_success_total");
+    assert_eq!(s.metric("lowbit:requests_cancelled_total") + ended, 129.0);
+    assert!(ended < 100.0, "what nobody hears is not computed: {ended} answers");
 }
 
 #[test]
