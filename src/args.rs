@@ -27,7 +27,7 @@ pub struct Global {
     /// Where to compute: auto, cpu, cuda, cuda:N, emulated (the CUDA kernels on the host), scalar (the slow reference).
     #[arg(long, global = true, default_value = "auto", value_parser = parse_device)]
     pub device: Device,
-    /// Keep activations in f32: on the CPU, where decode would round them to int8 before packed weights; on a GPU as --arithmetic fast.
+    /// Keep activations in f32: on the CPU, where decode would round them to 15 bits before packed weights; on a GPU as --arithmetic fast.
     #[arg(long, global = true)]
     pub exact: bool,
     /// How the GPU kernels compute products: `half` reads activations rounded to bf16, as 16-bit engines do; `fast` has f32 accuracy on

@@ -100,7 +100,7 @@ impl Context {
         Ok(match (gpu, self.kernels(Purpose::Accuracy)?) {
             (gpu, Some(kernels)) => format!("{} {kernels}", gpu.unwrap_or_default()),
             _ if self.exact => "f32".into(),
-            _ => "f32, int8 activations in decode".into(),
+            _ => "f32, 15-bit activations in decode".into(),
         })
     }
 

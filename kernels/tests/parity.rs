@@ -4,14 +4,15 @@ mod cases;
 
 use cases::{Noise, Sizes};
 use lowbit_kernels::backend::{Backend, Segment};
-use lowbit_kernels::cpu::{CpuBackend, Level};
+use lowbit_kernels::cpu::{CpuBackend, Level, ScalarBackend};
 
 const SIZES: Sizes<'_> =
     Sizes { tokens: &[1, 2, 3, 15, 16, 17, 64], widths: &[32, 64, 96, 576], rows: &[1, 15, 17, 64] };
 
 fn backends() -> Vec<CpuBackend> {
-    let mut list: Vec<CpuBackend> =
-        [Level::Portable, Level::Avx2, Level::Avx512].map(|l| CpuBackend::with_level(l).exact(true)).into();
+    let mut list: Vec<CpuBackend> = [Level::Portable, Level::Avx2, Level::Avx512, Level::Vnni]
+        .map(|l| CpuBackend::with_level(l).exact(true))
+        .into();
     list.dedup_by_key(|b| b.level());
     list
 }
@@ -33,7 +34,8 @@ fn linear_agrees_for_every_format_and_shape() {
 fn a_token_scores_the_same_alone_and_beside_others_in_both_phases() {
     let mut noise = Noise(2);
     let (n, k) = (70, 96);
-    for cpu in backends() {
+    let rounded = [Level::Portable, Level::Avx2, Level::Avx512, Level::Vnni].map(CpuBackend::with_level);
+    for cpu in backends().into_iter().chain(rounded) {
         let decode = cpu.decode_phase().unwrap();
         for (name, w) in cases::weights(&mut noise, n, k) {
             let x = noise.many(19 * k);
@@ -55,17 +57,52 @@ fn the_decode_phase_agrees_with_the_reference() {
     }
 }
 
+/// Decode of packed weights rounds activations: |Δ| ≤ max |x| / 32638 a column of |w| ≤ 1, on top of the reference's own rounding.
+#[test]
+fn rounded_decode_is_near_the_reference_and_equal_on_every_instruction_set() {
+    let mut noise = Noise(5);
+    let scalar = ScalarBackend::new();
+    let levels = [Level::Portable, Level::Avx2, Level::Avx512, Level::Vnni].map(CpuBackend::with_level);
+    for (n, k) in [(1, 32), (70, 96), (130, 576)] {
+        for (name, w) in cases::weights(&mut noise, n, k) {
+            if !name.starts_with('w') {
+                continue; // floats are not rounded
+            }
+            for t in [1, 3, 9] {
+                let x = noise.many(t * k);
+                let want = cases::linear(&scalar, &w, &x, None);
+                let first = cases::linear(levels[0].decode_phase().unwrap(), &w, &x, None);
+                for (a, b) in first.iter().zip(&want) {
+                    assert!((a - b).abs() <= k as f32 * (1.0 / 32638.0 + 2.0 * f32::EPSILON), "{name} t={t}: {a} {b}");
+                }
+                for cpu in &levels[1..] {
+                    let same = cases::linear(cpu.decode_phase().unwrap(), &w, &x, None);
+                    // Widths without a loop of their own keep prefill's arithmetic, whose portable form has no fused addition.
+                    if name.contains("-g32") || name.contains("-g64") || k == 32 {
+                        assert_eq!(same, first, "{name} t={t} {:?}", cpu.level());
+                    }
+                }
+            }
+        }
+    }
+}
+
 #[test]
 fn the_number_of_threads_changes_nothing() {
     let mut noise = Noise(3);
     let (n, k) = (700, 576);
-    let cpu = CpuBackend::new().exact(true);
+    let cpu = CpuBackend::new();
     let pool = |threads| rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
     for (name, w) in cases::weights(&mut noise, n, k) {
         for t in [1, 3, 33] {
             let x = noise.many(t * k);
             let one = pool(1).install(|| cases::linear(&cpu, &w, &x, None));
             assert_eq!(one, pool(3).install(|| cases::linear(&cpu, &w, &x, None)), "{name} t={t}");
+            let decode = |threads| {
+                let cpu = pool(threads).install(CpuBackend::new);
+                cases::linear(cpu.decode_phase().unwrap(), &w, &x, None)
+            };
+            assert_eq!(decode(1), decode(3), "{name} t={t} decode");
         }
     }
 }

@@ -30,7 +30,7 @@ impl Kernel for ReadAll<'_> {
 
 /// Bytes a second that `threads` threads read together from 256 MiB, best of five.
 pub fn read_bandwidth(threads: usize) -> f64 {
-    let simd = Simd::up_to(Level::Avx512);
+    let simd = Simd::up_to(Level::Vnni);
     // Written, not only allocated: untouched pages would all map to one zero page.
     let data: Vec<f32> = (0..BYTES / 4).map(|i| (i & 7) as f32).collect();
     let part = data.len().div_ceil(threads.max(1));

@@ -102,10 +102,14 @@ impl DenseWeight {
     /// `y = x Wᵀ` for many tokens: x `[t, cols]`, y `[t, rows]`.
     pub fn panels(&self, simd: Simd, x: &[f32], t: usize, y: &mut [f32]) -> Result<()> {
         check_len("x", t * self.cols, x.len())?;
-        product::linear(simd, y, x, (t, self.rows, self.cols), |rows, out| self.widen(simd, rows, out))
+        product::linear(simd, y, x, (t, self.rows, self.cols), |rows, panel| {
+            let mut wide = vec![0f32; rows.len() * self.cols];
+            self.widen(simd, rows, &mut wide);
+            product::interleave(simd, &wide, self.cols, panel);
+        })
     }
 
-    /// `out[r][t] = W[r] · x[t]` for some rows and few tokens: x `[t, cols]`, out `[rows, t]`.
+    /// `out[t][r] = W[r] · x[t]` for some rows and few tokens: x `[t, cols]`, out `[t, rows]`.
     pub fn rows(&self, simd: Simd, x: &[f32], t: usize, rows: Range<usize>, out: &mut [f32]) {
         let (bytes, k) = (self.row_bytes(rows), self.cols);
         match self.dtype {
@@ -135,7 +139,7 @@ impl<E: Element> Kernel for Widen<'_, E> {
     }
 }
 
-/// `out[r][t] = W[r] · x[t]`.
+/// `out[t][r] = W[r] · x[t]`.
 struct Gemv<'a, E> {
     bytes: &'a [u8],
     x: &'a [f32],
@@ -162,16 +166,16 @@ impl<E: Element> Kernel for Gemv<'_, E> {
         while r < rows {
             let full = r + block <= rows;
             let w = &self.bytes[r * self.k * E::SIZE..];
-            let out = &mut self.out[r * self.t..];
+            let to = (&mut *self.out, r, rows);
             // SAFETY: the caller vouches for the instruction set; `block`'s lengths are checked inside.
             unsafe {
                 match (self.t, full) {
-                    (1, true) => dot_block::<L, E, 4, 1>(w, self.x, self.k, out),
-                    (1, false) => dot_block::<L, E, 1, 1>(w, self.x, self.k, out),
-                    (2, true) => dot_block::<L, E, 2, 2>(w, self.x, self.k, out),
-                    (2, false) => dot_block::<L, E, 1, 2>(w, self.x, self.k, out),
-                    (3, _) => dot_block::<L, E, 1, 3>(w, self.x, self.k, out),
-                    _ => dot_block::<L, E, 1, 4>(w, self.x, self.k, out),
+                    (1, true) => dot_block::<L, E, 4, 1>(w, self.x, self.k, to),
+                    (1, false) => dot_block::<L, E, 1, 1>(w, self.x, self.k, to),
+                    (2, true) => dot_block::<L, E, 2, 2>(w, self.x, self.k, to),
+                    (2, false) => dot_block::<L, E, 1, 2>(w, self.x, self.k, to),
+                    (3, _) => dot_block::<L, E, 1, 3>(w, self.x, self.k, to),
+                    _ => dot_block::<L, E, 1, 4>(w, self.x, self.k, to),
                 }
             }
             r += if full { block } else { 1 };
@@ -179,6 +183,8 @@ impl<E: Element> Kernel for Gemv<'_, E> {
     }
 }
 
+/// R rows times T tokens, written to rows `first ..` of `[T, rows]`.
+///
 /// # Safety
 /// The instruction set of `L` is available.
 #[inline(always)]
@@ -186,7 +192,7 @@ unsafe fn dot_block<L: Lanes, E: Element, const R: usize, const T: usize>(
     w: &[u8],
     x: &[f32],
     k: usize,
-    out: &mut [f32],
+    (out, first, rows): (&mut [f32], usize, usize),
 ) {
     let (w, x) = (&w[..R * k * E::SIZE], &x[..T * k]);
     // SAFETY: offsets stay below `R · k` elements of `w` and `T · k` of `x`, sliced above.
@@ -209,7 +215,7 @@ unsafe fn dot_block<L: Lanes, E: Element, const R: usize, const T: usize>(
                 for j in i..k {
                     sum += E::widen(&w[(r * k + j) * E::SIZE..]) * x[t * k + j];
                 }
-                out[r * T + t] = sum;
+                out[t * rows + first + r] = sum;
             }
         }
     }

@@ -3,7 +3,8 @@
 //!
 //! Results never depend on the number of threads or on the rest of the batch. What they do depend on is the phase: prefill
 //! keeps one order of additions for any number of tokens (see [`product`]); decode ([`Backend::decode_phase`]) has loops that read each
-//! weight once from memory, and there packed weights meet activations rounded to int8 unless the backend is [`CpuBackend::exact`].
+//! weight once from memory, and there packed weights meet activations rounded to fifteen bits ([`rounded`]) unless the backend is
+//! [`CpuBackend::exact`].
 
 mod attention;
 mod bandwidth;
@@ -13,14 +14,16 @@ mod dense;
 mod elementwise;
 mod gemv;
 mod hessian;
-mod int8;
+mod integer;
 mod kv;
 mod packed;
 mod pool;
 mod product;
 mod reference;
+mod rounded;
 mod scalar;
 mod simd;
+mod tiles;
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -60,7 +63,7 @@ impl Weight {
     fn widen(&self, simd: Simd, rows: Range<usize>, out: &mut [f32]) {
         match self {
             Weight::Dense(w) => w.widen(simd, rows, out),
-            Weight::Packed(w) => w.widen(simd, rows, out),
+            Weight::Packed(w) => w.widen(rows, out),
         }
     }
 }
@@ -68,7 +71,7 @@ impl Weight {
 impl CpuBackend {
     /// With the best instruction set of this machine.
     pub fn new() -> Self {
-        Self::with_level(Level::Avx512)
+        Self::with_level(Level::Vnni)
     }
 
     /// With no more than `most` (and no more than the machine has).
@@ -78,7 +81,7 @@ impl CpuBackend {
         Self { simd, pool, exact: false, decode: Some(Box::new(decode)) }
     }
 
-    /// Keeps activations in f32 where decode would round them to int8 (products of packed weights with few tokens).
+    /// Decodes packed weights by prefill's arithmetic, in f32 and slower, where it would round activations to fifteen bits.
     #[must_use]
     pub fn exact(mut self, exact: bool) -> Self {
         self.exact = exact;
@@ -172,9 +175,9 @@ impl Backend for CpuBackend {
             return Ok(buffer(y));
         }
         let inner = weight(w)?;
-        if self.decodes() && gemv::takes(&[inner]) {
+        if self.decodes() && gemv::takes(self.exact, &[inner]) {
             let mut ys = [y];
-            gemv::gemv(self.simd, &self.pool, self.exact, x, t, &[inner], &mut ys);
+            gemv::gemv(self.simd, &self.pool, x, t, &[inner], &mut ys);
             [y] = ys;
         } else {
             match inner {
@@ -195,12 +198,12 @@ impl Backend for CpuBackend {
         let t = checks::rows("linear input", x.len, first.in_features)?;
         let inner = weights.iter().map(|(w, _)| weight(w)).collect::<Result<Vec<_>>>()?;
         let alike = weights.iter().all(|(w, bias)| bias.is_none() && w.in_features == first.in_features);
-        if t == 0 || !alike || !self.decodes() || !gemv::takes(&inner) {
+        if t == 0 || !alike || !self.decodes() || !gemv::takes(self.exact, &inner) {
             return weights.iter().map(|(w, bias)| self.linear(x, w, *bias)).collect();
         }
         let lengths = weights.iter().map(|(w, _)| checks::product("linear output", t, w.out_features));
         let mut ys = lengths.map(|n| n.map(|n| vec![0f32; n])).collect::<Result<Vec<_>>>()?;
-        gemv::gemv(self.simd, &self.pool, self.exact, host(NAME, x)?, t, &inner, &mut ys);
+        gemv::gemv(self.simd, &self.pool, host(NAME, x)?, t, &inner, &mut ys);
         Ok(ys.into_iter().map(buffer).collect())
     }
 

@@ -279,8 +279,9 @@ impl Kernel for Interleave<'_> {
     }
 }
 
-/// `y = x Wᵀ` for x `[t, k]`, y `[t, n]`; `widen(rows, out)` writes rows of W as f32 `[rows, k]`.
-pub fn linear<F>(simd: Simd, y: &mut [f32], x: &[f32], (t, n, k): (usize, usize, usize), widen: F) -> Result<()>
+/// `y = x Wᵀ` for x `[t, k]`, y `[t, n]`; `fill(rows, panel)` writes at most sixteen rows of W as a panel `[k, 16]`, zero where rows
+/// are missing.
+pub fn linear<F>(simd: Simd, y: &mut [f32], x: &[f32], (t, n, k): (usize, usize, usize), fill: F) -> Result<()>
 where
     F: Fn(std::ops::Range<usize>, &mut [f32]) + Sync,
 {
@@ -289,12 +290,11 @@ where
     let stripes = Stripes(y.as_mut_ptr());
     let stripes = &stripes;
     (0..n.div_ceil(WIDTH)).into_par_iter().for_each_init(
-        || (vec![0f32; WIDTH * k], vec![0f32; WIDTH * k]),
-        |(rows, panel), p| {
+        || vec![0f32; WIDTH * k],
+        |panel, p| {
             let first = p * WIDTH;
             let columns = WIDTH.min(n - first);
-            widen(first..first + columns, &mut rows[..columns * k]);
-            interleave(simd, &rows[..columns * k], k, panel);
+            fill(first..first + columns, panel);
             let mut done = 0;
             loop {
                 let inner = DEPTH.min(k - done);
@@ -358,8 +358,8 @@ mod tests {
             {
                 let (x, w) = (noise(t * k, 1), noise(n * k, 2));
                 let mut y = vec![f32::NAN; t * n];
-                linear(simd, &mut y, &x, (t, n, k), |rows, out| {
-                    out.copy_from_slice(&w[rows.start * k..rows.end * k]);
+                linear(simd, &mut y, &x, (t, n, k), |rows, panel| {
+                    interleave(simd, &w[rows.start * k..rows.end * k], k, panel);
                 })
                 .unwrap();
                 assert_eq!(y, twin(&x, &w, (t, n, k)), "{level:?} {t} {n} {k}");
@@ -369,7 +369,7 @@ mod tests {
 
     #[test]
     fn extents_are_checked() {
-        let simd = Simd::up_to(Level::Avx512);
+        let simd = Simd::up_to(Level::Vnni);
         let left = Left { data: &[0.0; 7], row: 4, step: 1 };
         let panel = Panel { data: &[0.0; 64], stride: 16 };
         let mut out = [0f32; 32];

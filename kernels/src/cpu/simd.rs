@@ -11,6 +11,8 @@ pub enum Level {
     Avx2,
     /// The above and AVX-512F.
     Avx512,
+    /// The above, AVX-512BW and the products of bytes (AVX-512 VNNI).
+    Vnni,
 }
 
 /// A level this machine was seen to have. It cannot be made otherwise, which is what makes [`Simd::run`] sound.
@@ -43,7 +45,7 @@ impl Simd {
         match self.0 {
             #[cfg(target_arch = "x86_64")]
             // SAFETY: a `Simd` holds only levels that `detected` found on this machine.
-            Level::Avx512 => unsafe { x86::run_avx512(kernel) },
+            Level::Avx512 | Level::Vnni => unsafe { x86::run_avx512(kernel) },
             #[cfg(target_arch = "x86_64")]
             // SAFETY: as above.
             Level::Avx2 => unsafe { x86::run_avx2(kernel) },
@@ -56,7 +58,11 @@ impl Simd {
 fn detected() -> Level {
     #[cfg(target_arch = "x86_64")]
     if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c") {
-        return if is_x86_feature_detected!("avx512f") { Level::Avx512 } else { Level::Avx2 };
+        return match is_x86_feature_detected!("avx512f") {
+            true if is_x86_feature_detected!("avx512bw") && is_x86_feature_detected!("avx512vnni") => Level::Vnni,
+            true => Level::Avx512,
+            false => Level::Avx2,
+        };
     }
     Level::Portable
 }
@@ -99,15 +105,6 @@ pub unsafe trait Lanes {
     /// # Safety
     /// See the trait.
     unsafe fn load_f16(p: *const u8) -> Self::V;
-    /// `N` bytes as numbers 0–255.
-    /// # Safety
-    /// See the trait.
-    unsafe fn load_u8(p: *const u8) -> Self::V;
-    /// Low and high nibbles of `N` bytes as numbers 0–15.
-    /// # Safety
-    /// See the trait.
-    unsafe fn load_nibbles(p: *const u8) -> (Self::V, Self::V);
-
     /// Sum of the lanes, as a binary tree (the same order on every machine of equal `N`).
     /// # Safety
     /// See the trait.
@@ -168,17 +165,6 @@ unsafe impl Lanes for Portable {
         // SAFETY: as in `load_bf16`.
         let raw = unsafe { p.cast::<[[u8; 2]; 8]>().read_unaligned() };
         raw.map(|b| f16::from_le_bytes(b).to_f32())
-    }
-    #[inline(always)]
-    unsafe fn load_u8(p: *const u8) -> Self::V {
-        // SAFETY: the caller vouches for eight bytes at `p`.
-        unsafe { p.cast::<[u8; 8]>().read_unaligned() }.map(f32::from)
-    }
-    #[inline(always)]
-    unsafe fn load_nibbles(p: *const u8) -> (Self::V, Self::V) {
-        // SAFETY: the caller vouches for eight bytes at `p`.
-        let raw = unsafe { p.cast::<[u8; 8]>().read_unaligned() };
-        (raw.map(|b| f32::from(b & 15)), raw.map(|b| f32::from(b >> 4)))
     }
 }
 
@@ -251,21 +237,6 @@ mod x86 {
             // SAFETY: the caller vouches for sixteen bytes at `p`.
             _mm256_cvtph_ps(unsafe { _mm_loadu_si128(p.cast()) })
         }
-        #[inline]
-        #[target_feature(enable = "avx2,fma,f16c")]
-        unsafe fn load_u8(p: *const u8) -> __m256 {
-            // SAFETY: the caller vouches for eight bytes at `p`.
-            let raw = unsafe { _mm_loadl_epi64(p.cast()) };
-            _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(raw))
-        }
-        #[inline]
-        #[target_feature(enable = "avx2,fma,f16c")]
-        unsafe fn load_nibbles(p: *const u8) -> (__m256, __m256) {
-            // SAFETY: the caller vouches for eight bytes at `p`.
-            let wide = _mm256_cvtepu8_epi32(unsafe { _mm_loadl_epi64(p.cast()) });
-            let low = _mm256_and_si256(wide, _mm256_set1_epi32(15));
-            (_mm256_cvtepi32_ps(low), _mm256_cvtepi32_ps(_mm256_srli_epi32::<4>(wide)))
-        }
     }
 
     /// Sixteen lanes.
@@ -314,21 +285,6 @@ mod x86 {
         unsafe fn load_f16(p: *const u8) -> __m512 {
             // SAFETY: the caller vouches for thirty-two bytes at `p`.
             _mm512_cvtph_ps(unsafe { _mm256_loadu_si256(p.cast()) })
-        }
-        #[inline]
-        #[target_feature(enable = "avx512f,avx2,fma,f16c")]
-        unsafe fn load_u8(p: *const u8) -> __m512 {
-            // SAFETY: the caller vouches for sixteen bytes at `p`.
-            let raw = unsafe { _mm_loadu_si128(p.cast()) };
-            _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(raw))
-        }
-        #[inline]
-        #[target_feature(enable = "avx512f,avx2,fma,f16c")]
-        unsafe fn load_nibbles(p: *const u8) -> (__m512, __m512) {
-            // SAFETY: the caller vouches for sixteen bytes at `p`.
-            let wide = _mm512_cvtepu8_epi32(unsafe { _mm_loadu_si128(p.cast()) });
-            let low = _mm512_and_si512(wide, _mm512_set1_epi32(15));
-            (_mm512_cvtepi32_ps(low), _mm512_cvtepi32_ps(_mm512_srli_epi32::<4>(wide)))
         }
     }
 }
