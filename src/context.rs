@@ -104,6 +104,11 @@ impl Context {
         })
     }
 
+    /// Whether `--exact` was given.
+    pub fn exact(&self) -> bool {
+        self.exact
+    }
+
     /// The arithmetic of a purpose on a GPU or its emulation; `None` on the CPU. Only `auto` opens a device for it.
     pub fn arithmetic(&self, purpose: Purpose) -> Result<Option<Arithmetic>> {
         let usual = match (self.device, purpose) {

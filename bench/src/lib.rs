@@ -22,7 +22,7 @@ pub mod synthetic;
 use lowbit_model::Model;
 
 pub use error::{BenchError, Result};
-pub use record::{BenchRecord, BenchRow, LatencyRow, MemoryRow, SpeedUp};
+pub use record::{BenchRecord, BenchRow, LatencyRow, MemoryRow, RoundingDrift, SpeedUp};
 
 /// Version of the format of `bench.json`.
 pub const SCHEMA: u32 = 1;

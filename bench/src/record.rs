@@ -85,6 +85,19 @@ pub struct MemoryRow {
     pub peak_rss_bytes: Option<u64>,
 }
 
+/// What rounding activations in decode changes.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct RoundingDrift {
+    /// Positions compared.
+    pub tokens: usize,
+    /// Mean KL(exact ‖ rounded), nats.
+    pub kl_mean: f64,
+    /// Largest, nats.
+    pub kl_max: f64,
+    /// Positions where the most likely token is the same.
+    pub same_top: usize,
+}
+
 /// `bench.json`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct BenchRecord {
@@ -105,6 +118,9 @@ pub struct BenchRecord {
     pub latency: Vec<LatencyRow>,
     /// Memory.
     pub memory: Vec<MemoryRow>,
+    /// The candidate's decode beside its own exact arithmetic (CPU only).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rounding: Option<RoundingDrift>,
     /// Tests that could not run, a model that did not fit above all (synthetic models only).
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub left: Vec<Left>,

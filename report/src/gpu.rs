@@ -411,6 +411,7 @@ mod tests {
             speed_ups: vec![SpeedUp { model, test, batch: 16, ratio: 2.5, low: 2.4, high: 2.6 }],
             latency: Vec::new(),
             memory: Vec::new(),
+            rounding: None,
             left: vec![Left { row: "shape f32".into(), reason: "does not fit".into(), failed: false }],
         }
     }

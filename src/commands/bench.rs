@@ -16,6 +16,7 @@ use lowbit_quantize::Progress;
 
 use crate::args::BenchArgs;
 use crate::commands::eval::refuse_existing;
+use crate::commands::rounding;
 use crate::commands::table::{megabytes, table};
 use crate::context::{Context, Purpose};
 use crate::models::{self, Located};
@@ -100,6 +101,7 @@ fn record(provenance: Provenance, limits: &Limits, ceilings: Option<Ceilings>, o
         speed_ups: out.speed_ups,
         latency: out.latency,
         memory: out.memory,
+        rounding: None,
         left: out.left,
     }
 }
@@ -131,10 +133,12 @@ pub fn measure(
     let pair = reference.zip(other.as_ref()).map(|(r, l)| (r.name.as_str(), &l.1));
     let detail = |text: &str| ctx.progress.detail(text);
     let out = lowbit_bench::run((&candidate.name, &model), pair, options, &limits, &detail)?;
+    detail("rounding of decode");
+    let rounding = rounding::measure(&model, ctx.exact())?;
     ctx.progress.clear();
     ctx.check_stop()?;
     let provenance = provenance::gather(ctx, Purpose::Speed, candidate, reference, options.seed, option_map(options))?;
-    Ok(record(provenance, &limits, ceilings, out))
+    Ok(BenchRecord { rounding, ..record(provenance, &limits, ceilings, out) })
 }
 
 /// The full options, for the record.
@@ -191,6 +195,12 @@ pub fn summary(r: &BenchRecord) -> String {
         out.push(format!(
             "{}: TTFT ({} tokens) p50 {:.1} ms, p99 {:.1} ms; ITL p50 {:.2} ms, p99 {:.2} ms",
             l.role, l.prompt_tokens, l.ttft_ms[0], l.ttft_ms[2], l.itl_token_ms[0], l.itl_token_ms[2]
+        ));
+    }
+    if let Some(r) = &r.rounding {
+        out.push(format!(
+            "rounding of decode against --exact, {} tokens: KL mean {:.1e}, max {:.1e}; first token the same at {}",
+            r.tokens, r.kl_mean, r.kl_max, r.same_top
         ));
     }
     out.join("\n")

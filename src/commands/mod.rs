@@ -17,6 +17,7 @@ mod looks;
 mod merge;
 mod quantize;
 mod report;
+mod rounding;
 mod run;
 mod run_accuracy;
 mod scores;

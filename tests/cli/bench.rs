@@ -34,6 +34,26 @@ fn a_model_is_measured_at_a_depth() {
 }
 
 #[test]
+fn rounding_of_decode_is_measured_and_small() {
+    let tmp = tempfile::tempdir().unwrap();
+    let dir = tmp.path().join("w4");
+    let mut c = lowbit(tmp.path());
+    c.args(["--quiet", "--device", "cpu", "quantize", "demo", "--method", "rtn", "--group-size", "64", "-o"]);
+    ok(c.arg(&dir));
+    let bench = |exact: &[&str]| -> serde_json::Value {
+        let mut c = lowbit(tmp.path());
+        c.args(["--quiet", "--json", "--device", "cpu", "bench"]).arg(&dir).args(["-p", "0", "-n", "2", "-r", "1"]);
+        serde_json::from_slice(&ok(c.args(exact)).stdout).unwrap()
+    };
+    let rounding = &bench(&[])["rounding"];
+    let kl = rounding["kl_mean"].as_f64().unwrap();
+    // Not nothing, or it would not have been measured; the bound is the one `--exact` is promised to be within.
+    assert!(kl > 0.0 && kl <= 1e-4 && rounding["kl_max"].as_f64().unwrap() <= 1e-4, "{rounding}");
+    assert_eq!(rounding["tokens"], 64);
+    assert!(bench(&["--exact"])["rounding"].is_null());
+}
+
+#[test]
 fn what_cannot_be_made_is_refused() {
     let tmp = tempfile::tempdir().unwrap();
     for (args, said) in [

@@ -229,6 +229,7 @@ pub fn bench() -> BenchRecord {
                 peak_rss_bytes: Some(2_345_000_000),
             })
             .to_vec(),
+        rounding: None,
         left: Vec::new(),
     }
 }
