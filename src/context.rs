@@ -12,6 +12,7 @@ use lowbit_kernels::cuda::nvrtc::DeviceOptions;
 use lowbit_kernels::cuda::{Arithmetic, GpuBackend};
 
 use crate::args::{ArithmeticArg, Device, Global};
+use crate::exit;
 use crate::models;
 use crate::progress::Bars;
 
@@ -51,8 +52,7 @@ impl Context {
             }
             // With no output open there is nothing to clean up; a second Ctrl-C does not wait for the clean-up.
             if flag.swap(true, Ordering::SeqCst) || !busy.load(Ordering::SeqCst) {
-                eprintln!("error: interrupted");
-                std::process::exit(130);
+                std::process::exit(exit::interrupted().into());
             }
         })
         .context("cannot watch for Ctrl-C")?;
@@ -172,7 +172,7 @@ impl Context {
                 Ok(found) => Ok(found),
                 Err(e) => {
                     if !self.quiet {
-                        eprintln!("device: cpu ({e})");
+                        exit::talk(&format!("device: cpu ({e})"));
                     }
                     host(Arc::new(CpuBackend::new().exact(self.exact)))
                 }
@@ -195,22 +195,30 @@ impl Context {
     pub fn say(&self, text: impl AsRef<str>) {
         self.progress.clear();
         if !self.quiet {
-            eprintln!("{}", text.as_ref());
+            exit::talk(text.as_ref());
         }
     }
 
-    /// The result on stdout: JSON under --json, text otherwise. A closed pipe is not a failure.
+    /// The result on stdout: JSON under --json, text otherwise.
     pub fn print(&self, json: &impl serde::Serialize, text: impl FnOnce() -> String) -> Result<()> {
-        use std::io::Write;
         self.progress.clear();
         let out = if self.json { serde_json::to_string_pretty(json)? } else { text() };
-        let _ = writeln!(std::io::stdout(), "{}", out.trim_end());
-        Ok(())
+        write_out(format!("{}\n", out.trim_end()).as_bytes())
     }
 
     /// Fails when the user asked to stop.
     pub fn check_stop(&self) -> Result<()> {
         if self.stop.load(Ordering::Relaxed) { Err(lowbit_quantize::QuantizeError::Interrupted.into()) } else { Ok(()) }
+    }
+}
+
+/// Writes to stdout. A closed pipe is not a failure; a full disk behind it is.
+pub fn write_out(bytes: &[u8]) -> Result<()> {
+    use std::io::Write;
+    let mut out = std::io::stdout();
+    match out.write_all(bytes).and_then(|()| out.flush()) {
+        Err(e) if e.kind() != std::io::ErrorKind::BrokenPipe => Err(e).context("cannot write to stdout"),
+        _ => Ok(()),
     }
 }
 

@@ -1,6 +1,8 @@
 //! Errors to one line, a hint, and an exit code.
 
+use std::io::Write;
 use std::process::ExitCode;
+use std::sync::OnceLock;
 
 use lowbit_calibration::CalibrationError;
 use lowbit_checkpoint::CheckpointError;
@@ -11,7 +13,7 @@ use lowbit_quantize::QuantizeError;
 /// Bad input or usage.
 pub const BAD_INPUT: u8 = 3;
 /// A fault of ours.
-const INTERNAL: u8 = 4;
+pub const INTERNAL: u8 = 4;
 /// Ctrl-C.
 const INTERRUPTED: u8 = 130;
 
@@ -32,11 +34,53 @@ impl std::fmt::Display for VerdictError {
 
 impl std::error::Error for VerdictError {}
 
+/// What an interrupted command leaves, and how to go on.
+static RESUME: OnceLock<&'static str> = OnceLock::new();
+
+/// Sets what [`interrupted`] says beside the fact.
+pub fn on_interrupt(hint: &'static str) {
+    let _ = RESUME.set(hint);
+}
+
+/// Talk on stderr. Nobody may be listening any more, which ends no command.
+pub fn talk(text: &str) {
+    let _ = writeln!(std::io::stderr(), "{text}");
+}
+
+/// Says that the user stopped the command, and how to go on; returns the exit code.
+pub fn interrupted() -> u8 {
+    talk("error: interrupted");
+    if let Some(hint) = RESUME.get() {
+        talk(&format!("hint: {hint}"));
+    }
+    INTERRUPTED
+}
+
+/// A panic is a fault of ours: one message, and [`INTERNAL`] as every other.
+pub fn watch_panics() {
+    std::panic::set_hook(Box::new(|info| {
+        let payload = info.payload();
+        let text = payload.downcast_ref::<&str>().copied().or(payload.downcast_ref::<String>().map(String::as_str));
+        let place = info.location().map_or(String::new(), |l| format!(" ({}:{})", l.file(), l.line()));
+        talk(&format!("error: internal failure: {}{place}", text.unwrap_or("no message")));
+        talk(
+            "hint: this is a fault of lowbit, not of the input: please report it with the command; RUST_BACKTRACE=1 says more",
+        );
+        let trace = std::backtrace::Backtrace::capture();
+        if trace.status() == std::backtrace::BacktraceStatus::Captured {
+            talk(&trace.to_string());
+        }
+    }));
+}
+
 /// Prints `error: ...` and `hint: ...`; returns the exit code.
 pub fn report(error: &anyhow::Error) -> ExitCode {
     if let Some(v) = error.downcast_ref::<VerdictError>() {
-        eprintln!("verdict: {}", v.text);
+        talk(&format!("verdict: {}", v.text));
         return ExitCode::from(v.code);
+    }
+    if error.chain().any(|c| matches!(c.downcast_ref::<QuantizeError>(), Some(QuantizeError::Interrupted))) {
+        return ExitCode::from(interrupted());
     }
     let mut lines: Vec<String> = Vec::new();
     for cause in error.chain() {
@@ -47,21 +91,15 @@ pub fn report(error: &anyhow::Error) -> ExitCode {
         }
     }
     let text = lines.join(": ");
-    eprintln!("error: {text}");
+    talk(&format!("error: {text}"));
     if !text.contains("hint:")
         && let Some(hint) = error.chain().find_map(hint_of)
     {
-        eprintln!("hint: {hint}");
+        talk(&format!("hint: {hint}"));
     }
-    let interrupted =
-        error.chain().any(|c| matches!(c.downcast_ref::<QuantizeError>(), Some(QuantizeError::Interrupted)));
     // Kernels get validated shapes: one that refuses means a fault of ours, not of the input.
     let internal = error.chain().any(|c| matches!(c.downcast_ref::<ModelError>(), Some(ModelError::Kernel { .. })));
-    ExitCode::from(match (interrupted, internal) {
-        (true, _) => INTERRUPTED,
-        (_, true) => INTERNAL,
-        _ => BAD_INPUT,
-    })
+    ExitCode::from(if internal { INTERNAL } else { BAD_INPUT })
 }
 
 fn hint_of(cause: &(dyn std::error::Error + 'static)) -> Option<String> {
@@ -89,5 +127,5 @@ fn hint_of(cause: &(dyn std::error::Error + 'static)) -> Option<String> {
     if let Some(CalibrationError::Checkpoint(e)) = cause.downcast_ref::<CalibrationError>() {
         return e.hint();
     }
-    None
+    cause.downcast_ref::<std::io::Error>().and_then(lowbit_checkpoint::error::io_hint).map(str::to_string)
 }

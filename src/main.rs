@@ -27,9 +27,16 @@ fn main() -> ExitCode {
             return ExitCode::from(code);
         }
     };
-    let quiet_code = context::Context::new(&cli.global).and_then(|ctx| commands::dispatch(&ctx, cli.command));
-    match quiet_code {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(e) => exit::report(&e),
+    exit::watch_panics();
+    exit::on_interrupt(commands::after_interrupt(&cli.command));
+    lowbit_checkpoint::mapped::tell_of_truncation(exit::BAD_INPUT.into());
+    let done = std::panic::catch_unwind(|| {
+        context::Context::new(&cli.global).and_then(|ctx| commands::dispatch(&ctx, cli.command))
+    });
+    match done {
+        Ok(Ok(())) => ExitCode::SUCCESS,
+        Ok(Err(e)) => exit::report(&e),
+        // The hook has told.
+        Err(_) => ExitCode::from(exit::INTERNAL),
     }
 }

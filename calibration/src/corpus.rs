@@ -10,7 +10,6 @@
 //! An object gives its `text`; else its `messages` (`role`, `content`) or its ShareGPT `conversations` (`from`,
 //! `value`) through the model's chat template. Empty texts are kept: they count when texts are joined.
 
-use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -150,9 +149,11 @@ fn corpus_files(root: &Path) -> Result<Vec<PathBuf>> {
 
 fn load_file(path: &Path, template: Option<&ChatTemplate>, texts: &mut Vec<String>) -> Result<()> {
     match Format::of(path) {
-        Some(Format::Text) => texts.push(utf8(path, &std::fs::read(path).map_err(|e| io(path, e))?)?.to_string()),
+        Some(Format::Text) => {
+            texts.push(utf8(path, &lowbit_checkpoint::files::read(path).map_err(|e| io(path, e))?)?.to_string())
+        }
         Some(Format::Lines) => {
-            let bytes = std::fs::read(path).map_err(|e| io(path, e))?;
+            let bytes = lowbit_checkpoint::files::read(path).map_err(|e| io(path, e))?;
             for (i, line) in utf8(path, &bytes)?.lines().enumerate() {
                 if !line.trim().is_empty() {
                     let place = format!("line {}", i + 1);
@@ -164,7 +165,7 @@ fn load_file(path: &Path, template: Option<&ChatTemplate>, texts: &mut Vec<Strin
             }
         }
         Some(Format::Array) => {
-            let bytes = std::fs::read(path).map_err(|e| io(path, e))?;
+            let bytes = lowbit_checkpoint::files::read(path).map_err(|e| io(path, e))?;
             let items = serde_json::from_str::<Vec<Value>>(utf8(path, &bytes)?).map_err(|e| {
                 record(path, format!("line {}", e.line()), format!("not an array of JSON objects: {e}"))
             })?;
@@ -192,7 +193,8 @@ fn utf8<'a>(path: &Path, bytes: &'a [u8]) -> Result<&'a str> {
 
 fn load_parquet(path: &Path, texts: &mut Vec<String>) -> Result<()> {
     let parquet = |source| CalibrationError::Parquet { path: path.to_path_buf(), source };
-    let reader = SerializedFileReader::new(File::open(path).map_err(|e| io(path, e))?).map_err(parquet)?;
+    let reader =
+        SerializedFileReader::new(lowbit_checkpoint::files::open(path).map_err(|e| io(path, e))?).map_err(parquet)?;
     let schema = reader.metadata().file_metadata().schema();
     let column = schema
         .get_fields()

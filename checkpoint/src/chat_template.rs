@@ -40,7 +40,7 @@ pub struct ChatTemplate {
 
 /// Reads a JSON file; `None` where there is none.
 pub(crate) fn read_json(path: &Path) -> Result<Option<Json>> {
-    let bytes = match std::fs::read(path) {
+    let bytes = match crate::files::read(path) {
         Ok(bytes) => bytes,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
         Err(source) => {
@@ -80,7 +80,7 @@ impl ChatTemplate {
         let settings_file = dir.join("tokenizer_config.json");
         let settings = read_json(&settings_file)?;
         let alone = dir.join("chat_template.jinja");
-        let (file, source) = match std::fs::read_to_string(&alone) {
+        let (file, source) = match crate::files::read_text(&alone) {
             Ok(source) => (alone, source),
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
                 let legacy = dir.join("chat_template.json");

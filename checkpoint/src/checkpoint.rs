@@ -71,6 +71,6 @@ impl Checkpoint {
 
 /// Reads a JSON file.
 pub fn read_json(path: &Path) -> Result<Value> {
-    let text = std::fs::read_to_string(path).map_err(|e| CheckpointError::io(path, e))?;
+    let text = crate::files::read_text(path).map_err(|e| CheckpointError::io(path, e))?;
     serde_json::from_str(&text).map_err(|e| CheckpointError::invalid(path, format!("not valid JSON: {e}")))
 }

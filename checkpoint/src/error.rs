@@ -104,10 +104,25 @@ impl CheckpointError {
             Self::Invalid { hint, .. } | Self::Unsupported { hint, .. } | Self::Hub { hint, .. } => hint.clone(),
             Self::Exists { .. } => Some("choose another output, or pass --force to replace it".into()),
             Self::MissingTensor { .. } => Some("the download may be incomplete: fetch the checkpoint again".into()),
-            Self::Io { source, .. } if source.kind() == std::io::ErrorKind::StorageFull => {
-                Some("free some space or choose an output on another disk".into())
-            }
+            Self::Io { source, .. } => io_hint(source).map(str::to_string),
             _ => None,
         }
+    }
+}
+
+/// The way out of a refusal by the operating system, where there is a usual one.
+pub fn io_hint(error: &std::io::Error) -> Option<&'static str> {
+    use std::io::ErrorKind;
+    match error.kind() {
+        ErrorKind::StorageFull | ErrorKind::QuotaExceeded => {
+            Some("free some space or choose an output on another disk; the same command then completes")
+        }
+        ErrorKind::ReadOnlyFilesystem => Some("choose an output where you may write"),
+        ErrorKind::PermissionDenied => Some("check who may read and write there, or choose another place"),
+        // The system was to copy from a mapped page that is no more.
+        _ if error.raw_os_error() == Some(libc::EFAULT) => {
+            Some("an input file was cut short while it was read: make it whole again, and give the same command again")
+        }
+        _ => None,
     }
 }

@@ -1,7 +1,6 @@
 //! SHA-256 of bytes, of files and of whole checkpoints.
 
 use std::fmt::Write as _;
-use std::fs::File;
 use std::io::Read;
 use std::path::Path;
 
@@ -29,7 +28,7 @@ pub fn sha256_hex(bytes: &[u8]) -> String {
 pub fn sha256_file(path: impl AsRef<Path>) -> Result<String> {
     let path = path.as_ref();
     let io = |source| CheckpointError::Io { file: path.to_path_buf(), source };
-    let mut file = File::open(path).map_err(io)?;
+    let mut file = crate::files::open(path).map_err(io)?;
     let mut hasher = Sha256::new();
     let mut buffer = vec![0u8; BUFFER];
     loop {

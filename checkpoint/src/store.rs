@@ -8,6 +8,7 @@ use lowbit_kernels::backend::{Bytes, FloatType};
 use safetensors::{Dtype, SafeTensors};
 
 use crate::error::{CheckpointError, Result};
+use crate::mapped::Mapped;
 
 /// A tensor's place and type, and its bytes.
 #[derive(Clone)]
@@ -47,14 +48,7 @@ pub struct TensorStore {
     dir: PathBuf,
     tensors: BTreeMap<String, StoredTensor>,
     files: Vec<PathBuf>,
-}
-
-struct Map(memmap2::Mmap);
-
-impl AsRef<[u8]> for Map {
-    fn as_ref(&self) -> &[u8] {
-        &self.0
-    }
+    maps: Vec<Arc<Mapped>>,
 }
 
 impl TensorStore {
@@ -72,12 +66,12 @@ impl TensorStore {
                 "lowbit reads safetensors; convert a .gguf file with `lowbit convert FILE.gguf -o DIR`",
             ));
         }
-        let tensors = open_file(&single)?;
-        Ok(Self { dir: dir.to_path_buf(), tensors, files: vec![single] })
+        let (map, tensors) = open_file(&single)?;
+        Ok(Self { dir: dir.to_path_buf(), tensors, files: vec![single], maps: vec![map] })
     }
 
     fn open_sharded(dir: &Path, index: &Path) -> Result<Self> {
-        let text = std::fs::read_to_string(index).map_err(|e| CheckpointError::io(index, e))?;
+        let text = crate::files::read_text(index).map_err(|e| CheckpointError::io(index, e))?;
         let json: serde_json::Value =
             serde_json::from_str(&text).map_err(|e| CheckpointError::invalid(index, format!("not valid JSON: {e}")))?;
         let map = json
@@ -98,10 +92,11 @@ impl TensorStore {
             by_file.entry(file.to_string()).or_default().push(name.clone());
         }
         let mut tensors = BTreeMap::new();
-        let mut files = Vec::new();
+        let (mut files, mut maps) = (Vec::new(), Vec::new());
         for (file, names) in by_file {
             let path = dir.join(&file);
-            let mut shard = open_file(&path)?;
+            let (map, mut shard) = open_file(&path)?;
+            maps.push(map);
             for name in names {
                 let t = shard.remove(&name).ok_or_else(|| {
                     CheckpointError::invalid_hint(
@@ -118,7 +113,7 @@ impl TensorStore {
             }
             files.push(path);
         }
-        Ok(Self { dir: dir.to_path_buf(), tensors, files })
+        Ok(Self { dir: dir.to_path_buf(), tensors, files, maps })
     }
 
     /// Folder.
@@ -129,6 +124,11 @@ impl TensorStore {
     /// Files opened.
     pub fn files(&self) -> &[PathBuf] {
         &self.files
+    }
+
+    /// Fails when a file was changed since it was opened: what was made of it must not be kept.
+    pub fn unchanged(&self) -> Result<()> {
+        self.maps.iter().try_for_each(|m| m.unchanged())
     }
 
     /// A tensor that may be absent.
@@ -163,20 +163,18 @@ impl TensorStore {
     }
 }
 
-fn open_file(path: &Path) -> Result<BTreeMap<String, StoredTensor>> {
-    let file = std::fs::File::open(path).map_err(|e| CheckpointError::io(path, e))?;
-    // SAFETY: the map is private and read-only. Memmap's contract also asks that nobody truncates the file while it is
-    // mapped; checkpoints are written beside and renamed, never in place, and a foreign writer would at worst kill the process.
-    let map = unsafe { memmap2::Mmap::map(&file) }.map_err(|e| CheckpointError::io(path, e))?;
-    let (header, meta) = SafeTensors::read_metadata(&map).map_err(|e| {
+fn open_file(path: &Path) -> Result<(Arc<Mapped>, BTreeMap<String, StoredTensor>)> {
+    let map = Arc::new(Mapped::open(path)?);
+    let bytes: &[u8] = (*map).as_ref();
+    let (header, meta) = SafeTensors::read_metadata(bytes).map_err(|e| {
         CheckpointError::invalid_hint(
             path,
-            format!("not a valid safetensors file of {} bytes: {e}", map.len()),
+            format!("not a valid safetensors file of {} bytes: {e}", bytes.len()),
             "the file is damaged or its download was cut short: fetch it again",
         )
     })?;
     let base = header + 8;
-    let owner: Arc<dyn AsRef<[u8]> + Send + Sync> = Arc::new(Map(map));
+    let owner: Arc<dyn AsRef<[u8]> + Send + Sync> = map.clone();
     let mut out = BTreeMap::new();
     for (name, info) in meta.tensors() {
         let bad = |what: String| CheckpointError::invalid(path, format!("tensor `{name}`: {what}"));
@@ -203,5 +201,5 @@ fn open_file(path: &Path) -> Result<BTreeMap<String, StoredTensor>> {
             Bytes::new(owner.clone(), range.0..range.1).ok_or_else(|| bad("its bytes lie outside the file".into()))?;
         out.insert(name.clone(), StoredTensor { dtype: info.dtype, shape: info.shape.clone(), data });
     }
-    Ok(out)
+    Ok((map, out))
 }

@@ -121,7 +121,7 @@ impl Tokenizer {
             problem,
             hint: Some("fetch the file again, or save it with `tokenizers` 0.13 or later".into()),
         };
-        let bytes = match std::fs::read(&file) {
+        let bytes = match crate::files::read(&file) {
             Ok(bytes) => bytes,
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
                 return Err(CheckpointError::Invalid {

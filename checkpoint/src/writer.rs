@@ -2,7 +2,7 @@
 //!
 //! All names, dtypes and shapes are declared first, so headers, shard boundaries and the index are exact before the first
 //! byte; tensors may then arrive in any order. Everything lands in a sibling folder that [`CheckpointWriter::finish`]
-//! renames; dropping the writer removes it.
+//! puts in place; dropping the writer removes it, and the next writer removes what a killed process left.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -12,6 +12,8 @@ use std::path::{Path, PathBuf};
 use safetensors::Dtype;
 
 use crate::error::{CheckpointError, Result};
+
+mod place;
 
 /// A tensor to come.
 #[derive(Clone, Debug)]
@@ -43,6 +45,8 @@ struct Slot {
 pub struct CheckpointWriter {
     target: PathBuf,
     partial: PathBuf,
+    /// Held while this process writes: the lock ends with the process, however that ends.
+    _lock: Option<File>,
     files: Vec<(PathBuf, File)>,
     slots: BTreeMap<String, Slot>,
     force: bool,
@@ -53,22 +57,21 @@ pub struct CheckpointWriter {
 pub const DEFAULT_SHARD_BYTES: u64 = 5_000_000_000;
 
 impl CheckpointWriter {
-    /// Starts `target`. An existing target is refused unless `force`; it is replaced only at [`Self::finish`].
+    /// Starts `target`. An existing target is refused unless `force`; then a checkpoint is replaced, at [`Self::finish`], and
+    /// anything else is refused all the same. What a killed process left beside the target is removed.
     pub fn create(target: &Path, mut tensors: Vec<Declared>, shard_bytes: u64, force: bool) -> Result<Self> {
-        if target.exists() && !force {
-            return Err(CheckpointError::Exists { path: target.to_path_buf() });
-        }
+        let target = &place::followed(target);
         let partial = partial_path(target)?;
         if let Some(parent) = partial.parent() {
             std::fs::create_dir_all(parent).map_err(|e| CheckpointError::io(parent, e))?;
         }
-        if partial.exists() {
-            std::fs::remove_dir_all(&partial).map_err(|e| CheckpointError::io(&partial, e))?;
-        }
-        std::fs::create_dir(&partial).map_err(|e| CheckpointError::io(&partial, e))?;
+        place::recover(target, &place::old_path(&partial))?;
+        place::refuse(target, force)?;
+        let lock = place::claim(target, &partial)?;
         let mut writer = Self {
             target: target.to_path_buf(),
             partial,
+            _lock: lock,
             files: Vec::new(),
             slots: BTreeMap::new(),
             force,
@@ -182,7 +185,8 @@ impl CheckpointWriter {
         std::fs::write(&path, data).map_err(|e| CheckpointError::io(&path, e))
     }
 
-    /// Copies every file of `source` that is not weights, index or one of `except`, bit for bit.
+    /// Copies every file of `source` that is not weights, index or one of `except`, bit for bit. A link out of the checkpoint is
+    /// refused: what a stranger's link names must not end up in an artefact that is passed on.
     pub fn carry_over(&self, source: &Path, except: &[&str]) -> Result<()> {
         let entries = std::fs::read_dir(source).map_err(|e| CheckpointError::io(source, e))?;
         for entry in entries {
@@ -194,6 +198,7 @@ impl CheckpointWriter {
             if !path.is_file() || weights || name.starts_with('.') || except.contains(&name.as_str()) {
                 continue;
             }
+            place::refuse_foreign_link(source, &path)?;
             let to = self.partial.join(&name);
             std::fs::copy(&path, &to).map_err(|e| CheckpointError::io(&to, e))?;
         }
@@ -208,20 +213,16 @@ impl CheckpointWriter {
                 format!("tensor `{name}` was declared but never written"),
             ));
         }
-        for (path, file) in &self.files {
-            file.sync_all().map_err(|e| CheckpointError::io(path, e))?;
+        let io = |path: &Path| {
+            let path = path.to_path_buf();
+            move |e| CheckpointError::io(&path, e)
+        };
+        for entry in std::fs::read_dir(&self.partial).map_err(io(&self.partial))? {
+            let path = entry.map_err(io(&self.partial))?.path();
+            File::open(&path).and_then(|f| f.sync_all()).map_err(io(&path))?;
         }
-        if self.target.exists() {
-            if !self.force {
-                return Err(CheckpointError::Exists { path: self.target.clone() });
-            }
-            let old = self.partial.with_extension("old");
-            std::fs::rename(&self.target, &old).map_err(|e| CheckpointError::io(&self.target, e))?;
-            std::fs::rename(&self.partial, &self.target).map_err(|e| CheckpointError::io(&self.target, e))?;
-            std::fs::remove_dir_all(&old).map_err(|e| CheckpointError::io(&old, e))?;
-        } else {
-            std::fs::rename(&self.partial, &self.target).map_err(|e| CheckpointError::io(&self.target, e))?;
-        }
+        place::refuse(&self.target, self.force)?;
+        place::put(&self.partial, &self.target)?;
         self.finished = true;
         Ok(())
     }
@@ -245,12 +246,31 @@ fn partial_path(target: &Path) -> Result<PathBuf> {
     Ok(target.with_file_name(format!(".{name}.partial")))
 }
 
-/// Writes a file beside `path` and renames it into place.
+/// Writes a file beside `path` and renames it into place: it is there whole or not at all, after a power failure too. Behind a
+/// link the file it names is replaced; a device or a pipe (`/dev/stdout`) is written to, never replaced.
 pub fn write_atomic(path: &Path, data: &[u8]) -> Result<()> {
+    let path = &place::followed(path);
+    let io = |e| CheckpointError::io(path, e);
+    match std::fs::metadata(path) {
+        Ok(m) if m.is_dir() => {
+            return Err(CheckpointError::invalid_hint(path, "is a folder", "name a file for the output"));
+        }
+        Ok(m) if !m.is_file() => {
+            return std::fs::OpenOptions::new().write(true).open(path).and_then(|mut f| f.write_all(data)).map_err(io);
+        }
+        _ => {}
+    }
     let partial = partial_path(path)?;
-    let result = std::fs::write(&partial, data).and_then(|()| std::fs::rename(&partial, path));
-    result.map_err(|e| {
+    // What a killed process left; and whoever put a link there does not get to choose the file that is written.
+    let _ = std::fs::remove_file(&partial);
+    let write = || -> std::io::Result<()> {
+        let mut file = File::create_new(&partial)?;
+        file.write_all(data)?;
+        file.sync_all()?;
+        std::fs::rename(&partial, path)
+    };
+    write().map_err(|e| {
         let _ = std::fs::remove_file(&partial);
-        CheckpointError::io(path, e)
+        io(e)
     })
 }

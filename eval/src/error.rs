@@ -84,6 +84,9 @@ pub enum EvalError {
     /// A journal or cache file could not be used.
     #[error("{path}: {problem}")]
     Journal { path: PathBuf, problem: String },
+    /// A journal could not be read or written.
+    #[error("{}: {source}", path.display())]
+    JournalIo { path: PathBuf, source: std::io::Error },
     /// Two models' items that cannot be set against each other.
     #[error("{problem}\nhint: evaluate both models with the same tasks, shots, limit, template and data")]
     Unpaired { problem: String },

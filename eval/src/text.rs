@@ -37,7 +37,8 @@ impl Source {
             Some("jsonl") => true,
             _ => return Err(EvalError::UnknownExtension(path.to_owned())),
         };
-        let bytes = std::fs::read(path).map_err(|source| EvalError::Read { path: path.to_owned(), source })?;
+        let bytes =
+            lowbit_checkpoint::files::read(path).map_err(|source| EvalError::Read { path: path.to_owned(), source })?;
         let sha256 = sha256_hex(&bytes);
         let text = String::from_utf8(bytes)
             .map_err(|e| EvalError::NotUtf8 { path: path.to_owned(), offset: e.utf8_error().valid_up_to() })?;

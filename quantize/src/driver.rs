@@ -60,7 +60,10 @@ struct Run<'a> {
     stop: &'a AtomicBool,
 }
 
-/// Quantizes `ckpt` into `target`. `windows` is needed by methods that calibrate.
+/// Quantizes `ckpt` towards `target`. `windows` is needed by methods that calibrate.
+///
+/// The checkpoint is complete, and not in place yet: the caller adds its record with [`CheckpointWriter::write_file`] and calls
+/// [`CheckpointWriter::finish`], so that a checkpoint is never seen without its record.
 pub fn quantize(
     ckpt: &Checkpoint,
     backend: &dyn Backend,
@@ -70,7 +73,7 @@ pub fn quantize(
     force: bool,
     progress: &dyn Progress,
     stop: &AtomicBool,
-) -> Result<Outcome> {
+) -> Result<(Outcome, CheckpointWriter)> {
     let writer = CheckpointWriter::create(target, plan.declared.clone(), plan.options.shard_bytes, force)?;
     let mut run = Run { ckpt, plan, writer, layers: Vec::new(), stage_seconds: BTreeMap::new(), stop };
     run.copy(progress)?;
@@ -99,9 +102,8 @@ pub fn quantize(
         }
     };
     run.tables(progress)?;
-    let mut skip = vec!["config.json", "recipe.yaml"];
-    skip.push("quantize_config.json");
-    run.writer.carry_over(&ckpt.dir, &skip)?;
+    // A record of the original's own making is not this checkpoint's.
+    run.writer.carry_over(&ckpt.dir, &["config.json", "recipe.yaml", "quantize_config.json", "quantize.json"])?;
     let text = format!("{:#}\n", plan.config);
     run.writer.write_file("config.json", text.as_bytes())?;
     if plan.options.format != PackFormat::CompressedTensors
@@ -110,8 +112,8 @@ pub fn quantize(
         run.writer.write_file("quantize_config.json", format!("{q:#}\n").as_bytes())?;
     }
     run.check_stop()?;
-    run.writer.finish()?;
-    Ok(Outcome { layers: run.layers, calibration, stage_seconds: run.stage_seconds })
+    ckpt.store.unchanged()?;
+    Ok((Outcome { layers: run.layers, calibration, stage_seconds: run.stage_seconds }, run.writer))
 }
 
 impl Run<'_> {

@@ -39,7 +39,7 @@ pub enum QuantizeError {
         event: String,
     },
     /// The user asked to stop.
-    #[error("interrupted: no checkpoint was left behind")]
+    #[error("interrupted")]
     Interrupted,
     /// The artefact is not what its config and record say.
     #[error("{} problems in {dir}:{}", problems.len(), problems.iter().map(|p| format!("\n  {p}")).collect::<String>())]

@@ -189,7 +189,7 @@ impl Records {
 
 /// A record; `None` where there is no such file.
 pub(crate) fn read<T: DeserializeOwned>(path: PathBuf) -> Result<Option<T>, ReportError> {
-    let text = match fs::read(&path) {
+    let text = match lowbit_checkpoint::files::read(&path) {
         Ok(text) => text,
         Err(source) if source.kind() == ErrorKind::NotFound => return Ok(None),
         Err(source) => return Err(ReportError::Io { path, source }),

@@ -1,9 +1,10 @@
 //! Rendering the page and the JSON, and writing the files.
 
-use std::fs::{self, File};
-use std::io::Write as _;
+use std::fs;
 use std::path::{Path, PathBuf};
 
+use lowbit_checkpoint::CheckpointError;
+use lowbit_checkpoint::writer::write_atomic;
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::Serde;
 use minijinja::{AutoEscape, Environment, UndefinedBehavior};
@@ -112,24 +113,6 @@ fn document(v: &Variant) -> serde_json::Value {
     out
 }
 
-/// Writes `text` to a sibling of `path` and renames it into place.
-fn write_atomic(path: &Path, text: &str) -> Result<(), ReportError> {
-    let name = path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
-    let temporary = path.with_file_name(format!(".{name}.{}.tmp", std::process::id()));
-    let attempt = || -> std::io::Result<()> {
-        let mut file = File::create(&temporary)?;
-        file.write_all(text.as_bytes())?;
-        file.sync_all()?;
-        drop(file);
-        fs::rename(&temporary, path)
-    };
-    attempt().map_err(|source| {
-        // The first error is the one to tell; a leftover that cannot be removed changes nothing.
-        let _ = fs::remove_file(&temporary);
-        ReportError::Io { path: path.to_owned(), source }
-    })
-}
-
 /// Reads the records of `dirs` and writes `report.html`, `report.md` and `report.json` into `output`.
 ///
 /// Each file appears whole or not at all. Returns their paths.
@@ -142,7 +125,10 @@ pub fn write(dirs: &[PathBuf], output: &Path) -> Result<Vec<PathBuf>, ReportErro
     let mut paths = Vec::with_capacity(files.len());
     for (name, text) in files {
         let path = output.join(name);
-        write_atomic(&path, &text)?;
+        write_atomic(&path, text.as_bytes()).map_err(|e| match e {
+            CheckpointError::Io { file, source } => ReportError::Io { path: file, source },
+            other => ReportError::Io { path: path.clone(), source: std::io::Error::other(other) },
+        })?;
         paths.push(path);
     }
     Ok(paths)

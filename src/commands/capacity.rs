@@ -190,7 +190,9 @@ fn plans(ctx: &Context, args: &CapacityArgs) -> Result<()> {
 /// `LOAD.json`, or `LOAD.json=GATE.json` with the verdict on accuracy.
 fn variant(text: &str) -> Result<Variant> {
     let (load, gate) = text.split_once('=').map_or((text, None), |(l, g)| (l, Some(g)));
-    let read = |path: &str| std::fs::read(path).with_context(|| format!("cannot read {path}"));
+    let read = |path: &str| {
+        lowbit_checkpoint::files::read_stream(Path::new(path)).with_context(|| format!("cannot read {path}"))
+    };
     let record: LoadRecord =
         serde_json::from_slice(&read(load)?).with_context(|| format!("{load} is not a load record"))?;
     let accuracy = gate

@@ -12,7 +12,8 @@ use crate::exit::VerdictError;
 /// `lowbit compare`.
 pub fn compare(ctx: &Context, args: &CompareArgs) -> Result<()> {
     let read = |path: &std::path::PathBuf| -> Result<LoadRecord> {
-        let bytes = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
+        let bytes =
+            lowbit_checkpoint::files::read_stream(path).with_context(|| format!("cannot read {}", path.display()))?;
         serde_json::from_slice(&bytes).with_context(|| format!("{} is not a load record", path.display()))
     };
     let rows = compared(&read(&args.before)?, &read(&args.after)?, args.seed);

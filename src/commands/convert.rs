@@ -150,6 +150,7 @@ fn repack(ctx: &Context, ckpt: &Checkpoint, args: &ConvertArgs) -> Result<()> {
         }
     }
     writer.write_file("config.json", format!("{config:#}\n").as_bytes())?;
+    ckpt.store.unchanged()?;
     writer.finish()?;
     Ok(())
 }

@@ -5,9 +5,9 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use anyhow::{Result, bail};
-use lowbit_checkpoint::CheckpointError;
 use lowbit_checkpoint::tokenizer::Tokenizer;
 use lowbit_checkpoint::writer::write_atomic;
+use lowbit_checkpoint::{Checkpoint, CheckpointError};
 use lowbit_eval::{EvalRecord, KlOptions, Protocol, Scorer, Setup, Source, evaluate_kl, evaluate_perplexity};
 use lowbit_model::Model;
 use lowbit_quantize::Progress;
@@ -59,6 +59,8 @@ pub struct Models {
     pub model: Model,
     /// The reference, of the same vocabulary.
     pub other: Option<Model>,
+    /// Their folders, open while they are read.
+    checkpoints: Vec<Checkpoint>,
     /// The candidate's tokenizer.
     pub tokenizer: Tokenizer,
     /// The candidate's family (`llama`, `gemma3_text`, ...).
@@ -87,7 +89,9 @@ impl Models {
         }
         let bits = ckpt.quantization.as_ref().and_then(|q| q.groups.iter().map(|g| u32::from(g.scheme.bits)).min());
         let family = ckpt.config.family.clone();
-        Ok(Self { candidate, reference, model, other: loaded.map(|l| l.1), tokenizer, family, bits })
+        let (second, other) = loaded.unzip();
+        let checkpoints = [ckpt].into_iter().chain(second).collect();
+        Ok(Self { candidate, reference, model, other, checkpoints, tokenizer, family, bits })
     }
 }
 
@@ -145,7 +149,8 @@ pub fn eval(ctx: &Context, args: &EvalArgs) -> Result<()> {
 /// An existing record is not overwritten without --force.
 pub fn refuse_existing(path: Option<&PathBuf>, force: bool) -> Result<()> {
     match path {
-        Some(p) if p.exists() && !force => Err(CheckpointError::Exists { path: p.clone() }.into()),
+        // A device or a pipe (`/dev/stdout`) is written to.
+        Some(p) if (p.is_file() || p.is_dir()) && !force => Err(CheckpointError::Exists { path: p.clone() }.into()),
         _ => Ok(()),
     }
 }
@@ -178,6 +183,8 @@ pub fn evaluate(
         }
         scores::judged(ctx, job, answered, judge)?.fill(&mut record, output)?;
     }
+    // Weights are read where they are used: a file rewritten meanwhile would be half of one model and half of another.
+    models.checkpoints.iter().try_for_each(|c| c.store.unchanged())?;
     record.seconds = start.elapsed().as_secs_f64();
     Ok(record)
 }

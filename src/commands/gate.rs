@@ -45,14 +45,15 @@ pub fn gate(ctx: &Context, args: &GateArgs) -> Result<()> {
             args.candidate.as_deref().unwrap_or(Path::new("")).display()
         );
     };
-    if let Some(path) = &args.output {
-        write_atomic(path, &serde_json::to_vec_pretty(&record)?)?;
-    }
     if let Some(path) = &args.junit {
         write_atomic(path, junit::junit(&record).as_bytes())?;
     }
     if let Some(path) = &args.markdown {
         write_atomic(path, markdown::markdown(&record).as_bytes())?;
+    }
+    // Last: where the record is, all is there.
+    if let Some(path) = &args.output {
+        write_atomic(path, &serde_json::to_vec_pretty(&record)?)?;
     }
     ctx.print(&record, || summary(&record))?;
     match record.verdict {
@@ -140,7 +141,8 @@ fn check_judged(args: &GateArgs, paired: &Paired) -> Result<()> {
 
 impl Side {
     fn read(path: &Path) -> Result<Self> {
-        let bytes = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
+        let bytes =
+            lowbit_checkpoint::files::read_stream(path).with_context(|| format!("cannot read {}", path.display()))?;
         if path.extension().is_some_and(|e| e == "jsonl") {
             return Ok(Self { path: path.to_path_buf(), record: None, items: items(path, &bytes)? });
         }
@@ -171,7 +173,7 @@ impl Side {
 /// Items of a file that a record names; its hash must be the record's.
 fn beside(record: &Path, file: &ItemFile) -> Result<Vec<Item>> {
     let path = record.with_file_name(&file.file);
-    let bytes = std::fs::read(&path)
+    let bytes = lowbit_checkpoint::files::read(&path)
         .with_context(|| format!("cannot read {}, the items of {}", path.display(), record.display()))?;
     let found = sha256_hex(&bytes);
     if found != file.sha256 {

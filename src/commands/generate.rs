@@ -1,14 +1,12 @@
 //! `lowbit generate`.
 
-use std::io::Write;
-
 use anyhow::{Result, bail};
 use lowbit_checkpoint::chat_template::{ChatTemplate, Message};
 use lowbit_checkpoint::tokenizer::Tokenizer;
 use lowbit_model::{GenerateOptions, Sampling};
 
 use crate::args::GenerateArgs;
-use crate::context::{Context, Purpose};
+use crate::context::{Context, Purpose, write_out};
 use crate::models;
 
 /// Continues a prompt; text goes to stdout as it comes.
@@ -46,18 +44,19 @@ pub fn generate(ctx: &Context, args: &GenerateArgs) -> Result<()> {
             match tokenizer.decode(&seen, true) {
                 // A character may span tokens: hold the text back until it is whole.
                 Ok(text) if !text.ends_with('\u{fffd}') => {
-                    let _ = write!(std::io::stdout(), "{}", text.get(shown..).unwrap_or_default());
-                    let _ = std::io::stdout().flush();
+                    if let Err(e) = write_out(text.get(shown..).unwrap_or_default().as_bytes()) {
+                        failure = Some(e);
+                    }
                     shown = text.len();
                 }
                 Ok(_) => {}
-                Err(e) => failure = Some(e),
+                Err(e) => failure = Some(e.into()),
             }
         }
-        !ctx.stop.load(std::sync::atomic::Ordering::Relaxed)
+        failure.is_none() && !ctx.stop.load(std::sync::atomic::Ordering::Relaxed)
     })?;
     if let Some(e) = failure {
-        return Err(e.into());
+        return Err(e);
     }
     let times: Vec<f64> = out.times.iter().map(|t| t.as_secs_f64() * 1e3).collect();
     let json = serde_json::json!({"prompt_tokens": ids.len(), "text": tokenizer.decode(&out.tokens, true)?, "tokens": out.tokens, "times_ms": times});

@@ -83,7 +83,8 @@ pub fn merge(ctx: &Context, args: &MergeArgs) -> Result<()> {
 }
 
 fn read(path: &Path) -> Result<Part> {
-    let bytes = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
+    let bytes =
+        lowbit_checkpoint::files::read_stream(path).with_context(|| format!("cannot read {}", path.display()))?;
     let record: EvalRecord =
         serde_json::from_slice(&bytes).with_context(|| format!("{} is not an eval record", path.display()))?;
     Ok(Part { path: path.to_path_buf(), record })

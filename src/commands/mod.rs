@@ -33,6 +33,24 @@ use anyhow::Result;
 use crate::args::Command;
 use crate::context::Context;
 
+/// What a command that is stopped leaves, and how to go on.
+pub fn after_interrupt(command: &Command) -> &'static str {
+    match command {
+        Command::Run(_) => {
+            "the same command goes on where it stopped: finished stages are kept, the one at work begins anew"
+        }
+        Command::Quantize(_) | Command::Convert(_) => "nothing was put in place: give the same command again",
+        Command::Eval(a) if a.output.is_some() && !a.tasks.tasks.is_empty() => {
+            "the same command goes on: answers so far are in the journal beside the record"
+        }
+        Command::Eval(_) => {
+            "nothing was kept; with --tasks and -o FILE, answers would be, and the same command would go on"
+        }
+        Command::Load(a) if a.output.is_some() => "the record holds what was measured until then",
+        _ => "nothing was kept: give the same command again",
+    }
+}
+
 /// Runs the command.
 pub fn dispatch(ctx: &Context, command: Command) -> Result<()> {
     match command {

@@ -9,7 +9,6 @@ use lowbit_checkpoint::chat_template::ChatTemplate;
 use lowbit_checkpoint::hub;
 use lowbit_checkpoint::quant_config::PackFormat;
 use lowbit_checkpoint::tokenizer::Tokenizer;
-use lowbit_checkpoint::writer::write_atomic;
 use lowbit_checkpoint::{Checkpoint, CheckpointError};
 use lowbit_kernels::{GroupSize, Scheme};
 use lowbit_model::Model;
@@ -146,7 +145,6 @@ pub fn quantize(ctx: &Context, args: &QuantizeArgs) -> Result<()> {
     let ckpt = located.open()?;
     let made = make_plan(ctx, &located, &ckpt, &options, &args.quant, Some(&args.output))?;
     let record = execute(ctx, &ckpt, &made, &args.quant, &args.output, args.force)?;
-    write_atomic(&args.output.join("quantize.json"), &serde_json::to_vec_pretty(&record)?)?;
     ctx.print(&record, || summary(&record))
 }
 
@@ -160,7 +158,7 @@ pub fn refuse_same(input: &Path, output: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Calibrates, solves and writes the checkpoint.
+/// Calibrates, solves and writes the checkpoint, its record inside.
 pub fn execute(
     ctx: &Context,
     ckpt: &Checkpoint,
@@ -172,7 +170,7 @@ pub fn execute(
     let start = Instant::now();
     let windows = if made.options.method.calibrated() { Some(calibration_windows(ctx, ckpt, q)?) } else { None };
     let writing = ctx.writing();
-    let outcome = lowbit_quantize::quantize(
+    let (outcome, writer) = lowbit_quantize::quantize(
         ckpt,
         ctx.backend()?.as_ref(),
         made,
@@ -182,14 +180,13 @@ pub fn execute(
         &ctx.progress,
         &ctx.stop,
     )?;
-    drop(writing);
     ctx.progress.clear();
     for l in &outcome.layers {
         for event in &l.events {
             ctx.say(format!("note: {}: {event}", l.name));
         }
     }
-    Ok(QuantizeRecord {
+    let record = QuantizeRecord {
         schema: 1,
         provenance: made.record.provenance.clone(),
         scheme: made.options.scheme.full_name(),
@@ -204,7 +201,11 @@ pub fn execute(
         seconds: start.elapsed().as_secs_f64(),
         stage_seconds: outcome.stage_seconds,
         peak_rss_bytes: lowbit_bench::memory::peak_rss_bytes(),
-    })
+    };
+    writer.write_file("quantize.json", &serde_json::to_vec_pretty(&record)?)?;
+    writer.finish()?;
+    drop(writing);
+    Ok(record)
 }
 
 /// The result as text.

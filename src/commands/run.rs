@@ -5,6 +5,7 @@ use std::path::Path;
 
 use anyhow::{Result, bail};
 use lowbit_bench::{BenchOptions, BenchRecord};
+use lowbit_checkpoint::CheckpointError;
 use lowbit_checkpoint::hash::model_sha256;
 use lowbit_checkpoint::writer::write_atomic;
 use lowbit_quantize::record::{PlanRecord, QuantizeRecord};
@@ -51,12 +52,14 @@ pub fn run(ctx: &Context, args: &RunArgs) -> Result<()> {
     }
     let resume = same && !args.force;
     ctx.say(quantize::describe(&made.record));
-    std::fs::create_dir_all(dir)?;
+    std::fs::create_dir_all(dir).map_err(|e| CheckpointError::io(dir, e))?;
     if !resume {
         run_accuracy::forget(dir)?;
         for old in ["quantize.json", "bench.json"].iter().chain(&report::FILES) {
             match std::fs::remove_file(dir.join(old)) {
-                Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(e.into()),
+                Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+                    return Err(CheckpointError::io(&dir.join(old), e).into());
+                }
                 _ => {}
             }
         }

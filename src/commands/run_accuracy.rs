@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use anyhow::{Result, bail};
+use lowbit_checkpoint::CheckpointError;
 use lowbit_checkpoint::writer::write_atomic;
 use lowbit_eval::verdict::GateRecord;
 use lowbit_eval::{EvalRecord, KlOptions, Source};
@@ -85,6 +86,10 @@ pub fn evaluate(ctx: &Context, args: &RunArgs, pair: &Pair, demo: bool, resume: 
         && old.provenance.options == options
     {
         ctx.say("eval: done before");
+        // Of a process killed after it wrote the record.
+        if let Some(job) = &job {
+            job.finish(&output)?;
+        }
         return Ok(Some(old));
     }
     let models = eval::Models::load(ctx, pair.quantized.clone(), Some(pair.original.clone()))?;
@@ -101,7 +106,9 @@ pub fn evaluate(ctx: &Context, args: &RunArgs, pair: &Pair, demo: bool, resume: 
 pub fn forget(dir: &Path) -> Result<()> {
     for file in FILES {
         match std::fs::remove_file(dir.join(file)) {
-            Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(e.into()),
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+                return Err(CheckpointError::io(&dir.join(file), e).into());
+            }
             _ => {}
         }
     }

@@ -238,7 +238,7 @@ impl Job {
     /// The record is written: the journals have done their work.
     pub fn finish(&self, output: &Output) -> Result<()> {
         for journal in output.journals.iter().chain([&output.judge]).filter(|j| j.exists()) {
-            std::fs::remove_file(journal)?;
+            std::fs::remove_file(journal).map_err(|e| CheckpointError::io(journal, e))?;
         }
         Ok(())
     }

@@ -1,23 +1,20 @@
 //! `lowbit completions` and `lowbit man`: for the shell, from the same description as the help.
 
-use std::io::Write;
 use std::path::PathBuf;
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use clap::CommandFactory;
 use lowbit_checkpoint::writer::write_atomic;
 
 use crate::args::{Cli, CompletionsArgs, ManArgs};
 use crate::commands::eval::refuse_existing;
-use crate::context::Context;
+use crate::context::{Context, write_out};
 
 /// Prints the completion script of a shell.
 pub fn completions(args: &CompletionsArgs) -> Result<()> {
     let mut out = Vec::new();
     clap_complete::generate(args.shell, &mut Cli::command(), "lowbit", &mut out);
-    // A closed pipe is not a failure.
-    let _ = std::io::stdout().write_all(&out);
-    Ok(())
+    write_out(&out)
 }
 
 /// Prints the man page, or writes it and that of each command into a folder.
@@ -26,9 +23,7 @@ pub fn man(ctx: &Context, args: &ManArgs) -> Result<()> {
     // Names of the commands' pages, and options that all of them take.
     root.build();
     let Some(dir) = &args.output else {
-        let page = page(root)?;
-        let _ = std::io::stdout().write_all(&page);
-        return Ok(());
+        return write_out(&page(root)?);
     };
     let mut pages = vec![("lowbit.1".to_owned(), page(root.clone())?)];
     for command in root.get_subcommands().filter(|c| !c.is_hide_set() && c.get_name() != "help") {
@@ -38,7 +33,7 @@ pub fn man(ctx: &Context, args: &ManArgs) -> Result<()> {
     for path in &paths {
         refuse_existing(Some(path), args.force)?;
     }
-    std::fs::create_dir_all(dir)?;
+    std::fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
     for (path, (_, text)) in paths.iter().zip(&pages) {
         write_atomic(path, text)?;
     }

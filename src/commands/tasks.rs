@@ -122,13 +122,19 @@ pub fn render(ctx: &Context, args: &EvalArgs) -> Result<()> {
                 };
                 line["context"] = context.into();
                 line["continuation"] = continuation.into();
-                // A reader that has seen enough is not a failure.
-                if writeln!(out, "{line}").is_err() {
+                if !listening(writeln!(out, "{line}"))? {
                     return Ok(());
                 }
             }
         }
     }
-    let _ = out.flush();
-    Ok(())
+    listening(out.flush()).map(|_| ())
+}
+
+/// A reader that has seen enough is not a failure; a full disk is one.
+fn listening(written: std::io::Result<()>) -> Result<bool> {
+    match written {
+        Err(e) if e.kind() != std::io::ErrorKind::BrokenPipe => Err(e).context("cannot write to stdout"),
+        written => Ok(written.is_ok()),
+    }
 }

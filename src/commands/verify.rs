@@ -16,7 +16,7 @@ pub fn verify(ctx: &Context, args: &VerifyArgs) -> Result<()> {
     let places = [located.dir.join("quantize.json"), located.dir.join("../quantize.json")];
     let record: Option<QuantizeRecord> = match places.iter().find(|p| p.exists()) {
         Some(p) => Some(
-            serde_json::from_slice(&std::fs::read(p)?)
+            serde_json::from_slice(&lowbit_checkpoint::files::read(p)?)
                 .with_context(|| format!("{}: not a quantize record", p.display()))?,
         ),
         None => None,

@@ -9,6 +9,7 @@ mod drift;
 mod emulated;
 mod endpoint;
 mod errors;
+mod faults;
 mod gate;
 mod golden;
 mod load;

@@ -1,6 +1,5 @@
 //! Files of rows as JSON objects.
 
-use std::fs::File;
 use std::path::Path;
 
 use parquet::file::reader::{FileReader, SerializedFileReader};
@@ -15,7 +14,9 @@ pub type Objects = Vec<(String, Map<String, Value>)>;
 /// Reads `.jsonl`, `.json`, `.csv`, `.parquet` or `.txt`.
 pub fn read_objects(path: &Path) -> Result<Objects> {
     let extension = path.extension().and_then(|e| e.to_str()).unwrap_or_default().to_ascii_lowercase();
-    let text = || std::fs::read_to_string(path).map_err(|source| LoadError::Io { path: path.to_path_buf(), source });
+    let text = || {
+        lowbit_checkpoint::files::read_text(path).map_err(|source| LoadError::Io { path: path.to_path_buf(), source })
+    };
     let bad = |place: String, why: String| LoadError::Row { path: path.to_path_buf(), place, why };
     let object = |place: String, v: Value| match v {
         Value::Object(map) => Ok((place, map)),
@@ -65,7 +66,8 @@ pub fn read_objects(path: &Path) -> Result<Objects> {
             .collect()
         }
         "parquet" => {
-            let file = File::open(path).map_err(|source| LoadError::Io { path: path.to_path_buf(), source })?;
+            let file = lowbit_checkpoint::files::open(path)
+                .map_err(|source| LoadError::Io { path: path.to_path_buf(), source })?;
             let reader = SerializedFileReader::new(file).map_err(|e| bad("file".into(), e.to_string()))?;
             let rows = reader.get_row_iter(None).map_err(|e| bad("file".into(), e.to_string()))?;
             rows.enumerate()

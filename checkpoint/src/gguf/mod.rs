@@ -42,7 +42,7 @@ impl GgufModel {
     /// tensor or a field, or holds an architecture or tensor type that is not supported.
     pub fn open(path: &Path) -> Result<Self> {
         let io = |source| CheckpointError::Io { file: path.to_path_buf(), source };
-        let file = File::open(path).map_err(io)?;
+        let file = crate::files::open(path).map_err(io)?;
         let length = file.metadata().map_err(io)?.len();
         tensors::check_header(&mut BufReader::new(&file), length, path)?;
         use std::io::Seek;

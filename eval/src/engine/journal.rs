@@ -96,7 +96,7 @@ pub struct Journal {
 impl Journal {
     /// Opens or starts the journal of a run. One process writes it at a time: the file is locked.
     pub fn open(path: &Path, identity: &str) -> Result<Self> {
-        let io = |e: std::io::Error| journal_error(path, &e);
+        let io = |e: std::io::Error| journal_error(path, e);
         if let Some(parent) = path.parent() {
             std::fs::create_dir_all(parent).map_err(io)?;
         }
@@ -142,7 +142,7 @@ impl Journal {
 
     /// Removes the file: the result it led to is written.
     pub fn remove(self) -> Result<()> {
-        std::fs::remove_file(&self.path).map_err(|e| journal_error(&self.path, &e))
+        std::fs::remove_file(&self.path).map_err(|e| journal_error(&self.path, e))
     }
 }
 
@@ -156,7 +156,7 @@ impl Store for Journal {
             return Ok(());
         }
         // One write a frame: a kill leaves whole frames and at most one torn one.
-        self.file.write_all(&frame(&encode(key, answer))).map_err(|e| journal_error(&self.path, &e))?;
+        self.file.write_all(&frame(&encode(key, answer))).map_err(|e| journal_error(&self.path, e))?;
         self.answers.insert(key.to_owned(), answer.clone());
         self.unsynced += 1;
         if self.unsynced >= SYNC_EVERY { self.finish() } else { Ok(()) }
@@ -164,24 +164,24 @@ impl Store for Journal {
 
     fn finish(&mut self) -> Result<()> {
         self.unsynced = 0;
-        self.file.sync_data().map_err(|e| journal_error(&self.path, &e))
+        self.file.sync_data().map_err(|e| journal_error(&self.path, e))
     }
 }
 
 /// Answers of a journal that nobody writes any more; `None` where the file is none or of another run.
 pub fn read_answers(path: &Path, identity: &str) -> Result<Option<HashMap<String, Answer>>> {
-    let bytes = std::fs::read(path).map_err(|e| journal_error(path, &e))?;
+    let bytes = std::fs::read(path).map_err(|e| journal_error(path, e))?;
     Ok(read_frames(&bytes).filter(|r| r.identity == identity).map(|r| r.answers))
 }
 
 /// Identity and answers of a journal that nobody writes any more; `None` where the file is none.
 pub fn read_all(path: &Path) -> Result<Option<(String, HashMap<String, Answer>)>> {
-    let bytes = std::fs::read(path).map_err(|e| journal_error(path, &e))?;
+    let bytes = std::fs::read(path).map_err(|e| journal_error(path, e))?;
     Ok(read_frames(&bytes).map(|r| (r.identity, r.answers)))
 }
 
-fn journal_error(path: &Path, e: &std::io::Error) -> EvalError {
-    EvalError::Journal { path: path.to_path_buf(), problem: e.to_string() }
+fn journal_error(path: &Path, source: std::io::Error) -> EvalError {
+    EvalError::JournalIo { path: path.to_path_buf(), source }
 }
 
 fn checksum(bytes: &[u8]) -> u64 {

@@ -48,7 +48,8 @@ pub fn read(files: &[PathBuf]) -> Result<Rows> {
     let mut rows = Vec::new();
     let mut hashes = String::new();
     for file in files {
-        let bytes = std::fs::read(file).map_err(|source| TaskError::Read { file: file.clone(), source })?;
+        let bytes =
+            lowbit_checkpoint::files::read(file).map_err(|source| TaskError::Read { file: file.clone(), source })?;
         hashes.push_str(&sha256_hex(&bytes));
         let place = Arc::new(file.clone());
         let values = parse(file, bytes)?;

@@ -38,9 +38,8 @@ impl Place {
 
     fn read(&self) -> Result<String> {
         match self {
-            Self::Disk(path) => {
-                std::fs::read_to_string(path).map_err(|source| TaskError::Read { file: path.clone(), source })
-            }
+            Self::Disk(path) => lowbit_checkpoint::files::read_text(path)
+                .map_err(|source| TaskError::Read { file: path.clone(), source }),
             Self::Shipped(name) => shipped::text(name)
                 .map(str::to_owned)
                 .ok_or_else(|| TaskError::File { file: self.path(), problem: "no such shipped file".into() }),

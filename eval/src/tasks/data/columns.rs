@@ -16,7 +16,8 @@ pub(super) fn read(file: &Path) -> Result<Numbered> {
         row,
         problem: format!("not readable as Parquet: {e}"),
     };
-    let opened = std::fs::File::open(file).map_err(|source| TaskError::Read { file: file.to_owned(), source })?;
+    let opened =
+        lowbit_checkpoint::files::open(file).map_err(|source| TaskError::Read { file: file.to_owned(), source })?;
     let reader = SerializedFileReader::new(opened).map_err(|e| wrong(1, &e))?;
     let mut out = Vec::new();
     for (i, row) in reader.get_row_iter(None).map_err(|e| wrong(1, &e))?.enumerate() {

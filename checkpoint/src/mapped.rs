@@ -1,0 +1,190 @@
+//! Files mapped into memory, and what happens when one is cut short or rewritten while it is read.
+//!
+//! Reading a mapped page that its file no longer has raises SIGBUS, which by default ends the process without a word. The
+//! program installs [`tell_of_truncation`]: the handler finds the file by the address, says which it was, and exits. Nothing
+//! is salvaged, on purpose: values read from then on would be made up. An unfinished output keeps its hidden name, and the
+//! next run removes it. A file rewritten in place raises nothing, so whoever made something from it asks
+//! [`Mapped::unchanged`] before putting the result in place.
+
+use std::fs::{File, Metadata};
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicI32, AtomicPtr, AtomicUsize, Ordering};
+use std::time::SystemTime;
+
+use crate::error::{CheckpointError, Result};
+
+/// A mapped file. Dropped, its memory is unmapped.
+pub struct Mapped {
+    path: PathBuf,
+    file: File,
+    stamp: (u64, Option<SystemTime>),
+    map: memmap2::Mmap,
+    told: Option<Told>,
+}
+
+impl AsRef<[u8]> for Mapped {
+    fn as_ref(&self) -> &[u8] {
+        &self.map
+    }
+}
+
+fn stamp(meta: &Metadata) -> (u64, Option<SystemTime>) {
+    (meta.len(), meta.modified().ok())
+}
+
+impl Mapped {
+    /// Maps a regular file.
+    pub fn open(path: &Path) -> Result<Self> {
+        let io = |e| CheckpointError::io(path, e);
+        let file = crate::files::open(path).map_err(io)?;
+        let stamp = stamp(&file.metadata().map_err(io)?);
+        // SAFETY: the map is private and read-only. Memmap's contract also asks that nobody changes the file meanwhile, which
+        // nobody can promise: see the module for what then happens.
+        let map = unsafe { memmap2::Mmap::map(&file) }.map_err(io)?;
+        let told = Told::register(path, &map);
+        Ok(Self { path: path.to_path_buf(), file, stamp, map, told })
+    }
+
+    /// Fails when the file has another length or time of modification than when it was mapped.
+    pub fn unchanged(&self) -> Result<()> {
+        let now = stamp(&self.file.metadata().map_err(|e| CheckpointError::io(&self.path, e))?);
+        if now == self.stamp {
+            return Ok(());
+        }
+        Err(CheckpointError::invalid_hint(
+            &self.path,
+            format!("the file was changed while it was read ({} bytes then, {} now)", self.stamp.0, now.0),
+            "nothing made from it was kept: wait until the file is complete, and give the same command again",
+        ))
+    }
+}
+
+impl Drop for Mapped {
+    fn drop(&mut self) {
+        // Before its text and its memory go.
+        drop(self.told.take());
+    }
+}
+
+/// Most files known to the handler at a time; a fault in a further one ends the process as if there were no handler.
+const SLOTS: usize = 1024;
+
+struct Slot {
+    start: AtomicUsize,
+    end: AtomicUsize,
+    text: AtomicPtr<u8>,
+    text_len: AtomicUsize,
+}
+
+static TABLE: [Slot; SLOTS] = [const {
+    Slot {
+        start: AtomicUsize::new(0),
+        end: AtomicUsize::new(0),
+        text: AtomicPtr::new(std::ptr::null_mut()),
+        text_len: AtomicUsize::new(0),
+    }
+}; SLOTS];
+static EXIT_CODE: AtomicI32 = AtomicI32::new(0);
+static INSTALLED: OnceLock<bool> = OnceLock::new();
+static mut PREVIOUS: std::mem::MaybeUninit<libc::sigaction> = std::mem::MaybeUninit::uninit();
+
+/// A place in the table, and the text that is printed from it.
+struct Told {
+    slot: &'static Slot,
+    _text: Box<[u8]>,
+}
+
+impl Told {
+    fn register(path: &Path, map: &[u8]) -> Option<Self> {
+        let start = map.as_ptr() as usize;
+        let text = format!(
+            "error: {}: the file was cut short while it was read (it had {} bytes)\n\
+             hint: make it whole again, and give the same command again; nothing unfinished was put in place\n",
+            path.display(),
+            map.len()
+        );
+        let mut text = text.into_bytes().into_boxed_slice();
+        // An empty map starts nowhere.
+        let free = |s: &&Slot| s.start.compare_exchange(0, start, Ordering::SeqCst, Ordering::SeqCst).is_ok();
+        let slot = TABLE.iter().filter(|_| !map.is_empty()).find(free)?;
+        slot.text.store(text.as_mut_ptr(), Ordering::SeqCst);
+        slot.text_len.store(text.len(), Ordering::SeqCst);
+        slot.end.store(start.saturating_add(map.len()), Ordering::SeqCst);
+        Some(Self { slot, _text: text })
+    }
+}
+
+impl Drop for Told {
+    fn drop(&mut self) {
+        self.slot.end.store(0, Ordering::SeqCst);
+        self.slot.start.store(0, Ordering::SeqCst);
+    }
+}
+
+/// From now on a mapped file that is cut short ends the process with a message and `code` instead of SIGBUS. For programs: a
+/// library does not change signals by itself. Faults elsewhere go to the handler that was there before.
+pub fn tell_of_truncation(code: i32) {
+    EXIT_CODE.store(code, Ordering::SeqCst);
+    INSTALLED.get_or_init(|| {
+        // SAFETY: the structure is plain data, valid when zeroed; the handler has the signature SA_SIGINFO asks for; PREVIOUS is
+        // written here alone, once, before the handler that reads it can run.
+        unsafe {
+            let mut action: libc::sigaction = std::mem::zeroed();
+            action.sa_sigaction = on_bus_error as *const () as usize;
+            action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
+            let previous = &raw mut PREVIOUS;
+            libc::sigaction(libc::SIGBUS, &action, previous.cast()) == 0
+        }
+    });
+}
+
+extern "C" fn on_bus_error(signal: i32, info: *mut libc::siginfo_t, _: *mut libc::c_void) {
+    // SAFETY: the kernel passes a valid siginfo; of memory only atomics and a registered text are read, and only functions are
+    // called that may be called in a handler (write, _exit, sigaction). Texts live as long as their slot's end is not 0.
+    unsafe {
+        let at = (*info).si_addr() as usize;
+        for slot in &TABLE {
+            if (slot.start.load(Ordering::SeqCst)..slot.end.load(Ordering::SeqCst)).contains(&at) {
+                let (text, len) = (slot.text.load(Ordering::SeqCst), slot.text_len.load(Ordering::SeqCst));
+                libc::write(2, text.cast_const().cast(), len);
+                libc::_exit(EXIT_CODE.load(Ordering::SeqCst));
+            }
+        }
+        // Not ours: the access is repeated under whatever was there before.
+        let previous = &raw const PREVIOUS;
+        libc::sigaction(signal, previous.cast(), std::ptr::null_mut());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_changed_file_is_noticed() {
+        let tmp = tempfile::tempdir().unwrap();
+        let path = tmp.path().join("a");
+        std::fs::write(&path, "four").unwrap();
+        let map = Mapped::open(&path).unwrap();
+        map.unchanged().unwrap();
+        // Replaced by a rename: the map still is the old file.
+        std::fs::write(tmp.path().join("b"), "other").unwrap();
+        std::fs::rename(tmp.path().join("b"), &path).unwrap();
+        map.unchanged().unwrap();
+        let map = Mapped::open(&path).unwrap();
+        std::fs::OpenOptions::new().append(true).open(&path).unwrap().set_len(3).unwrap();
+        let error = map.unchanged().unwrap_err().to_string();
+        assert!(error.contains("5 bytes then, 3 now"), "{error}");
+    }
+
+    #[test]
+    fn slots_are_given_back() {
+        let tmp = tempfile::tempdir().unwrap();
+        let path = tmp.path().join("a");
+        std::fs::write(&path, "four").unwrap();
+        for _ in 0..3 * SLOTS {
+            assert!(Mapped::open(&path).unwrap().told.is_some());
+        }
+    }
+}
