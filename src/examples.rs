@@ -64,7 +64,9 @@ pub const BENCH: &str = "Examples:
 pub const LOAD: &str = "Examples:
   lowbit load http://127.0.0.1:8000 --profile sweep --data chat --slo guidellm/chatbot -o load.json
   lowbit load http://127.0.0.1:8000 --profile poisson:2,4,8 --duration 60 --data mine.jsonl
-  lowbit load http://127.0.0.1:8000 --find-max --slo ttft_p95<=300,itl_p95<=50";
+  lowbit load http://127.0.0.1:8000 --find-max --slo ttft_p95<=300,itl_p95<=50
+  lowbit load --import guidellm.json --slo guidellm/chatbot -o load.json
+  lowbit load --import load.json --as vllm";
 
 /// Of `lowbit capacity --help`.
 pub const CAPACITY: &str = "Examples:

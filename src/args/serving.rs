@@ -67,7 +67,12 @@ pub struct ServeArgs {
 #[derive(Args, Debug)]
 pub struct LoadArgs {
     /// OpenAI-compatible server, such as http://127.0.0.1:8000.
-    pub url: String,
+    #[arg(required_unless_present = "import")]
+    pub url: Option<String>,
+    /// Instead of a server: a load record, a GuideLLM report (json) or a result of `vllm bench serve --save-detailed`, for the
+    /// same tables, verdicts and records.
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["url", "find_max"])]
+    pub import: Option<PathBuf>,
     /// synchronous, concurrent:1,2,4, throughput[:512], constant:RATES, poisson:RATES, gamma:SHAPE:RATES,
     /// sweep[:10[:poisson]], replay[:SPEED].
     #[arg(long, default_value = "synchronous")]
@@ -190,7 +195,8 @@ pub enum ToolArg {
 
 #[derive(Args, Debug)]
 pub struct CapacityArgs {
-    /// Load records, one a variant; `LOAD.json=GATE.json` adds the verdict on its accuracy.
+    /// Load records (or files `lowbit load --import` reads), one a variant; `LOAD.json=GATE.json` adds the verdict on its
+    /// accuracy.
     pub files: Vec<String>,
     /// Requests a second at the peak.
     #[arg(long)]
@@ -238,7 +244,7 @@ pub struct CapacityArgs {
 
 #[derive(Args, Debug)]
 pub struct CompareArgs {
-    /// Load record to compare with.
+    /// Load record to compare with, or a file `lowbit load --import` reads.
     pub before: PathBuf,
     /// Load record that is judged.
     pub after: PathBuf,

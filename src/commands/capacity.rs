@@ -8,7 +8,7 @@ use lowbit_bench::capacity::estimate::{EstimateOptions, SCHEMES, estimate};
 use lowbit_bench::capacity::gpus::{GPUS, Gpu};
 use lowbit_bench::capacity::plan::{CapacityRecord, PlanOptions, SCHEMA, Variant, plan};
 use lowbit_bench::capacity::shape::ModelShape;
-use lowbit_bench::load::record::LoadRecord;
+use lowbit_bench::load::import;
 use lowbit_bench::load::workload::Workload;
 use lowbit_bench::slo::Slo;
 use lowbit_checkpoint::writer::write_atomic;
@@ -193,8 +193,7 @@ fn variant(text: &str) -> Result<Variant> {
     let read = |path: &str| {
         lowbit_checkpoint::files::read_stream(Path::new(path)).with_context(|| format!("cannot read {path}"))
     };
-    let record: LoadRecord =
-        serde_json::from_slice(&read(load)?).with_context(|| format!("{load} is not a load record"))?;
+    let record = import::read(Path::new(load))?;
     let accuracy = gate
         .map(|g| -> Result<String> {
             let v: Value = serde_json::from_slice(&read(g)?).with_context(|| format!("{g} is not JSON"))?;

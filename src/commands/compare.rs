@@ -1,8 +1,8 @@
 //! `lowbit compare`: two load records against each other.
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Result, bail};
 use lowbit_bench::load::compare::compare as compared;
-use lowbit_bench::load::record::LoadRecord;
+use lowbit_bench::load::import;
 
 use crate::args::CompareArgs;
 use crate::commands::table::table;
@@ -11,12 +11,7 @@ use crate::exit::VerdictError;
 
 /// `lowbit compare`.
 pub fn compare(ctx: &Context, args: &CompareArgs) -> Result<()> {
-    let read = |path: &std::path::PathBuf| -> Result<LoadRecord> {
-        let bytes =
-            lowbit_checkpoint::files::read_stream(path).with_context(|| format!("cannot read {}", path.display()))?;
-        serde_json::from_slice(&bytes).with_context(|| format!("{} is not a load record", path.display()))
-    };
-    let rows = compared(&read(&args.before)?, &read(&args.after)?, args.seed);
+    let rows = compared(&import::read(&args.before)?, &import::read(&args.after)?, args.seed);
     if rows.is_empty() {
         bail!("the records share no valid stage with 20 whole answers\nhint: run both with the same --profile");
     }

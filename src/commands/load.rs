@@ -9,6 +9,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, bail};
 use lowbit_bench::load::client::Limits;
 use lowbit_bench::load::data::{CountTokens, Data};
+use lowbit_bench::load::import;
 use lowbit_bench::load::metrics::Trim;
 use lowbit_bench::load::openai::Endpoint;
 use lowbit_bench::load::profile::Profile;
@@ -34,6 +35,9 @@ use crate::{models, provenance};
 pub fn load(ctx: &Context, args: &LoadArgs) -> Result<()> {
     refuse_existing(args.output.as_ref(), args.force)?;
     refuse_existing(args.csv.as_ref(), args.force)?;
+    if let Some(path) = &args.import {
+        return imported(ctx, args, path);
+    }
     let profile = Profile::parse(&args.profile)?;
     let slo = args.slo.as_deref().map(Slo::parse).transpose()?;
     if args.find_max && slo.is_none() {
@@ -41,7 +45,7 @@ pub fn load(ctx: &Context, args: &LoadArgs) -> Result<()> {
     }
     let data = data(ctx, args)?;
     let name = data.name().to_string();
-    let trim = Trim { warmup: args.warmup, cooldown: args.cooldown };
+    let trim = trim(args)?;
     let mut session = Session::connect(options(args, data, trim, slo.clone())?)?;
     let t = session.target();
     ctx.say(format!("{} at {}, {}, data {name}", t.model, t.url, t.endpoint.path()));
@@ -99,19 +103,46 @@ pub fn load(ctx: &Context, args: &LoadArgs) -> Result<()> {
         trim,
         stages,
         find_max,
+        imported: None,
     };
+    finish(ctx, args, &record)
+}
+
+/// `--import`: a file instead of a server.
+fn imported(ctx: &Context, args: &LoadArgs, path: &Path) -> Result<()> {
+    let mut record = import::read(path)?;
+    if let Some(tool) = &record.imported {
+        let options = BTreeMap::from([
+            ("import".into(), path.display().to_string().into()),
+            ("tool".into(), tool.tool.clone().into()),
+        ]);
+        let (model, time) = (record.target.model.clone(), record.provenance.unix_time);
+        record.provenance = provenance::of_client(ctx, 0, &model, options);
+        // When it was measured, where the file says so.
+        if time > 0 {
+            record.provenance.unix_time = time;
+        }
+    }
+    let trim = trim(args)?;
+    let slo = args.slo.as_deref().map(Slo::parse).transpose()?;
+    import::restage(&mut record, (trim != Trim::default()).then_some(trim), slo.as_ref())?;
+    finish(ctx, args, &record)
+}
+
+/// Writes, prints, and gives the verdict.
+fn finish(ctx: &Context, args: &LoadArgs, record: &LoadRecord) -> Result<()> {
     if let Some(path) = &args.output {
-        write_atomic(path, &serde_json::to_vec(&record)?)?;
+        write_atomic(path, &serde_json::to_vec(record)?)?;
     }
     if let Some(path) = &args.csv {
-        write_atomic(path, load_text::csv(&record).as_bytes())?;
+        write_atomic(path, load_text::csv(record).as_bytes())?;
     }
-    ctx.print(&load_text::without_samples(&record), || match args.show_as {
-        Some(tool) => load_text::as_tool(&record, tool),
-        None => load_text::summary(&record),
+    ctx.print(&load_text::without_samples(record), || match args.show_as {
+        Some(tool) => load_text::as_tool(record, tool),
+        None => load_text::summary(record),
     })?;
     ctx.check_stop()?;
-    verdict(&record)
+    verdict(record)
 }
 
 /// Exit code: 1 when the objective is broken, 2 when nothing can be said.
@@ -145,6 +176,15 @@ fn verdict(record: &LoadRecord) -> Result<()> {
     Ok(())
 }
 
+fn trim(args: &LoadArgs) -> Result<Trim> {
+    for (name, v) in [("--warmup", args.warmup), ("--cooldown", args.cooldown)] {
+        if !(v.is_finite() && v >= 0.0) {
+            bail!("{name} must be 0 or more, found {v}");
+        }
+    }
+    Ok(Trim { warmup: args.warmup, cooldown: args.cooldown })
+}
+
 fn options(args: &LoadArgs, data: Data, trim: Trim, slo: Option<Slo>) -> Result<LoadOptions> {
     let headers = args.header.iter().map(|h| {
         let (name, value) = h.split_once(':').with_context(|| format!("--header {h:?} is not NAME: VALUE"))?;
@@ -157,11 +197,6 @@ fn options(args: &LoadArgs, data: Data, trim: Trim, slo: Option<Slo>) -> Result<
             _ => bail!("--body is not a JSON object\nhint: --body '{{\"temperature\": 0}}'"),
         },
     };
-    let share = |name: &str, v: f64| {
-        if v.is_finite() && v >= 0.0 { Ok(()) } else { bail!("{name} must be 0 or more, found {v}") }
-    };
-    share("--warmup", args.warmup)?;
-    share("--cooldown", args.cooldown)?;
     let seconds = |name: &str, v: f64| {
         Duration::try_from_secs_f64(v)
             .ok()
@@ -183,7 +218,7 @@ fn options(args: &LoadArgs, data: Data, trim: Trim, slo: Option<Slo>) -> Result<
             .with_context(|| format!("--grace {} is not a number of seconds", args.grace))?,
     };
     Ok(LoadOptions {
-        url: args.url.clone(),
+        url: args.url.clone().context("no server")?,
         endpoint: match args.endpoint {
             EndpointArg::Completions => Endpoint::Completions,
             EndpointArg::Chat => Endpoint::Chat,

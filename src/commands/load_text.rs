@@ -106,6 +106,9 @@ pub fn summary(r: &LoadRecord) -> String {
             out.push(format!("goodput {:.2} requests/s ({:.2} % good)", v.goodput_per_second, 100.0 * v.good_frac));
         }
     }
+    if let Some(i) = &r.imported {
+        out.push(format!("\nmeasured by {}, computed by lowbit's definitions", i.tool));
+    }
     if let Some(f) = &r.find_max {
         let open = if f.bounded { "" } else { " (no rate failed)" };
         out.push(format!(

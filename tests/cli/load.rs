@@ -84,6 +84,12 @@ fn a_load_its_record_and_a_plan_from_it() {
         assert!(text.contains("Mean TTFT (ms)") && text.contains("Total generated tokens"), "{text}");
     }
 
+    // The record again, by another tool's definitions, and against an objective it was not run for.
+    let again = |more: &[&str]| lowbit(tmp.path()).args(["load", "--import", file, "-q"]).args(more).output().unwrap();
+    assert!(String::from_utf8_lossy(&again(&["--as", "vllm"]).stdout).contains("Successful requests"));
+    assert_eq!(again(&["--slo", "e2e_p95<=60000"]).status.code(), Some(0));
+    assert_eq!(again(&["--slo", "e2e_p50<=0.000001"]).status.code(), Some(1));
+
     let open = tmp.path().join("open.json");
     let mut c = lowbit(tmp.path());
     c.args(["load", &url, "--profile", "poisson:100", "--max-requests", "300", "--slo", "e2e_p90<=60000", "-q", "-o"])
@@ -107,6 +113,38 @@ fn a_load_its_record_and_a_plan_from_it() {
     let out = lowbit(tmp.path()).args(["capacity", &gated, "--peak-rps", "10", "--gpu-hour", "2"]).output().unwrap();
     assert_eq!(out.status.code(), Some(1));
     assert!(String::from_utf8_lossy(&out.stdout).contains("accuracy: regression"));
+}
+
+#[test]
+fn other_tools_files_are_taken_as_they_are() {
+    let tmp = tempfile::tempdir().unwrap();
+    let sample = |name: &str| super::root().join("bench/tests/import").join(name);
+    let (guidellm, out) = (sample("guidellm-0.8.1.json"), tmp.path().join("load.json"));
+    let import = |file: &std::path::Path, more: &[&str]| {
+        lowbit(tmp.path()).args(["load", "-q", "--import"]).arg(file).args(more).output().unwrap()
+    };
+    let shown = import(&guidellm, &["--as", "guidellm", "-o", out.to_str().unwrap()]);
+    let text = String::from_utf8_lossy(&shown.stdout).into_owned();
+    // GuideLLM's own mean of the first stage.
+    assert!(text.contains("54.08"), "{text}{}", stderr(&shown));
+    let record = json(&out);
+    assert_eq!(record["provenance"]["options"]["tool"], "guidellm 0.8.1");
+    assert_eq!(record["stages"][1]["requests"].as_array().unwrap().len(), 12);
+    let vllm = String::from_utf8(import(&sample("vllm-bench.json"), &["--as", "vllm"]).stdout).unwrap();
+    for line in ["Mean TTFT (ms)", "133.33", "Mean ITL (ms)", "24.00", "198.00"] {
+        assert!(vllm.contains(line), "{line}: {vllm}");
+    }
+    // capacity reads it; stalls are not in it.
+    let plan = |slo: &str| {
+        let args = ["--peak-rps", "10", "--gpu-hour", "1", "--slo", slo, "-q"];
+        let done = lowbit(tmp.path()).arg("capacity").arg(&guidellm).args(args).output().unwrap();
+        assert_eq!(done.status.code(), Some(1));
+        String::from_utf8(done.stdout).unwrap()
+    };
+    assert!(plan("stall_p50<=100").contains("a stall cannot be seen"));
+    assert!(plan("e2e_p50<=100").contains("infeasible"));
+    let none = import(std::path::Path::new("Cargo.toml"), &[]);
+    assert!(none.status.code() == Some(3) && stderr(&none).contains("Cargo.toml"), "{}", stderr(&none));
 }
 
 #[test]

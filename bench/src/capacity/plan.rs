@@ -133,6 +133,9 @@ fn rate(load: &LoadRecord, slo: Option<&Slo>) -> (Option<f64>, String) {
             false => (None, "no rate meets the objective".into()),
         };
     }
+    if let Some(why) = load.imported.as_ref().zip(slo).and_then(|(i, s)| i.refuses(s)) {
+        return (None, why);
+    }
     let mut judged: Vec<(f64, Verdict)> = load
         .valid()
         .filter_map(|s| {
@@ -207,6 +210,7 @@ mod tests {
             trim: Trim::default(),
             stages,
             find_max: None,
+            imported: None,
         };
         Variant { name: name.into(), load, accuracy: accuracy.map(str::to_string) }
     }

@@ -161,6 +161,7 @@ mod tests {
             trim: Trim::default(),
             stages: vec![stage],
             find_max: None,
+            imported: None,
         }
     }
 

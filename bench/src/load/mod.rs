@@ -8,6 +8,7 @@ pub mod data;
 pub mod error;
 pub mod exchange;
 pub mod http;
+pub mod import;
 pub mod metrics;
 pub mod openai;
 pub mod percentile;

@@ -3,6 +3,7 @@
 use lowbit_checkpoint::provenance::Provenance;
 use serde::{Deserialize, Serialize};
 
+use crate::load::import::Imported;
 use crate::load::metrics::{Metrics, Trim};
 use crate::load::openai::Endpoint;
 use crate::load::saturation::Alarm;
@@ -89,6 +90,9 @@ pub struct LoadRecord {
     pub stages: Vec<StageRecord>,
     /// The highest rate that meets the objective, where it was searched.
     pub find_max: Option<FindMax>,
+    /// Measured by another tool.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub imported: Option<Imported>,
 }
 
 impl LoadRecord {

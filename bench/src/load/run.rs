@@ -11,7 +11,7 @@ use crate::load::client::{self, ClientConfig, Job, Limits, Observer, Pace, Stage
 use crate::load::data::Data;
 use crate::load::error::{LoadError, Result};
 use crate::load::http::{ResponseParser, Target};
-use crate::load::metrics::{self, Trim};
+use crate::load::metrics::{self, Trim, Window};
 use crate::load::openai::{Dialect, Endpoint, RequestHead};
 use crate::load::profile::{Profile, StageSpec, sweep_rates};
 use crate::load::record::{ClientCheck, StageRecord, TargetRecord};
@@ -258,24 +258,9 @@ impl Session {
         };
         // A stage of N requests ends with its last answer, one of N seconds at its second.
         let window = o.trim.window(if is_open { traces.stop_ns.max(1) } else { stop.unwrap_or(traces.stop_ns) });
-        let metrics = metrics::measure(&traces.traces, window);
-        let slo = o.slo.as_ref().map(|s| judge(&traces.traces, window, metrics.rates.requests_per_second, s));
-        Ok(StageRecord {
-            profile: spec.name().into(),
-            rate: spec.rate(),
-            streams: spec.streams(),
-            seconds: traces.end_ns as f64 * 1e-9,
-            stopped_by: traces.stopped_by.clone(),
-            saturation: alarm,
-            client: check(
-                &traces,
-                metrics.percentile("ttft_ms", 0.5).or_else(|| metrics.percentile("e2e_ms", 0.5)),
-                o.max_concurrency.is_some(),
-            ),
-            metrics,
-            slo,
-            requests: traces.traces,
-        })
+        let capped = o.max_concurrency.is_some();
+        let stage = stage_record(spec.name(), spec.rate(), spec.streams(), traces, window, o.slo.as_ref(), capped);
+        Ok(StageRecord { saturation: alarm, ..stage })
     }
 
     /// Searches the highest rate that meets the objective, in Poisson stages.
@@ -309,6 +294,32 @@ impl Session {
             return Err(LoadError::Samples("the search was interrupted".into()));
         }
         Ok((found, stages))
+    }
+}
+
+/// What the traces of a stage come to in a window. `capped`: requests may have had to wait for a place.
+pub(crate) fn stage_record(
+    profile: &str,
+    rate: Option<f64>,
+    streams: Option<usize>,
+    traces: StageTraces,
+    window: Window,
+    slo: Option<&Slo>,
+    capped: bool,
+) -> StageRecord {
+    let metrics = metrics::measure(&traces.traces, window);
+    let median = metrics.percentile("ttft_ms", 0.5).or_else(|| metrics.percentile("e2e_ms", 0.5));
+    StageRecord {
+        profile: profile.into(),
+        rate,
+        streams,
+        seconds: traces.end_ns as f64 * 1e-9,
+        stopped_by: traces.stopped_by.clone(),
+        saturation: None,
+        client: check(&traces, median, capped),
+        slo: slo.map(|s| judge(&traces.traces, window, metrics.rates.requests_per_second, s)),
+        metrics,
+        requests: traces.traces,
     }
 }
 

@@ -18,6 +18,8 @@ pub enum Outcome {
     Stream(String),
     /// Not HTTP, not events, not JSON, or an answer without a token.
     Protocol(String),
+    /// Another tool's file says that it failed.
+    Failed(String),
     /// Not done within the time a request may take.
     Timeout,
     /// The run ended first: neither a success nor the server's failure.
@@ -39,6 +41,7 @@ impl Outcome {
             Self::Status(code, _) => format!("status {code}"),
             Self::Stream(_) => "stream error".into(),
             Self::Protocol(_) => "protocol".into(),
+            Self::Failed(_) => "failed".into(),
             Self::Timeout => "timeout".into(),
             Self::Cancelled => "cancelled".into(),
         }

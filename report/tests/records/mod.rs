@@ -353,6 +353,7 @@ pub fn load_record(service: f64) -> LoadRecord {
         trim: Trim::default(),
         stages: [0.2, 0.5, 0.8, 0.95].map(|part| stage(4.0 * part / service)).to_vec(),
         find_max: None,
+        imported: None,
     }
 }
 
