@@ -557,6 +557,21 @@ pub enum Compat {
     Current,
 }
 
+/// Formats of llama-bench.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum BenchFormat {
+    /// Markdown.
+    Md,
+    /// Comma-separated.
+    Csv,
+    /// One document.
+    Json,
+    /// A line a row.
+    Jsonl,
+    /// Statements for sqlite.
+    Sql,
+}
+
 #[derive(Args, Debug)]
 pub struct BenchArgs {
     /// Model.
@@ -565,6 +580,16 @@ pub struct BenchArgs {
     /// The model to compare with.
     #[arg(long, conflicts_with = "synthetic")]
     pub reference: Option<String>,
+    /// Measure speculation instead: this cheaper model, such as MODEL quantized, proposes tokens and MODEL checks them. Reports how
+    /// many it accepts, the ratio of decode rates, and that the text is the same.
+    #[arg(long, value_name = "MODEL", conflicts_with_all = ["reference", "synthetic", "prompt", "depth", "batch", "format"])]
+    pub draft: Option<String>,
+    /// Tokens the draft proposes at a time.
+    #[arg(long, default_value_t = 4, requires = "draft")]
+    pub draft_tokens: usize,
+    /// Print the rows in a format of llama-bench, for the scripts that read them.
+    #[arg(long, value_enum)]
+    pub format: Option<BenchFormat>,
     /// Instead of a model: random weights in the shape of llama-3.1-8b, llama-3.2-1b, qwen3-32b or tiny, one format after the
     /// other.
     #[arg(long, value_name = "SHAPE")]

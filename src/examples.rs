@@ -57,6 +57,7 @@ pub const GATE: &str = "Examples:
 
 /// Of `lowbit bench --help`.
 pub const BENCH: &str = "Examples:
+  lowbit bench org/model --draft out/model
   lowbit bench out/model --reference org/model -p 512 -n 128 -b 1,4 -o bench.json
   lowbit bench --synthetic llama-3.1-8b --device cuda -b 1,16 --depth 4096";
 

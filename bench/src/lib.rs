@@ -15,6 +15,7 @@ pub mod memory;
 pub mod rates;
 pub mod record;
 pub mod slo;
+pub mod speculation;
 pub mod stats;
 pub mod suite;
 pub mod synthetic;

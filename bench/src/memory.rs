@@ -55,6 +55,8 @@ pub fn rows(contenders: &[Contender], kv_tokens: usize) -> Result<Vec<MemoryRow>
                 role: c.role.to_string(),
                 model: c.name.to_string(),
                 weight_bytes: c.model.weight_bytes(),
+                parameters: c.model.parameters(),
+                kv_element_bytes: c.model.backend().kv_element_bytes(c.model.config().head_dim),
                 kv_bytes: per_token.checked_mul(kv_tokens as u64).ok_or(BenchError::Overflow("the KV cache"))?,
                 kv_tokens,
                 peak_rss_bytes,

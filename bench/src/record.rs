@@ -77,6 +77,12 @@ pub struct MemoryRow {
     pub model: String,
     /// Weights as stored.
     pub weight_bytes: u64,
+    /// Elements of its matrices.
+    #[serde(default)]
+    pub parameters: u64,
+    /// Bytes of one number in the KV cache.
+    #[serde(default)]
+    pub kv_element_bytes: usize,
     /// KV cache of one sequence at `kv_tokens`.
     pub kv_bytes: u64,
     /// Tokens that is for.

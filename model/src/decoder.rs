@@ -314,6 +314,13 @@ impl Model {
         self.decode_weight_bytes() + embedding
     }
 
+    /// Elements of all matrices; a head that is the embedding counts once.
+    pub fn parameters(&self) -> u64 {
+        let (blocks, head) = self.linear_elements();
+        let c = &self.config;
+        blocks + head + if c.tie_word_embeddings { 0 } else { (c.vocab_size * c.hidden_size) as u64 }
+    }
+
     /// Elements of the blocks' linears, and of the head.
     pub fn linear_elements(&self) -> (u64, u64) {
         let of = |l: &Linear| l.weight.out_features as u64 * l.weight.in_features as u64;

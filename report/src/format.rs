@@ -127,7 +127,7 @@ pub(crate) fn seconds(value: f64) -> String {
 }
 
 /// Seconds since the epoch as `2026-01-31 12:00:00 UTC` (proleptic Gregorian).
-pub(crate) fn utc(unix: u64) -> String {
+pub fn utc(unix: u64) -> String {
     let (days, rest) = (unix / 86_400, unix % 86_400);
     // Civil-from-days, eras of 400 years starting on 1 March.
     let z = days + 719_468;

@@ -36,6 +36,7 @@ mod view_size;
 mod view_speed;
 mod view_verdict;
 
+pub use format::utc;
 pub use load::{Records, ReportError, Variant, load, load_all};
 pub use markdown::markdown;
 pub use output::{html, json, write};

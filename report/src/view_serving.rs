@@ -175,8 +175,9 @@ pub(crate) fn load_table(loads: &[(String, &LoadRecord)]) -> Table {
 fn found(name: &str, r: &LoadRecord) -> Option<String> {
     let f = r.find_max.as_ref()?;
     let who = if name.is_empty() { String::new() } else { format!("{name}: ") };
-    let high = if f.bounded { format!("and {}", sig(f.high, 3)) } else { "and no rate that failed".to_owned() };
-    Some(format!("{who}the highest rate that meets {} lies between {} {high} requests/s.", f.slo.name, sig(f.low, 3)))
+    let (what, unit) = (f.unit.what(), f.unit.name());
+    let high = if f.bounded { format!("and {}", sig(f.high, 3)) } else { format!("and no {what} that failed") };
+    Some(format!("{who}the highest {what} that meets {} lies between {} {high} {unit}.", f.slo.name, sig(f.low, 3)))
 }
 
 /// The section on serving; null without a load record.

@@ -74,11 +74,13 @@ pub struct LoadArgs {
     #[arg(long, value_name = "FILE", conflicts_with_all = ["url", "find_max"])]
     pub import: Option<PathBuf>,
     /// synchronous, concurrent:1,2,4, throughput[:512], constant:RATES, poisson:RATES, gamma:SHAPE:RATES,
-    /// sweep[:10[:poisson]], replay[:SPEED].
-    #[arg(long, default_value = "synchronous")]
-    pub profile: String,
+    /// sweep[:10[:poisson]], replay[:SPEED]. With --find-max what is searched: poisson, constant, gamma:SHAPE, concurrent, replay.
+    /// [default: synchronous; with --find-max poisson]
+    #[arg(long)]
+    pub profile: Option<String>,
     /// chat, rag, summarization, code, translation, long-context, demo; `input=512:128,output=256,prefix=0,turns=1`;
-    /// a .jsonl, .json, .csv, .parquet or .txt file; `text` for a text of our own.
+    /// a .jsonl, .json, .csv, .parquet or .txt file, or a folder of them; a hub data set (datasets/org/name[/file]); `text` for
+    /// a text of our own.
     #[arg(long, default_value = "demo")]
     pub data: String,
     /// Model whose tokenizer makes synthetic prompts exactly as long as asked (else a word counts as a token).
@@ -144,13 +146,13 @@ pub struct LoadArgs {
     /// Objective: guidellm/chatbot, mlperf/llama3.1-8b, ..., or ttft_p99<=200,itl_p99<=50.
     #[arg(long)]
     pub slo: Option<String>,
-    /// Search the highest Poisson rate that meets --slo.
+    /// Search the highest rate (or number of streams, or speed) that meets --slo.
     #[arg(long)]
     pub find_max: bool,
-    /// First rate of the search, requests a second.
+    /// Where the search begins: requests a second, streams, or a factor.
     #[arg(long, default_value_t = 1.0)]
     pub start_rate: f64,
-    /// No rate above this.
+    /// Nothing above this.
     #[arg(long, default_value_t = 10_000.0)]
     pub max_rate: f64,
     /// Width of the answer, relative.

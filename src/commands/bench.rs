@@ -18,6 +18,7 @@ use crate::args::BenchArgs;
 use crate::commands::eval::refuse_existing;
 use crate::commands::rounding;
 use crate::commands::table::{megabytes, table};
+use crate::commands::{bench_draft, bench_format};
 use crate::context::{Context, Purpose};
 use crate::models::{self, Located};
 use crate::provenance;
@@ -28,6 +29,9 @@ const OUT_OF_MEMORY: &str = "OUT_OF_MEMORY";
 /// `lowbit bench`.
 pub fn bench(ctx: &Context, args: &BenchArgs) -> Result<()> {
     refuse_existing(args.output.as_ref(), args.force)?;
+    if let (Some(model), Some(draft)) = (&args.model, &args.draft) {
+        return bench_draft::bench(ctx, args, model, draft);
+    }
     let record = match (&args.synthetic, &args.model) {
         (Some(shape), _) => synthetic(ctx, args, shape)?,
         (None, Some(model)) => {
@@ -40,7 +44,7 @@ pub fn bench(ctx: &Context, args: &BenchArgs) -> Result<()> {
     if let Some(path) = &args.output {
         write_atomic(path, &serde_json::to_vec_pretty(&record)?)?;
     }
-    ctx.print(&record, || summary(&record))?;
+    ctx.print(&record, || args.format.map_or_else(|| summary(&record), |f| bench_format::render(&record, f)))?;
     let failed: Vec<_> = record.left.iter().filter(|l| !l.reason.contains(OUT_OF_MEMORY)).collect();
     match (failed.first(), record.rows.is_empty()) {
         (Some(first), _) => bail!("{} tests failed, the first: {}: {}", failed.len(), first.row, first.reason),

@@ -12,7 +12,7 @@ use lowbit_bench::load::data::{CountTokens, Data};
 use lowbit_bench::load::import;
 use lowbit_bench::load::metrics::Trim;
 use lowbit_bench::load::openai::Endpoint;
-use lowbit_bench::load::profile::Profile;
+use lowbit_bench::load::profile::{Profile, Search};
 use lowbit_bench::load::record::{LoadRecord, SCHEMA};
 use lowbit_bench::load::run::{Live, LoadOptions, Session};
 use lowbit_bench::load::table::read_objects;
@@ -20,6 +20,7 @@ use lowbit_bench::load::workload::Workload;
 use lowbit_bench::slo::Slo;
 use lowbit_bench::slo::search::SearchOptions;
 use lowbit_bench::slo::verdict::Verdict;
+use lowbit_checkpoint::hub;
 use lowbit_checkpoint::tokenizer::Tokenizer;
 use lowbit_checkpoint::writer::write_atomic;
 use lowbit_quantize::Progress;
@@ -38,7 +39,10 @@ pub fn load(ctx: &Context, args: &LoadArgs) -> Result<()> {
     if let Some(path) = &args.import {
         return imported(ctx, args, path);
     }
-    let profile = Profile::parse(&args.profile)?;
+    // A search has a profile of its own.
+    let text = args.profile.as_deref().unwrap_or(if args.find_max { "poisson" } else { "synchronous" });
+    let search = args.find_max.then(|| Search::parse(text)).transpose()?;
+    let profile = if args.find_max { None } else { Some(Profile::parse(text)?) };
     let slo = args.slo.as_deref().map(Slo::parse).transpose()?;
     if args.find_max && slo.is_none() {
         bail!("--find-max needs an objective\nhint: --slo guidellm/chatbot, or --slo ttft_p99<=200,itl_p99<=50");
@@ -63,8 +67,8 @@ pub fn load(ctx: &Context, args: &LoadArgs) -> Result<()> {
         ));
         stop.load(Ordering::Relaxed)
     };
-    let (stages, find_max) = match slo.as_ref().filter(|_| args.find_max) {
-        Some(slo) => {
+    let (stages, find_max) = match (slo.as_ref().zip(search), profile) {
+        (Some((slo, over)), _) => {
             let search = SearchOptions {
                 start: args.start_rate,
                 ceiling: args.max_rate,
@@ -72,11 +76,13 @@ pub fn load(ctx: &Context, args: &LoadArgs) -> Result<()> {
                 tolerance: args.tolerance,
                 ..SearchOptions::default()
             };
-            let mut begin = |rate: f64, n: usize| ctx.progress.stage(&format!("{rate:.3} requests/s, {n}"), 0);
-            let (found, stages) = session.find_max(slo, &search, &mut begin, &mut live)?;
+            let unit = over.unit().name();
+            let mut begin = |at: f64, n: usize| ctx.progress.stage(&format!("{at:.3} {unit}, {n}"), 0);
+            let (found, stages) = session.find_max(slo, over, &search, &mut begin, &mut live)?;
             (stages, Some(found))
         }
-        None => {
+        (None, None) => bail!("no profile"),
+        (None, Some(profile)) => {
             let mut begin = |s: &lowbit_bench::load::profile::StageSpec| {
                 let of = s
                     .rate()
@@ -88,7 +94,7 @@ pub fn load(ctx: &Context, args: &LoadArgs) -> Result<()> {
     };
     ctx.progress.clear();
     let mut map = BTreeMap::new();
-    map.insert("profile".to_string(), args.profile.clone().into());
+    map.insert("profile".to_string(), text.into());
     map.insert("data".to_string(), name.clone().into());
     map.insert("duration_seconds".to_string(), args.duration.into());
     map.insert("max_requests".to_string(), args.max_requests.into());
@@ -239,14 +245,29 @@ fn options(args: &LoadArgs, data: Data, trim: Trim, slo: Option<Slo>) -> Result<
     })
 }
 
+/// `datasets/org/name[/file or folder][@revision]`, also with `hf://`, or plain `org/name`: a data set on the hub.
+fn hub_data(text: &str) -> Option<&str> {
+    let id = text.strip_prefix("hf://").unwrap_or(text);
+    let plain = |p: &str| !p.is_empty() && p.chars().all(|c| c.is_ascii_alphanumeric() || "-_.@".contains(c));
+    let marked = id.starts_with("datasets/");
+    let parts: Vec<&str> = id.split('/').collect();
+    let named = parts.iter().all(|p| plain(p)) && !id.starts_with(['.', '/']);
+    (named && (marked && parts.len() > 2 || parts.len() == 2 && !id.contains('.'))).then_some(id)
+}
+
 /// `--data`: a named workload, its options, a file, or `text` for the demo's own text.
 fn data(ctx: &Context, args: &LoadArgs) -> Result<Data> {
     let path = Path::new(&args.data);
-    if path.is_file() {
+    let name = args.data.as_str();
+    let path = match hub_data(name) {
+        Some(id) if !path.exists() => hub::resolve_dataset(id, &models::hub_options(), &ctx.progress)?,
+        _ => path.to_path_buf(),
+    };
+    if path.is_dir() || path.is_file() {
         // A file that cannot be read says so here, before the server is asked anything.
-        let rows = read_objects(path)?.len();
-        ctx.say(format!("{rows} rows in {}", path.display()));
-        return Ok(Data::read(path, args.shuffle, args.output_tokens)?);
+        let rows = read_objects(&path)?.len();
+        ctx.say(format!("{rows} rows in {name}"));
+        return Ok(Data::read(&path, name, args.shuffle, args.output_tokens)?);
     }
     if args.data == "text" {
         let lines: Vec<&str> = models::DEMO_TEXT.split("\n\n").map(str::trim).filter(|p| !p.is_empty()).collect();

@@ -110,9 +110,10 @@ pub fn summary(r: &LoadRecord) -> String {
         out.push(format!("\nmeasured by {}, computed by lowbit's definitions", i.tool));
     }
     if let Some(f) = &r.find_max {
-        let open = if f.bounded { "" } else { " (no rate failed)" };
+        let (what, unit) = (f.unit.what(), f.unit.name());
+        let open = if f.bounded { String::new() } else { format!(" (no {what} failed)") };
         out.push(format!(
-            "\nhighest rate that meets {}: between {:.3} and {:.3} requests/s{open}; {}",
+            "\nhighest {what} that meets {}: between {:.3} and {:.3} {unit}{open}; {}",
             f.slo.name, f.low, f.high, f.stopped_by
         ));
     }

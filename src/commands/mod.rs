@@ -1,6 +1,8 @@
 //! One file per command.
 
 mod bench;
+mod bench_draft;
+mod bench_format;
 mod capacity;
 mod compare;
 mod convert;

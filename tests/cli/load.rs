@@ -7,6 +7,11 @@ use super::{json, lowbit, ok, stderr};
 
 /// A server that answers every chat with two chunks, at once.
 fn server() -> String {
+    server_after(std::time::Duration::ZERO)
+}
+
+/// The same after a while: a client that never waits is busy, and so its own limit.
+fn server_after(wait: std::time::Duration) -> String {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let url = format!("http://{}", listener.local_addr().unwrap());
     std::thread::spawn(move || {
@@ -23,6 +28,7 @@ fn server() -> String {
                         let (kind, body) = if text.starts_with("GET") {
                             ("application/json", r#"{"data":[{"id":"m"}]}"#.to_string())
                         } else {
+                            std::thread::sleep(wait);
                             let chunk = r#"data: {"choices":[{"delta":{"content":"a"}}]}"#;
                             let usage = r#"data: {"choices":[],"usage":{"prompt_tokens":9,"completion_tokens":2}}"#;
                             ("text/event-stream", format!("{chunk}\n\n{chunk}\n\n{usage}\n\ndata: [DONE]\n\n"))
@@ -148,6 +154,52 @@ fn other_tools_files_are_taken_as_they_are() {
 }
 
 #[test]
+fn the_search_takes_its_profile_and_data_come_from_folders_and_the_hub() {
+    let (tmp, url) = (tempfile::tempdir().unwrap(), server_after(std::time::Duration::from_millis(20)));
+    let record = |name: &str, args: &[&str], env: Option<&std::path::Path>| {
+        let out = tmp.path().join(name);
+        let mut c = lowbit(tmp.path());
+        c.args(["load", &url, "-q", "-o"]).arg(&out).args(args);
+        if let Some(hub) = env {
+            c.env("HF_HUB_CACHE", hub).env("HF_HUB_OFFLINE", "1");
+        }
+        let done = c.output().unwrap();
+        assert!(out.exists(), "{}", stderr(&done));
+        json(&out)
+    };
+    let find = ["--find-max", "--max-requests", "20", "--slo", "e2e_p50<=60000", "--max-rate", "4", "--profile"];
+    let closed = record("closed.json", &[&find[..], &["concurrent"]].concat(), None);
+    let found = &closed["find_max"];
+    let streams: Vec<u64> = closed["stages"].as_array().unwrap().iter().filter_map(|s| s["streams"].as_u64()).collect();
+    assert_eq!(found["unit"], "streams");
+    // On a busy machine the client may have been the limit; the search then ends there and says so.
+    match found["stopped_by"].as_str().unwrap() {
+        "ceiling" => assert_eq!((found["low"].as_f64(), &streams[..]), (Some(4.0), &[1, 2, 4][..])),
+        "client limited" => assert!([1, 2, 4].starts_with(&streams) && !streams.is_empty(), "{streams:?}"),
+        other => panic!("{other}"),
+    }
+    for (profile, name) in [("gamma:0.5", "gamma"), ("constant", "constant")] {
+        let fast = ["--start-rate", "200", "--max-rate", "200"];
+        let open = record(&format!("{name}.json"), &[&find[..6], &fast, &["--profile", profile]].concat(), None);
+        assert_eq!(
+            (open["stages"][0]["profile"].as_str(), open["stages"][0]["rate"].as_f64()),
+            (Some(name), Some(200.0))
+        );
+    }
+    // The cache of a hub, as its own tools leave it.
+    let snapshot = tmp.path().join("hub/datasets--org--data/snapshots/0123456789012345678901234567890123456789");
+    std::fs::create_dir_all(snapshot.join("a")).unwrap();
+    std::fs::create_dir_all(snapshot.join("../../refs")).unwrap();
+    std::fs::write(snapshot.join("../../refs/main"), "0123456789012345678901234567890123456789").unwrap();
+    std::fs::write(snapshot.join("a/train.jsonl"), "{\"prompt\": \"one\"}\n{\"prompt\": \"two\"}\n").unwrap();
+    let hub = tmp.path().join("hub");
+    let one = ["--max-requests", "2", "--data", "datasets/org/data/a"];
+    let asked = record("hub.json", &one, Some(&hub));
+    assert_eq!(asked["data"], "datasets/org/data/a");
+    assert_eq!(asked["stages"][0]["metrics"]["outcomes"]["ok"], 2);
+}
+
+#[test]
 fn refusals() {
     let tmp = tempfile::tempdir().unwrap();
     let fails = |args: &[&str], code: i32, words: &str| {
@@ -160,6 +212,7 @@ fn refusals() {
     fails(&["load", "http://127.0.0.1:9", "--data", "tea"], 3, "unknown workload");
     fails(&["load", "http://127.0.0.1:9", "--slo", "ttft<200"], 3, "not a clause");
     fails(&["load", "http://127.0.0.1:9", "--find-max"], 3, "--slo");
+    fails(&["load", "http://127.0.0.1:9", "--find-max", "--profile", "sweep"], 3, "cannot be searched");
     fails(&["load", "http://127.0.0.1:9", "--body", "[]"], 3, "JSON object");
     fails(&["capacity"], 3, "no load records");
     fails(&["capacity", "--estimate", "--model", "8b", "--gpu", "abacus"], 3, "h200");

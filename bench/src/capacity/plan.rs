@@ -1,7 +1,7 @@
 //! From load records of several variants: servers for a peak rate, and what a million tokens costs.
 //!
 //! `servers = ceil(peak · burst / (λ · headroom)) + spare`, λ being the lower bound of the highest rate that meets the objective:
-//! the low end of a `--find-max` bracket, or the highest open-loop stage whose verdict is `met` below every stage that is
+//! the low end of a `--find-max` bracket (over streams: the rate answered there), or the highest open-loop stage whose verdict is `met` below every stage that is
 //! broken. Dollars a million output tokens divide the fleet's price by the tokens of the peak load, not of a saturated server.
 
 use lowbit_checkpoint::provenance::Provenance;
@@ -128,8 +128,8 @@ fn row(v: &Variant, o: &PlanOptions) -> PlanRow {
 /// Lower bound of the rate a server bears, and its source or why there is none.
 fn rate(load: &LoadRecord, slo: Option<&Slo>) -> (Option<f64>, String) {
     if let Some(f) = load.find_max.as_ref().filter(|f| slo.is_none_or(|s| s.clauses == f.slo.clauses)) {
-        return match f.low > 0.0 {
-            true => (Some(f.low), "find-max".into()),
+        return match f.rate() > 0.0 {
+            true => (Some(f.rate()), "find-max".into()),
             false => (None, "no rate meets the objective".into()),
         };
     }

@@ -97,8 +97,8 @@ pub enum Data {
 }
 
 impl Data {
-    /// Reads a file of a form above.
-    pub fn read(path: &Path, shuffle: bool, output_tokens: Option<u32>) -> Result<Self> {
+    /// Reads a file of a form above, or a folder of such files; `name` is for the record.
+    pub fn read(path: &Path, name: &str, shuffle: bool, output_tokens: Option<u32>) -> Result<Self> {
         let mut items = Vec::new();
         for (place, object) in read_objects(path)? {
             let row = |why: String| LoadError::Row { path: path.to_path_buf(), place: place.clone(), why };
@@ -111,7 +111,7 @@ impl Data {
                 why: "there is none".into(),
             });
         }
-        Ok(Self::Rows { name: path.display().to_string(), items, shuffle, output_tokens })
+        Ok(Self::Rows { name: name.to_string(), items, shuffle, output_tokens })
     }
 
     /// Texts to be asked in order, each answered with `output_tokens`.

@@ -2,6 +2,7 @@
 
 use crate::load::error::{LoadError, Result};
 use crate::load::schedule::Arrivals;
+use crate::slo::search::Unit;
 
 /// Streams of `throughput` and of a sweep's second stage, as GuideLLM's.
 pub const THROUGHPUT_STREAMS: usize = 512;
@@ -133,6 +134,59 @@ impl Profile {
     }
 }
 
+/// The profiles `--find-max` searches.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Search {
+    /// Rates of an open loop.
+    Open(Arrivals),
+    /// Streams of a closed loop.
+    Closed,
+    /// Speeds of a trace.
+    Replay,
+}
+
+impl Search {
+    /// Reads `poisson`, `constant`, `gamma:SHAPE`, `concurrent` or `replay`.
+    pub fn parse(text: &str) -> Result<Self> {
+        let bad = |why: &str| {
+            LoadError::option(
+                text,
+                why,
+                "with --find-max: poisson, constant, gamma:0.5, concurrent or replay, without rates",
+            )
+        };
+        Ok(match text.split_once(':').map_or((text, None), |(n, r)| (n, Some(r))) {
+            ("poisson", None) => Self::Open(Arrivals::Poisson),
+            ("constant", None) => Self::Open(Arrivals::Constant),
+            ("gamma", Some(shape)) => {
+                let shape = shape.parse::<f64>().ok().filter(|s| s.is_finite() && *s > 0.0);
+                Self::Open(Arrivals::Gamma(shape.ok_or_else(|| bad("the shape is not a number above 0"))?))
+            }
+            ("concurrent", None) => Self::Closed,
+            ("replay", None) => Self::Replay,
+            _ => return Err(bad("this profile cannot be searched")),
+        })
+    }
+
+    /// What its numbers are.
+    pub fn unit(self) -> Unit {
+        match self {
+            Self::Open(_) => Unit::Rate,
+            Self::Closed => Unit::Streams,
+            Self::Replay => Unit::Speed,
+        }
+    }
+
+    /// The stage at a number.
+    pub fn stage(self, at: f64) -> StageSpec {
+        match self {
+            Self::Open(arrivals) => StageSpec::Open { rate: at, arrivals },
+            Self::Closed => StageSpec::Closed(at as usize),
+            Self::Replay => StageSpec::Replay(at),
+        }
+    }
+}
+
 /// Rates of a sweep, evenly spaced and strictly between the measured ends.
 pub fn sweep_rates(synchronous: f64, throughput: f64, stages: usize) -> Vec<f64> {
     let inner = stages.saturating_sub(2);
@@ -174,5 +228,11 @@ mod tests {
             assert!(Profile::parse(bad).is_err(), "{bad}");
         }
         assert_eq!(sweep_rates(1.0, 5.0, 5), [2.0, 3.0, 4.0]);
+        assert_eq!(Search::parse("gamma:0.5").unwrap(), Search::Open(Arrivals::Gamma(0.5)));
+        assert_eq!(Search::parse("concurrent").unwrap().stage(4.0), StageSpec::Closed(4));
+        assert_eq!(Search::parse("replay").unwrap().unit(), Unit::Speed);
+        for bad in ["poisson:5", "gamma", "gamma:0", "concurrent:4", "synchronous", "sweep", ""] {
+            assert!(Search::parse(bad).is_err(), "{bad}");
+        }
     }
 }

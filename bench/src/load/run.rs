@@ -13,7 +13,7 @@ use crate::load::error::{LoadError, Result};
 use crate::load::http::{ResponseParser, Target};
 use crate::load::metrics::{self, Trim, Window};
 use crate::load::openai::{Dialect, Endpoint, RequestHead};
-use crate::load::profile::{Profile, StageSpec, sweep_rates};
+use crate::load::profile::{Profile, Search, StageSpec, sweep_rates};
 use crate::load::record::{ClientCheck, StageRecord, TargetRecord};
 use crate::load::saturation::Saturation;
 use crate::load::schedule::Schedule;
@@ -263,21 +263,21 @@ impl Session {
         Ok(StageRecord { saturation: alarm, ..stage })
     }
 
-    /// Searches the highest rate that meets the objective, in Poisson stages.
+    /// Searches the highest rate (or number of streams, or speed) that meets the objective.
     pub fn find_max(
         &mut self,
         slo: &Slo,
+        over: Search,
         options: &SearchOptions,
         begin: &mut dyn FnMut(f64, usize),
         progress: Progress,
     ) -> Result<(FindMax, Vec<StageRecord>)> {
         let mut stages = Vec::new();
         let mut interrupted = false;
-        let found = find_max(slo, options, &mut |rate, requests, _| {
+        let found = find_max(slo, &SearchOptions { unit: over.unit(), ..*options }, &mut |rate, requests, _| {
             let warm = requests / 4;
             begin(rate, requests);
-            let spec = StageSpec::Open { rate, arrivals: crate::load::schedule::Arrivals::Poisson };
-            let stage = self.stage(&spec, Some((requests + warm) as u64), progress)?;
+            let stage = self.stage(&over.stage(rate), Some((requests + warm) as u64), progress)?;
             interrupted |= stage.stopped_by == "interrupted";
             let mut traces: Vec<RequestTrace> = stage.requests.clone();
             traces.sort_by_key(|t| t.scheduled_ns);

@@ -1,6 +1,6 @@
 //! Files of rows as JSON objects.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use parquet::file::reader::{FileReader, SerializedFileReader};
 use parquet::record::Field;
@@ -11,8 +11,22 @@ use crate::load::error::{LoadError, Result};
 /// Rows with their places (`line 3`, `row 7`).
 pub type Objects = Vec<(String, Map<String, Value>)>;
 
-/// Reads `.jsonl`, `.json`, `.csv`, `.parquet` or `.txt`.
+/// Files of these forms are read from a folder.
+const FORMS: [&str; 6] = ["jsonl", "ndjson", "json", "csv", "parquet", "txt"];
+
+/// Reads `.jsonl`, `.json`, `.csv`, `.parquet` or `.txt`; of a folder all such files, in the order of their names.
 pub fn read_objects(path: &Path) -> Result<Objects> {
+    if path.is_dir() {
+        let mut files = Vec::new();
+        collect(path, &mut files)?;
+        files.sort();
+        let mut rows = Vec::new();
+        for file in &files {
+            let inside = file.strip_prefix(path).unwrap_or(file).display().to_string();
+            rows.extend(read_objects(file)?.into_iter().map(|(place, o)| (format!("{inside}, {place}"), o)));
+        }
+        return Ok(rows);
+    }
     let extension = path.extension().and_then(|e| e.to_str()).unwrap_or_default().to_ascii_lowercase();
     let text = || {
         lowbit_checkpoint::files::read_text(path).map_err(|source| LoadError::Io { path: path.to_path_buf(), source })
@@ -84,6 +98,22 @@ pub fn read_objects(path: &Path) -> Result<Objects> {
             ".jsonl, .json, .csv, .parquet or .txt",
         )),
     }
+}
+
+/// Every file of a form we read, in the folder and below it.
+fn collect(dir: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
+    let io = |source| LoadError::Io { path: dir.to_path_buf(), source };
+    for entry in std::fs::read_dir(dir).map_err(io)? {
+        let path = entry.map_err(io)?.path();
+        let extension = path.extension().and_then(|e| e.to_str()).unwrap_or_default().to_ascii_lowercase();
+        let hidden = path.file_name().is_some_and(|n| n.to_string_lossy().starts_with('.'));
+        if path.is_dir() && !hidden {
+            collect(&path, files)?;
+        } else if FORMS.contains(&extension.as_str()) && !hidden {
+            files.push(path);
+        }
+    }
+    Ok(())
 }
 
 /// A Parquet value as JSON; bytes and dates, which no row of ours needs, become null.
@@ -172,5 +202,20 @@ mod tests {
         assert!(file("c.csv", "a,b\n1\n").unwrap_err().to_string().contains("line 2: expected 2 cells, found 1"));
         assert_eq!(file("d.txt", "one\ntwo\n").unwrap().len(), 2);
         assert!(file("e.doc", "").is_err());
+        // A folder: files in order, those of other forms and hidden ones left out.
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::create_dir(folder.path().join("more")).unwrap();
+        for (name, text) in [
+            ("b.txt", "three"),
+            ("a.jsonl", "{\"prompt\": \"one\"}\n{\"prompt\": \"two\"}"),
+            ("README.md", "no"),
+            (".x.txt", "no"),
+            ("more/c.txt", "four"),
+        ] {
+            std::fs::write(folder.path().join(name), text).unwrap();
+        }
+        let rows = read_objects(folder.path()).unwrap();
+        let places: Vec<&str> = rows.iter().map(|r| r.0.as_str()).collect();
+        assert_eq!(places, ["a.jsonl, line 1", "a.jsonl, line 2", "b.txt, line 1", "more/c.txt, line 1"]);
     }
 }

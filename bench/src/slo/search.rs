@@ -17,7 +17,40 @@ const CONFIDENCE: f64 = 0.99;
 /// Looks at one rate.
 const LOOKS: u32 = 4;
 
-/// How far to search.
+/// What a search varies.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Unit {
+    /// Requests a second of an open loop.
+    #[default]
+    Rate,
+    /// Streams of a closed loop, whole numbers.
+    Streams,
+    /// How many times as fast as its data says a trace is replayed.
+    Speed,
+}
+
+impl Unit {
+    /// After a number.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Rate => "requests/s",
+            Self::Streams => "streams",
+            Self::Speed => "times the trace's speed",
+        }
+    }
+
+    /// What is highest.
+    pub fn what(self) -> &'static str {
+        match self {
+            Self::Rate => "rate",
+            Self::Streams => "concurrency",
+            Self::Speed => "speed",
+        }
+    }
+}
+
+/// How far to search. Where it says rate, streams or speeds are meant as well.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct SearchOptions {
     /// First rate tried, requests a second.
@@ -30,11 +63,13 @@ pub struct SearchOptions {
     pub tolerance: f64,
     /// Rates at most.
     pub max_rates: usize,
+    /// What the numbers are.
+    pub unit: Unit,
 }
 
 impl Default for SearchOptions {
     fn default() -> Self {
-        Self { start: 1.0, ceiling: 1e5, requests: 400, tolerance: 0.05, max_rates: 24 }
+        Self { start: 1.0, ceiling: 1e5, requests: 400, tolerance: 0.05, max_rates: 24, unit: Unit::Rate }
     }
 }
 
@@ -60,6 +95,9 @@ pub struct Tried {
     pub requests: usize,
     /// Smallest margin of a clause: share attained less the share asked.
     pub margin: f64,
+    /// Whole answers a second of the last look.
+    #[serde(default)]
+    pub requests_per_second: f64,
     /// Outcome.
     pub verdict: Verdict,
     /// The saturation test spoke.
@@ -71,6 +109,9 @@ pub struct Tried {
 pub struct FindMax {
     /// Objective.
     pub slo: Slo,
+    /// What `low`, `high` and the rates tried are.
+    #[serde(default)]
+    pub unit: Unit,
     /// Highest rate that passed; 0 when none did.
     pub low: f64,
     /// Lowest rate that failed; the ceiling when none did.
@@ -83,6 +124,17 @@ pub struct FindMax {
     pub tried: Vec<Tried>,
     /// Why the search ended.
     pub stopped_by: String,
+}
+
+impl FindMax {
+    /// Requests a second the server bears: `low`, or what was answered with so many streams, at such a speed.
+    pub fn rate(&self) -> f64 {
+        if self.unit == Unit::Rate {
+            return self.low;
+        }
+        let passed = self.tried.iter().filter(|t| t.verdict == Verdict::Met && t.rate <= self.low);
+        passed.map(|t| t.requests_per_second).fold(0.0, f64::max)
+    }
 }
 
 /// Searches. `probe(rate, requests, look)` runs a stage of so many requests; looks of one rate are pooled.
@@ -121,7 +173,8 @@ pub fn find_max(
         if low >= options.ceiling {
             break "ceiling";
         }
-        if low == 0.0 && next <= options.start / 1024.0 {
+        let whole = options.unit == Unit::Streams;
+        if low == 0.0 && (next <= options.start / 1024.0 || whole && next <= 1.0) {
             break "no rate passes";
         }
         next = if high.is_infinite() {
@@ -141,11 +194,18 @@ pub fn find_max(
                 _ => (b + high) / 2.0,
             }
         };
+        if whole {
+            next = next.round().max(1.0);
+            if tried.iter().any(|t| t.rate == next) {
+                break "neighbours";
+            }
+        }
     };
     let bounded = high.is_finite();
     let high = if bounded { high } else { options.ceiling };
     Ok(FindMax {
         slo: slo.clone(),
+        unit: options.unit,
         low,
         high,
         bounded,
@@ -178,7 +238,8 @@ fn test(
         let margin = margins.fold(f64::INFINITY, f64::min);
         let verdict = if saturated { Verdict::Broken } else { overall(&clauses) };
         if verdict != Verdict::Inconclusive || look + 1 == LOOKS {
-            return Ok(Some(Tried { rate, requests: pooled.len(), margin, verdict, saturated }));
+            let requests_per_second = got.rate;
+            return Ok(Some(Tried { rate, requests: pooled.len(), margin, requests_per_second, verdict, saturated }));
         }
     }
     Err(LoadError::Samples("a rate was never looked at".into()))
@@ -247,6 +308,30 @@ mod tests {
                 RequestTrace { chunks_ns: vec![start], ..t.clone() }
             })
             .collect()
+    }
+
+    /// First tokens that take 10 ms a stream: ten streams keep to 100 ms, eleven do not.
+    #[test]
+    fn streams_are_whole_numbers() {
+        let options = SearchOptions { unit: Unit::Streams, ceiling: 64.0, requests: 100, ..SearchOptions::default() };
+        let search = |limit: f64| {
+            let slo = Slo::parse(&format!("ttft_p90<={limit}")).unwrap();
+            find_max(&slo, &options, &mut |streams, n, _| {
+                assert_eq!(streams.fract(), 0.0);
+                let q = Queue { servers: 1000, service: Service::Constant(0.01 * streams), tokens: 1, failures: 0.0 };
+                let traces = q.run(1.0, Arrivals::Constant, n, 1)?;
+                Ok(Probe { traces, rate: 50.0 + streams, saturated: false, client_limited: false })
+            })
+            .unwrap()
+        };
+        let found = search(101.0);
+        assert_eq!((found.low, found.high, found.stopped_by.as_str()), (10.0, 11.0, "neighbours"), "{found:?}");
+        // What capacity plans with is a rate.
+        assert_eq!((found.unit, found.rate()), (Unit::Streams, 60.0));
+        let none = search(5.0);
+        assert_eq!((none.low, none.rate(), none.stopped_by.as_str()), (0.0, 0.0, "no rate passes"));
+        let all = search(1e9);
+        assert!((all.low, all.bounded) == (64.0, false), "{all:?}");
     }
 
     #[test]

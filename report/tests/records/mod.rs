@@ -224,6 +224,8 @@ pub fn bench() -> BenchRecord {
                 role: role.into(),
                 model: "qwen".into(),
                 weight_bytes: 466_358_912,
+                parameters: 0,
+                kv_element_bytes: 2,
                 kv_bytes: 12_582_912,
                 kv_tokens: 1024,
                 peak_rss_bytes: Some(2_345_000_000),

@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 
 use lowbit_checkpoint::tokenizer::Tokenizer;
 use lowbit_model::{Model, Sampling};
-use tokio::sync::mpsc::UnboundedSender;
+use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
 
 use crate::error::{Result, ServeError};
 use crate::guide::{Form, Guides};
@@ -90,6 +90,8 @@ pub struct Params {
     pub prompt_logprobs: bool,
     /// What the text must be.
     pub form: Option<Form>,
+    /// Answers without asking the draft model, where there is one: the text is the same.
+    pub without_draft: bool,
 }
 
 /// A token and its log-probability under the model (before temperature and filters).
@@ -229,6 +231,20 @@ impl Engine {
             return Err(ServeError::Busy { waiting });
         }
         jobs.into_iter().try_for_each(|job| self.jobs.send(job).map_err(|_| ServeError::Closing))
+    }
+
+    /// One answer, heard event by event; returns at its end. Not from within an async runtime.
+    pub fn answer(&self, prompt: Vec<u32>, params: Params, heard: &mut dyn FnMut(Event)) -> Result<Usage> {
+        let (events, mut receiver) = unbounded_channel();
+        self.submit(vec![Job { index: 0, prompt, params, events, arrived: Instant::now() }])?;
+        loop {
+            match receiver.blocking_recv() {
+                Some((_, Event::Done { usage, .. })) => return Ok(usage),
+                Some((_, Event::Failed(why))) => return Err(ServeError::Request(why)),
+                Some((_, event)) => heard(event),
+                None => return Err(ServeError::Closing),
+            }
+        }
     }
 
     fn check(&self, job: &Job) -> Result<()> {

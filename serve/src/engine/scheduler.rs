@@ -314,7 +314,9 @@ impl Scheduler {
         if ready.is_empty() {
             return;
         }
-        let speculates = self.draft.is_some() && ready.len() <= self.options.draft_max_running;
+        let speculates = self.draft.is_some()
+            && ready.len() <= self.options.draft_max_running
+            && ready.iter().any(|i| !self.running[*i].job.params.without_draft);
         let done = if speculates { self.speculate(&ready) } else { self.step(&ready) };
         if let Err(e) = done {
             for i in ready {

@@ -78,7 +78,7 @@ impl Scheduler {
         let Some(draft) = &mut self.draft else { return Ok(proposals) };
         let most = self.options.draft_tokens;
         let limit = |s: &super::sequence::Sequence| {
-            if s.reshapes() { 0 } else { most.min(s.left().saturating_sub(1)) }
+            if s.reshapes() || s.job.params.without_draft { 0 } else { most.min(s.left().saturating_sub(1)) }
         };
         for j in 0..most {
             let mut rows = Vec::new();

@@ -124,6 +124,7 @@ impl Common {
             logprobs: None,
             prompt_logprobs: false,
             form: self.form()?,
+            without_draft: false,
         })
     }
 

@@ -70,7 +70,8 @@ impl Source<'_> {
 /// Reads a load record, a GuideLLM report (`--output kind=json`) or a result of `vllm bench serve --save-result --save-detailed`
 /// (one, or a line each as `--append-result` writes them).
 pub fn read(path: &Path) -> Result<LoadRecord> {
-    let bytes = lowbit_checkpoint::files::read_stream(path).map_err(|source| LoadError::Io { path: path.to_path_buf(), source })?;
+    let bytes = lowbit_checkpoint::files::read_stream(path)
+        .map_err(|source| LoadError::Io { path: path.to_path_buf(), source })?;
     let from = Source { path };
     let documents: Vec<Value> = serde_json::Deserializer::from_slice(&bytes)
         .into_iter()
