@@ -292,6 +292,19 @@ pub struct RunArgs {
     /// Timed repetitions of the bench.
     #[arg(long, default_value_t = 5)]
     pub repetitions: usize,
+    /// Serve both models in turn and load each: one stream, many, and rates between (load.json, load-reference.json; the report
+    /// draws them).
+    #[arg(long)]
+    pub serve_bench: bool,
+    /// What is asked, as in `lowbit load --data`. [default: chat; demo for the demo]
+    #[arg(long, value_name = "DATA", requires = "serve_bench")]
+    pub serve_data: Option<String>,
+    /// Objective, as in `lowbit load --slo`; it does not decide the exit code.
+    #[arg(long, value_name = "SLO", default_value = "guidellm/chatbot", requires = "serve_bench")]
+    pub serve_slo: String,
+    /// Seconds of each of six stages.
+    #[arg(long, value_name = "SECONDS", default_value_t = 20.0, requires = "serve_bench")]
+    pub serve_seconds: f64,
     /// Start anew in a folder that has results already.
     #[arg(long)]
     pub force: bool,

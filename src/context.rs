@@ -31,6 +31,7 @@ pub struct Context {
     pub json: bool,
     pub quiet: bool,
     pub threads: usize,
+    flags: Vec<String>,
 }
 
 impl Context {
@@ -70,6 +71,7 @@ impl Context {
             json: global.json,
             quiet: global.quiet,
             threads,
+            flags: flags(global, threads),
         })
     }
 
@@ -102,6 +104,11 @@ impl Context {
             _ if self.exact => "f32".into(),
             _ => "f32, 15-bit activations in decode".into(),
         })
+    }
+
+    /// The options that decide where and how is computed, for a process of our own.
+    pub fn flags(&self) -> &[String] {
+        &self.flags
     }
 
     /// Whether `--exact` was given.
@@ -220,6 +227,22 @@ pub fn write_out(bytes: &[u8]) -> Result<()> {
         Err(e) if e.kind() != std::io::ErrorKind::BrokenPipe => Err(e).context("cannot write to stdout"),
         _ => Ok(()),
     }
+}
+
+fn flags(global: &Global, threads: usize) -> Vec<String> {
+    let device = match global.device {
+        Device::Auto => "auto".to_string(),
+        Device::Cpu => "cpu".into(),
+        Device::Cuda(n) => format!("cuda:{n}"),
+        Device::Emulated => "emulated".into(),
+        Device::Scalar => "scalar".into(),
+    };
+    let mut out = vec!["--device".into(), device, "--threads".into(), threads.to_string()];
+    let arithmetic = global.arithmetic.as_ref().and_then(clap::ValueEnum::to_possible_value);
+    out.extend(arithmetic.into_iter().flat_map(|v| ["--arithmetic".into(), v.get_name().to_string()]));
+    out.extend(global.exact.then(|| "--exact".into()));
+    out.extend(global.no_graph.then(|| "--no-graph".into()));
+    out
 }
 
 /// What a backend is opened for: it decides the arithmetic of a GPU's products where none was asked for.

@@ -74,7 +74,7 @@ pub struct LoadArgs {
     #[arg(long, value_name = "FILE", conflicts_with_all = ["url", "find_max"])]
     pub import: Option<PathBuf>,
     /// synchronous, concurrent:1,2,4, throughput[:512], constant:RATES, poisson:RATES, gamma:SHAPE:RATES,
-    /// sweep[:10[:poisson]], replay[:SPEED]. With --find-max what is searched: poisson, constant, gamma:SHAPE, concurrent, replay.
+    /// sweep[:10[:poisson[:512]]], replay[:SPEED]. With --find-max what is searched: poisson, constant, gamma:SHAPE, concurrent, replay.
     /// [default: synchronous; with --find-max poisson]
     #[arg(long)]
     pub profile: Option<String>,

@@ -39,6 +39,11 @@ pub fn load(ctx: &Context, args: &LoadArgs) -> Result<()> {
     if let Some(path) = &args.import {
         return imported(ctx, args, path);
     }
+    finish(ctx, args, &measure(ctx, args)?)
+}
+
+/// Loads the server and makes the record.
+pub fn measure(ctx: &Context, args: &LoadArgs) -> Result<LoadRecord> {
     // A search has a profile of its own.
     let text = args.profile.as_deref().unwrap_or(if args.find_max { "poisson" } else { "synchronous" });
     let search = args.find_max.then(|| Search::parse(text)).transpose()?;
@@ -101,7 +106,7 @@ pub fn load(ctx: &Context, args: &LoadArgs) -> Result<()> {
     map.insert("slo".to_string(), args.slo.clone().into());
     map.insert("stream".to_string(), (!args.no_stream).into());
     map.insert("max_concurrency".to_string(), args.max_concurrency.into());
-    let record = LoadRecord {
+    Ok(LoadRecord {
         schema: SCHEMA,
         provenance: provenance::of_client(ctx, args.seed, &session.target().model, map),
         target: session.target().clone(),
@@ -110,8 +115,7 @@ pub fn load(ctx: &Context, args: &LoadArgs) -> Result<()> {
         stages,
         find_max,
         imported: None,
-    };
-    finish(ctx, args, &record)
+    })
 }
 
 /// `--import`: a file instead of a server.

@@ -22,6 +22,7 @@ mod report;
 mod rounding;
 mod run;
 mod run_accuracy;
+mod run_serving;
 mod scores;
 mod serve;
 mod shell;

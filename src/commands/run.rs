@@ -1,4 +1,4 @@
-//! `lowbit run`: plan, quantize, verify, eval, gate, bench, report. A stage whose record is there and belongs to the same
+//! `lowbit run`: plan, quantize, verify, eval, gate, bench, serving, report. A stage whose record is there and belongs to the same
 //! input and options is not done again.
 
 use std::path::Path;
@@ -14,7 +14,7 @@ use serde::de::DeserializeOwned;
 
 use crate::args::RunArgs;
 use crate::commands::run_accuracy::{self, Pair};
-use crate::commands::{bench, quantize, report};
+use crate::commands::{bench, quantize, report, run_serving};
 use crate::context::Context;
 use crate::exit::VerdictError;
 use crate::models::{self, Located};
@@ -55,7 +55,7 @@ pub fn run(ctx: &Context, args: &RunArgs) -> Result<()> {
     std::fs::create_dir_all(dir).map_err(|e| CheckpointError::io(dir, e))?;
     if !resume {
         run_accuracy::forget(dir)?;
-        for old in ["quantize.json", "bench.json"].iter().chain(&report::FILES) {
+        for old in ["quantize.json", "bench.json"].iter().chain(&report::FILES).chain(&run_serving::FILES) {
             match std::fs::remove_file(dir.join(old)) {
                 Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
                     return Err(CheckpointError::io(&dir.join(old), e).into());
@@ -108,6 +108,9 @@ pub fn run(ctx: &Context, args: &RunArgs) -> Result<()> {
             write_atomic(&dir.join("bench.json"), &serde_json::to_vec_pretty(&b)?)?;
             ctx.say(bench::summary(&b));
         }
+    }
+    if args.serve_bench {
+        run_serving::measure(ctx, args, &pair, demo, resume)?;
     }
     let written = lowbit_report::write(std::slice::from_ref(dir), dir)?;
     let name = verdict.as_ref().map(|v| v.verdict.name());

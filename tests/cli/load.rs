@@ -180,7 +180,7 @@ fn the_search_takes_its_profile_and_data_come_from_folders_and_the_hub() {
     }
     for (profile, name) in [("gamma:0.5", "gamma"), ("constant", "constant")] {
         let fast = ["--start-rate", "200", "--max-rate", "200"];
-        let open = record(&format!("{name}.json"), &[&find[..6], &fast, &["--profile", profile]].concat(), None);
+        let open = record(&format!("{name}.json"), &[&find[..5], &fast, &["--profile", profile]].concat(), None);
         assert_eq!(
             (open["stages"][0]["profile"].as_str(), open["stages"][0]["rate"].as_f64()),
             (Some(name), Some(200.0))

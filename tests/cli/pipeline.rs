@@ -62,6 +62,39 @@ fn run_writes_everything_and_resumes() {
 }
 
 #[test]
+fn run_serves_both_models_and_the_report_draws_it() {
+    let tmp = tempfile::tempdir().unwrap();
+    let dir = tmp.path().join("out");
+    let run = || {
+        let mut c = lowbit(tmp.path());
+        c.args(["--device", "cpu", "run"]).arg(demo()).arg("-o").arg(&dir).args([
+            "--method",
+            "rtn",
+            "--group-size",
+            "64",
+        ]);
+        ok(c.args(["--no-bench", "--no-gate", "--serve-bench", "--serve-data", "demo", "--serve-seconds", "0.5"]))
+    };
+    run();
+    for (file, model) in [("load.json", dir.join("model")), ("load-reference.json", demo())] {
+        let r = json(&dir.join(file));
+        assert_eq!(r["target"]["model"], model.display().to_string());
+        let stages = r["stages"].as_array().unwrap();
+        let profiles: Vec<&str> = stages.iter().map(|s| s["profile"].as_str().unwrap()).collect();
+        assert!(profiles.starts_with(&["synchronous", "throughput", "poisson"]), "{profiles:?}");
+        assert_eq!(stages[1]["streams"], 16);
+        assert!(stages[0]["metrics"]["outcomes"]["ok"].as_u64().unwrap() > 0 && stages[0]["slo"]["clauses"].is_array());
+        assert!(!r["provenance"]["model_sha256"].as_str().unwrap().is_empty());
+    }
+    let page = std::fs::read_to_string(dir.join("report.html")).unwrap();
+    assert!(page.contains("Stages") && page.contains("reference"), "no table of stages");
+    let before = std::fs::read(dir.join("load.json")).unwrap();
+    let text = stderr(&run());
+    assert!(text.contains("load.json: done before") && text.contains("load-reference.json: done before"), "{text}");
+    assert_eq!(std::fs::read(dir.join("load.json")).unwrap(), before);
+}
+
+#[test]
 fn run_ends_with_a_verdict() {
     let tmp = tempfile::tempdir().unwrap();
     let (words, pick) = super::scores::tasks(tmp.path(), 600);

@@ -67,12 +67,14 @@ pub enum Profile {
         stages: usize,
         /// Gaps of the rates.
         arrivals: Arrivals,
+        /// Streams of the second stage.
+        streams: usize,
     },
 }
 
 impl Profile {
     /// Reads `synchronous`, `concurrent:1,2,4`, `throughput[:STREAMS]`, `constant:RATES`, `poisson:RATES`,
-    /// `gamma:SHAPE:RATES`, `sweep[:STAGES[:constant|poisson]]`, `replay[:SPEED]`.
+    /// `gamma:SHAPE:RATES`, `sweep[:STAGES[:constant|poisson[:STREAMS]]]`, `replay[:SPEED]`.
     pub fn parse(text: &str) -> Result<Self> {
         let bad = |why: String| {
             LoadError::option(
@@ -115,17 +117,19 @@ impl Profile {
                 open(numbers(Some(rates))?, Arrivals::Gamma(shape))
             }
             ("sweep", r) => {
-                let (n, kind) = r.map_or(("10", "constant"), |r| r.split_once(':').unwrap_or((r, "constant")));
-                let stages = whole(Some(n))?.first().copied().unwrap_or(10);
-                let arrivals = match kind {
-                    "constant" => Arrivals::Constant,
-                    "poisson" => Arrivals::Poisson,
-                    _ => return Err(bad(format!("{kind:?} is not constant or poisson"))),
+                let mut parts = r.unwrap_or("10").split(':');
+                let stages = whole(parts.next())?.first().copied().unwrap_or(10);
+                let arrivals = match parts.next() {
+                    None | Some("constant") => Arrivals::Constant,
+                    Some("poisson") => Arrivals::Poisson,
+                    Some(kind) => return Err(bad(format!("{kind:?} is not constant or poisson"))),
                 };
-                if stages < 3 {
-                    return Err(bad("a sweep has at least 3 stages".into()));
+                let streams = parts.next().map(|s| whole(Some(s))).transpose()?;
+                let streams = streams.and_then(|s| s.first().copied()).unwrap_or(THROUGHPUT_STREAMS);
+                if stages < 3 || parts.next().is_some() {
+                    return Err(bad("a sweep has at least 3 stages, gaps and streams".into()));
                 }
-                Self::Sweep { stages, arrivals }
+                Self::Sweep { stages, arrivals, streams }
             }
             ("replay", None) => Self::Stages(vec![StageSpec::Replay(1.0)]),
             ("replay", r) => Self::Stages(numbers(r)?.into_iter().map(StageSpec::Replay).collect()),
@@ -212,8 +216,10 @@ mod tests {
         assert_eq!(stages("replay:2.5"), [StageSpec::Replay(2.5)]);
         assert_eq!(
             Profile::parse("sweep:5:poisson").unwrap(),
-            Profile::Sweep { stages: 5, arrivals: Arrivals::Poisson }
+            Profile::Sweep { stages: 5, arrivals: Arrivals::Poisson, streams: 512 }
         );
+        let narrow = Profile::Sweep { stages: 4, arrivals: Arrivals::Constant, streams: 16 };
+        assert_eq!(Profile::parse("sweep:4:constant:16").unwrap(), narrow);
         for bad in [
             "",
             "constant",
@@ -222,6 +228,7 @@ mod tests {
             "gamma:3",
             "sweep:2",
             "sweep:5:odd",
+            "sweep:5:poisson:4:4",
             "poisson:x",
             "synchronous:2",
         ] {

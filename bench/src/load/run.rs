@@ -167,10 +167,8 @@ impl Session {
                     }
                 }
             }
-            Profile::Sweep { stages, arrivals } => {
-                if run(self, StageSpec::Closed(1), &mut out)?
-                    || run(self, StageSpec::Throughput(crate::load::profile::THROUGHPUT_STREAMS), &mut out)?
-                {
+            Profile::Sweep { stages, arrivals, streams } => {
+                if run(self, StageSpec::Closed(1), &mut out)? || run(self, StageSpec::Throughput(*streams), &mut out)? {
                     return Ok(out);
                 }
                 let rate = |i: usize| out.get(i).map_or(0.0, |s: &StageRecord| s.metrics.rates.requests_per_second);
