@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 pub use endpoint::{EndpointArgs, JudgeArgs};
-pub use serving::{CapacityArgs, CompareArgs, EndpointArg, LoadArgs, ServeArgs, ToolArg};
+pub use serving::{CapacityArgs, CompareArgs, EndpointArg, KvCacheArg, LoadArgs, ServeArgs, ToolArg};
 
 use crate::examples;
 
@@ -385,6 +385,9 @@ pub struct EvalArgs {
     /// Tokens per KL window.
     #[arg(long, default_value_t = 1024)]
     pub kl_window: usize,
+    /// How MODEL keeps keys and values, as in `lowbit serve`; the reference keeps floats, so KL shows what that costs.
+    #[arg(long, value_enum, default_value_t = KvCacheArg::Float, requires = "kl", conflicts_with_all = ["tasks", "blame", "endpoint"])]
+    pub kv_cache: KvCacheArg,
     /// Let both models write on from N places of the --kl text: first differing token, lengths, loops.
     #[arg(long, value_name = "N", requires_all = ["kl", "reference"])]
     pub free_running: Option<usize>,

@@ -5,13 +5,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use anyhow::{Context as _, Result, bail};
-use lowbit_kernels::backend::Backend;
+use lowbit_kernels::backend::{Backend, KvFormat};
 use lowbit_kernels::cpu::{CpuBackend, ScalarBackend};
 use lowbit_kernels::cuda::device as gpu;
 use lowbit_kernels::cuda::nvrtc::DeviceOptions;
 use lowbit_kernels::cuda::{Arithmetic, GpuBackend};
 
-use crate::args::{ArithmeticArg, Device, Global};
+use crate::args::{ArithmeticArg, Device, Global, KvCacheArg};
 use crate::exit;
 use crate::models;
 use crate::progress::Bars;
@@ -83,6 +83,16 @@ impl Context {
     /// The backend whose arithmetic suits a purpose; those of one context share the device and its memory.
     pub fn backend_for(&self, purpose: Purpose) -> Result<Arc<dyn Backend>> {
         Ok(self.opened(purpose)?.backend.clone())
+    }
+
+    /// The backend of a purpose with another format of keys and values.
+    pub fn backend_with_kv(&self, purpose: Purpose, kv: KvCacheArg) -> Result<Arc<dyn Backend>> {
+        let usual = self.backend_for(purpose)?;
+        match (kv, usual.name()) {
+            (KvCacheArg::Float, _) => Ok(usual),
+            (KvCacheArg::Int8, "cpu") => Ok(Arc::new(CpuBackend::new().exact(self.exact).with_kv(KvFormat::Int8))),
+            (_, other) => bail!("--kv-cache int8 is there on the CPU only, not on {other}\nhint: --device cpu"),
+        }
     }
 
     /// Product name of the GPU in use.

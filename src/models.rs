@@ -1,12 +1,14 @@
 //! MODEL on the command line → a checkpoint folder.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use anyhow::{Context as _, Result};
 use lowbit_checkpoint::gguf::GgufModel;
 use lowbit_checkpoint::hub::{self, HubOptions};
 use lowbit_checkpoint::writer::{CheckpointWriter, DEFAULT_SHARD_BYTES, Declared};
 use lowbit_checkpoint::{Checkpoint, CheckpointError, Dtype};
+use lowbit_kernels::backend::Backend;
 use lowbit_model::Model;
 
 use crate::context::{Context, Purpose};
@@ -41,8 +43,13 @@ impl Located {
 
     /// Opens it and loads it onto the backend of a purpose.
     pub fn load(&self, ctx: &Context, purpose: Purpose) -> Result<(Checkpoint, Model)> {
+        self.load_on(ctx.backend_for(purpose)?)
+    }
+
+    /// Opens it and loads it onto a backend.
+    pub fn load_on(&self, backend: Arc<dyn Backend>) -> Result<(Checkpoint, Model)> {
         let ckpt = self.open()?;
-        let model = Model::load(&ckpt, ctx.backend_for(purpose)?)?;
+        let model = Model::load(&ckpt, backend)?;
         Ok((ckpt, model))
     }
 }

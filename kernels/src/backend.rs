@@ -142,6 +142,16 @@ pub struct Segment {
     pub past: usize,
 }
 
+/// How a cache keeps keys and values.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum KvFormat {
+    /// As the backend does by itself.
+    #[default]
+    Float,
+    /// Eight bits, symmetric, a scale for each token and head: `x ≈ scale · code`, scale = largest magnitude / 127.
+    Int8,
+}
+
 /// Attention shape.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct AttentionShape {

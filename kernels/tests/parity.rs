@@ -3,7 +3,7 @@
 mod cases;
 
 use cases::{Noise, Sizes};
-use lowbit_kernels::backend::{Backend, Segment};
+use lowbit_kernels::backend::{AttentionShape, Backend, KvFormat, Segment};
 use lowbit_kernels::cpu::{CpuBackend, Level, ScalarBackend};
 
 const SIZES: Sizes<'_> =
@@ -172,4 +172,42 @@ fn hessian_adds_to_the_upper_triangle_only() {
 #[test]
 fn foreign_handles_and_overlapping_segments_are_refused() {
     each(cases::foreign_handles_and_overlaps_are_refused);
+}
+
+/// A cache in eight bits is attended like a float cache that holds the rounded numbers, bit for bit: in both phases, over pages, after a
+/// fork, on every instruction set.
+#[test]
+fn an_int8_cache_is_a_float_cache_of_rounded_numbers() {
+    let mut noise = Noise(21);
+    let shape = AttentionShape { heads: 4, kv_heads: 2, head_dim: 20, scale: 0.3, window: None, soft_cap: None };
+    let (width, tokens) = (shape.kv_heads * shape.head_dim, 131);
+    let (q, k, v) = (noise.many(tokens * 80), noise.many(tokens * width), noise.many(tokens * width));
+    let round = |x: &[f32]| -> Vec<f32> {
+        let row = |r: &[f32]| {
+            let scale = r.iter().fold(0f32, |m, v| m.max(v.abs())) / 127.0;
+            r.iter().map(|v| (v / scale).round_ties_even() * scale).collect::<Vec<f32>>()
+        };
+        x.chunks_exact(shape.head_dim).flat_map(row).collect()
+    };
+    // All tokens but the last as a prompt, then a fork, then the last in decode.
+    let run = |b: &CpuBackend, k: &[f32], v: &[f32]| {
+        let up = |x: &[f32]| b.upload(x).unwrap();
+        let mut cache = b.kv_cache(2, 200, shape.kv_heads, shape.head_dim).unwrap();
+        let prompt = [Segment { slot: 0, row: 0, tokens: tokens - 1, past: 0 }];
+        let (last, from) = ([Segment { slot: 1, row: 0, tokens: 1, past: tokens - 1 }], (tokens - 1) * width);
+        b.kv_append(&mut cache, &up(&k[..from]), &up(&v[..from]), &prompt).unwrap();
+        let first = b.attention(&up(&q[..(tokens - 1) * 80]), &cache, &shape, &prompt).unwrap();
+        b.kv_fork(&mut cache, 0, tokens - 1, 1).unwrap();
+        let d = b.decode_phase().unwrap();
+        d.kv_append(&mut cache, &up(&k[from..]), &up(&v[from..]), &last).unwrap();
+        let second = d.attention(&up(&q[(tokens - 1) * 80..]), &cache, &shape, &last).unwrap();
+        [b.download(&first).unwrap(), b.download(&second).unwrap()].concat()
+    };
+    for float in backends() {
+        let int8 = CpuBackend::with_level(float.level()).exact(true).with_kv(KvFormat::Int8);
+        let (got, want) = (run(&int8, &k, &v), run(&float, &round(&k), &round(&v)));
+        assert_eq!(got, want, "{:?}", float.level());
+        assert_ne!(got, run(&float, &k, &v), "rounding does something");
+        assert_eq!((int8.kv_element_bytes(20), float.kv_element_bytes(20)), (1, 4));
+    }
 }

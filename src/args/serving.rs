@@ -35,6 +35,10 @@ pub struct ServeArgs {
     /// Tokens the KV cache holds.
     #[arg(long, default_value_t = 32_768)]
     pub kv_tokens: usize,
+    /// How keys and values are kept: `float` as the device does by itself, `int8` in a quarter of the memory (CPU), a scale for each
+    /// token and head.
+    #[arg(long, value_enum, default_value_t = KvCacheArg::Float)]
+    pub kv_cache: KvCacheArg,
     /// Longest prompt plus answer (default: the model's own limit).
     #[arg(long)]
     pub max_len: Option<usize>,
@@ -173,6 +177,16 @@ pub struct LoadArgs {
     /// Replace existing files.
     #[arg(long)]
     pub force: bool,
+}
+
+/// See `--kv-cache`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum KvCacheArg {
+    /// The device's own.
+    #[default]
+    Float,
+    /// Eight bits.
+    Int8,
 }
 
 /// Endpoint of an OpenAI-compatible server.

@@ -16,7 +16,7 @@ use lowbit_eval::engine::codec::Codec;
 use lowbit_eval::tasks::RequestKind;
 use serde_json::{Map, Value, json};
 
-use crate::args::{Compat, EvalArgs};
+use crate::args::{Compat, EvalArgs, KvCacheArg};
 use crate::commands::eval::{Models, refuse_existing, summary};
 use crate::commands::judge::Judge;
 use crate::commands::scores::{self, Job, Output, Party};
@@ -135,7 +135,9 @@ pub fn eval(ctx: &Context, args: &EvalArgs) -> Result<()> {
     let own = connect(&e.endpoint, &e.endpoint_model, &e.api_key_env)?;
     let other = connect(&e.reference_endpoint, &e.reference_endpoint_model, &e.reference_api_key_env)?;
     let local = match (&args.model, &args.reference) {
-        (Some(name), _) | (None, Some(name)) => Some(Models::load(ctx, models::locate(ctx, name)?, None)?),
+        (Some(name), _) | (None, Some(name)) => {
+            Some(Models::load(ctx, models::locate(ctx, name)?, None, KvCacheArg::Float)?)
+        }
         (None, None) => None,
     };
     let tokenizer = match &e.tokenizer {

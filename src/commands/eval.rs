@@ -12,7 +12,7 @@ use lowbit_eval::{EvalRecord, KlOptions, Protocol, Scorer, Setup, Source, evalua
 use lowbit_model::Model;
 use lowbit_quantize::Progress;
 
-use crate::args::{EvalArgs, EvalCommand};
+use crate::args::{EvalArgs, EvalCommand, KvCacheArg};
 use crate::commands::judge::{self, Judge};
 use crate::commands::scores::{self, Job, Output};
 use crate::commands::table::table;
@@ -70,9 +70,9 @@ pub struct Models {
 }
 
 impl Models {
-    /// Opens and loads both.
-    pub fn load(ctx: &Context, candidate: Located, reference: Option<Located>) -> Result<Self> {
-        let (ckpt, model) = candidate.load(ctx, Purpose::Accuracy)?;
+    /// Opens and loads both; `kv` is how the candidate keeps keys and values.
+    pub fn load(ctx: &Context, candidate: Located, reference: Option<Located>, kv: KvCacheArg) -> Result<Self> {
+        let (ckpt, model) = candidate.load_on(ctx.backend_with_kv(Purpose::Accuracy, kv)?)?;
         let loaded = reference.as_ref().map(|r| r.load(ctx, Purpose::Accuracy)).transpose()?;
         let tokenizer = Tokenizer::load(&candidate.dir)?;
         if let Some(r) = &reference {
@@ -135,8 +135,11 @@ pub fn eval(ctx: &Context, args: &EvalArgs) -> Result<()> {
     };
     let candidate = models::locate(ctx, name)?;
     let reference = args.reference.as_deref().map(|r| models::locate(ctx, r)).transpose()?;
-    let models = Models::load(ctx, candidate, reference)?;
-    let record = evaluate(ctx, args, &request, (job.as_ref(), judge.as_ref()), models, output.as_ref())?;
+    let models = Models::load(ctx, candidate, reference, args.kv_cache)?;
+    let mut record = evaluate(ctx, args, &request, (job.as_ref(), judge.as_ref()), models, output.as_ref())?;
+    if args.kv_cache != KvCacheArg::Float {
+        record.provenance.options.insert("kv_cache".into(), "int8".into());
+    }
     if let Some(output) = &output {
         write_atomic(&output.record, &serde_json::to_vec_pretty(&record)?)?;
         if let Some(job) = &job {

@@ -9,7 +9,7 @@ use lowbit_eval::verdict::GateRecord;
 use lowbit_eval::{EvalRecord, KlOptions, Source};
 use serde_json::Value;
 
-use crate::args::{BlameArg, Compat, EndpointArgs, EvalArgs, GateArgs, JudgeArgs, RunArgs, TaskArgs};
+use crate::args::{BlameArg, Compat, EndpointArgs, EvalArgs, GateArgs, JudgeArgs, KvCacheArg, RunArgs, TaskArgs};
 use crate::commands::run::read;
 use crate::commands::scores::{Job, Output};
 use crate::commands::{drift, eval, gate};
@@ -92,7 +92,7 @@ pub fn evaluate(ctx: &Context, args: &RunArgs, pair: &Pair, demo: bool, resume: 
         }
         return Ok(Some(old));
     }
-    let models = eval::Models::load(ctx, pair.quantized.clone(), Some(pair.original.clone()))?;
+    let models = eval::Models::load(ctx, pair.quantized.clone(), Some(pair.original.clone()), KvCacheArg::Float)?;
     let record = eval::evaluate(ctx, &wanted, &request, (job.as_ref(), None), models, Some(&output))?;
     write_atomic(&path, &serde_json::to_vec_pretty(&record)?)?;
     if let Some(job) = &job {
@@ -129,6 +129,7 @@ fn eval_args(args: &RunArgs, pair: &Pair, demo: bool, text: bool) -> Result<Eval
         ppl: None,
         protocol: Vec::new(),
         kl: None,
+        kv_cache: KvCacheArg::Float,
         kl_window: 0,
         free_running: None,
         free_tokens: 0,

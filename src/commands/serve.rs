@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Result, anyhow, bail};
+use lowbit_bench::load::timer::raise_file_limit;
 use lowbit_checkpoint::chat_template::ChatTemplate;
 use lowbit_checkpoint::tokenizer::Tokenizer;
 use lowbit_serve::engine::Models;
@@ -31,8 +32,11 @@ pub fn serve(ctx: &Context, args: &ServeArgs) -> Result<()> {
     // A port that is taken shows before minutes of loading.
     let server = Server::bind(options)?;
     ctx.say(format!("loading {}", located.name));
-    let (_, model) = located.load(ctx, Purpose::Speed)?;
-    let draft = draft.map(|d| d.load(ctx, Purpose::Speed)).transpose()?.map(|d| d.1);
+    // As many connections as the system lets one have.
+    raise_file_limit();
+    let backend = ctx.backend_with_kv(Purpose::Speed, args.kv_cache)?;
+    let (_, model) = located.load_on(backend.clone())?;
+    let draft = draft.map(|d| d.load_on(backend)).transpose()?.map(|d| d.1);
     let vocab = model.config().vocab_size;
     let models = Models { model, draft, tokenizer: Arc::new(Tokenizer::load(&located.dir)?) };
     let (engine, thread) = Engine::start(

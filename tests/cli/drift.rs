@@ -1,6 +1,6 @@
 //! Where drift comes from: blame, the per-token view, texts written freely.
 
-use super::{demo, lowbit, ok, root};
+use super::{demo, lowbit, ok, root, stderr};
 
 #[test]
 fn the_layer_that_was_broken_is_blamed() {
@@ -43,4 +43,40 @@ fn the_layer_that_was_broken_is_blamed() {
     assert!(suspects.iter().all(|s| s["module"].as_str().unwrap().starts_with("model.layers.2.")));
     let rates: Vec<f64> = suspects.iter().map(|s| s["per_megabyte"].as_f64().unwrap()).collect();
     assert!(rates.is_sorted_by(|a, b| a >= b), "{rates:?}");
+}
+
+/// What keys and values in eight bits cost, against the same model with floats: little, and not nothing.
+#[test]
+fn an_int8_cache_drifts_a_little() {
+    let tmp = tempfile::tempdir().unwrap();
+    let kl = |kv: &[&str]| {
+        let mut c = lowbit(tmp.path());
+        c.args([
+            "--quiet",
+            "--json",
+            "--device",
+            "cpu",
+            "eval",
+            "demo",
+            "--reference",
+            "demo",
+            "--kl-window",
+            "256",
+            "--limit",
+            "4",
+        ]);
+        c.arg("--kl").arg(root().join("assets/demo-text/evaluation.txt")).args(kv);
+        let record: serde_json::Value = serde_json::from_slice(&ok(&mut c).stdout).unwrap();
+        (record["kl"]["mean"].as_f64().unwrap(), record["provenance"]["options"]["kv_cache"].clone())
+    };
+    assert_eq!(kl(&[]), (0.0, serde_json::Value::Null));
+    let (mean, said) = kl(&["--kv-cache", "int8"]);
+    // Measured: 2.8e-5 nats a token over eight windows.
+    assert!(mean > 0.0 && mean < 3e-4, "{mean:e}");
+    assert_eq!(said, "int8");
+    let gpu = lowbit(tmp.path())
+        .args(["--device", "scalar", "serve", "demo", "--port", "0", "--kv-cache", "int8"])
+        .output()
+        .unwrap();
+    assert!(gpu.status.code() == Some(3) && stderr(&gpu).contains("--device cpu"), "{}", stderr(&gpu));
 }

@@ -12,6 +12,7 @@ mod errors;
 mod faults;
 mod gate;
 mod golden;
+mod hardship;
 mod load;
 mod pipeline;
 mod scores;

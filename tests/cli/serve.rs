@@ -43,19 +43,19 @@ pub(super) fn start(args: &[&str], env: &[(&str, &str)]) -> Serving {
 
 /// A reply.
 #[derive(Debug)]
-struct Reply {
-    status: u16,
+pub(super) struct Reply {
+    pub(super) status: u16,
     head: String,
-    body: String,
+    pub(super) body: String,
 }
 
 impl Reply {
-    fn json(&self) -> Value {
+    pub(super) fn json(&self) -> Value {
         serde_json::from_str(&self.body).unwrap_or_else(|e| panic!("{e}: {self:?}"))
     }
 
     /// The chunks of a stream, which must end in `[DONE]`.
-    fn events(&self) -> Vec<Value> {
+    pub(super) fn events(&self) -> Vec<Value> {
         let lines: Vec<&str> = self.body.lines().filter_map(|l| l.strip_prefix("data: ")).collect();
         let (done, chunks) = lines.split_last().unwrap();
         assert_eq!(*done, "[DONE]", "{self:?}");
@@ -64,13 +64,20 @@ impl Reply {
 }
 
 impl Serving {
-    fn connect(&self) -> TcpStream {
+    /// Resident memory in bytes.
+    pub(super) fn memory(&self) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap();
+        let line = status.lines().find_map(|l| l.strip_prefix("VmRSS:")).unwrap();
+        line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() * 1024
+    }
+
+    pub(super) fn connect(&self) -> TcpStream {
         let s = TcpStream::connect(("127.0.0.1", self.port)).unwrap();
         s.set_read_timeout(Some(Duration::from_secs(120))).unwrap();
         s
     }
 
-    fn send(&self, method: &str, path: &str, headers: &str, body: &[u8]) -> TcpStream {
+    pub(super) fn send(&self, method: &str, path: &str, headers: &str, body: &[u8]) -> TcpStream {
         let mut s = self.connect();
         let n = body.len();
         write!(s, "{method} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{headers}Content-Length: {n}\r\n\r\n")
@@ -80,28 +87,23 @@ impl Serving {
         s
     }
 
-    fn raw(&self, method: &str, path: &str, headers: &str, body: &[u8]) -> Reply {
+    pub(super) fn raw(&self, method: &str, path: &str, headers: &str, body: &[u8]) -> Reply {
         let mut bytes = Vec::new();
         let _ = self.send(method, path, headers, body).read_to_end(&mut bytes);
-        let text = String::from_utf8(bytes).unwrap();
-        let (head, body) = text.split_once("\r\n\r\n").unwrap_or((&text, ""));
-        let status = head.split(' ').nth(1).and_then(|s| s.parse().ok()).unwrap_or(0);
-        let body =
-            if head.to_ascii_lowercase().contains("transfer-encoding: chunked") { unchunk(body) } else { body.into() };
-        Reply { status, head: head.to_ascii_lowercase(), body }
+        reply(&bytes)
     }
 
-    fn post(&self, path: &str, body: &Value) -> Reply {
+    pub(super) fn post(&self, path: &str, body: &Value) -> Reply {
         self.raw("POST", path, "Content-Type: application/json\r\n", body.to_string().as_bytes())
     }
 
-    fn complete(&self, body: Value) -> Value {
+    pub(super) fn complete(&self, body: Value) -> Value {
         let r = self.post("/v1/completions", &body);
         assert_eq!(r.status, 200, "{r:?}");
         r.json()
     }
 
-    fn metric(&self, name: &str) -> f64 {
+    pub(super) fn metric(&self, name: &str) -> f64 {
         let text = self.raw("GET", "/metrics", "", b"").body;
         let line = text.lines().find(|l| l.starts_with(name) && l[name.len()..].starts_with('{'));
         line.unwrap_or_else(|| panic!("no {name} in {text}")).rsplit(' ').next().unwrap().parse().unwrap()
@@ -114,13 +116,23 @@ impl Serving {
         lines.map(|l| l.rsplit(' ').next().unwrap().parse::<f64>().unwrap()).sum()
     }
 
-    fn wait_for(&self, name: &str, want: f64) {
+    pub(super) fn wait_for(&self, name: &str, want: f64) {
         let start = Instant::now();
         while self.metric(name) != want {
             assert!(start.elapsed() < Duration::from_secs(60), "{name} is {}, not {want}", self.metric(name));
             std::thread::sleep(Duration::from_millis(20));
         }
     }
+}
+
+/// A whole response.
+pub(super) fn reply(bytes: &[u8]) -> Reply {
+    let text = String::from_utf8(bytes.to_vec()).unwrap();
+    let (head, body) = text.split_once("\r\n\r\n").unwrap_or((&text, ""));
+    let status = head.split(' ').nth(1).and_then(|s| s.parse().ok()).unwrap_or(0);
+    let body =
+        if head.to_ascii_lowercase().contains("transfer-encoding: chunked") { unchunk(body) } else { body.into() };
+    Reply { status, head: head.to_ascii_lowercase(), body }
 }
 
 fn unchunk(mut text: &str) -> String {
@@ -133,7 +145,7 @@ fn unchunk(mut text: &str) -> String {
     out
 }
 
-fn prompt(i: usize) -> String {
+pub(super) fn prompt(i: usize) -> String {
     format!("The {i} small boats on the river were waiting for")
 }
 
@@ -274,7 +286,17 @@ fn what_is_wrong_is_refused_and_harms_nobody() {
 
 #[test]
 fn sixteen_streams_equal_one_and_prompts_are_shared() {
-    let s = start(&["--kept-prompts", "0"], &[]);
+    streams_equal_one(&[]);
+}
+
+/// Rounding knows nothing of the batch or of where a prompt's pages came from.
+#[test]
+fn with_an_int8_cache_too() {
+    streams_equal_one(&["--kv-cache", "int8"]);
+}
+
+fn streams_equal_one(kv: &[&str]) {
+    let s = start(&[&["--kept-prompts", "0"], kv].concat(), &[]);
     let request = |i: usize| {
         let sampled = if i.is_multiple_of(2) { 0.0 } else { 0.9 };
         json!({"prompt": prompt(i).repeat(1 + i % 5), "max_tokens": 32, "temperature": sampled, "seed": i, "ignore_eos": true})
@@ -296,7 +318,7 @@ fn sixteen_streams_equal_one_and_prompts_are_shared() {
     }
     s.wait_for("lowbit:kv_cache_pages", 0.0);
 
-    let s = start(&[], &[]);
+    let s = start(kv, &[]);
     let long = prompt(3).repeat(20);
     let ask = || s.complete(json!({"prompt": long, "max_tokens": 16, "temperature": 0, "ignore_eos": true}));
     let (first, second) = (ask(), ask());

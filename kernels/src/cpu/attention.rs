@@ -9,7 +9,7 @@ use std::sync::{Mutex, PoisonError};
 use rayon::prelude::*;
 
 use super::elementwise::{Max, exp};
-use super::kv::Cache;
+use super::kv::{Cache, Part};
 use super::pool::Pool;
 use super::product::{Left, Panel, Strip, WIDTH, interleave, strip};
 use super::scalar;
@@ -93,26 +93,28 @@ fn by_query(simd: Simd, q: &[f32], cache: &Cache, shape: &AttentionShape, t: &Ta
     let mut out = vec![0f32; t.count * d];
     for (i, out) in out.chunks_exact_mut(d).enumerate() {
         let (begin, end) = t.visible(i, shape);
-        let runs = || cache.runs(t.segment.slot, t.kv_head(shape), begin..end);
+        let runs = |part: Part, each: &mut dyn FnMut(&[f32])| {
+            cache.runs(simd, part, t.segment.slot, t.kv_head(shape), begin..end, each);
+        };
         let mut weights = vec![0f32; end - begin];
-        let mut rest = &mut weights[..];
-        for (keys, _) in runs() {
-            let (scores, after) = rest.split_at_mut(keys.len() / d);
+        let mut at = 0;
+        runs(Part::Keys, &mut |keys| {
+            let scores = &mut weights[at..at + keys.len() / d];
+            at += scores.len();
             simd.run(Dots { q: &q[i * width..i * width + d], keys, scale: shape.scale, scores });
-            rest = after;
-        }
+        });
         if let Some(cap) = shape.soft_cap {
             weights.iter_mut().for_each(|s| *s = scalar::soft_cap(*s, cap));
         }
         let max = simd.run(Max(&weights));
         let inv = 1.0 / simd.run(ExpSum(&mut weights, max));
         weights.iter_mut().for_each(|v| *v *= inv);
-        let mut rest = &weights[..];
-        for (_, values) in runs() {
-            let (weights, after) = rest.split_at(values.len() / d);
+        let mut at = 0;
+        runs(Part::Values, &mut |values| {
+            let weights = &weights[at..at + values.len() / d];
+            at += weights.len();
             simd.run(Mix { weights, values, out: &mut *out });
-            rest = after;
-        }
+        });
     }
     out
 }
@@ -124,13 +126,15 @@ fn by_block(simd: Simd, q: &[f32], cache: &Cache, shape: &AttentionShape, t: &Ta
     let begin = t.visible(0, shape).0 / WIDTH * WIDTH;
     let end = t.visible(t.count - 1, shape).1;
     let n = (end - begin).next_multiple_of(WIDTH);
-    let runs = |from: usize, to: usize| cache.runs(t.segment.slot, t.kv_head(shape), from..to);
+    let runs = |part: Part, from: usize, to: usize, each: &mut dyn FnMut(&[f32])| {
+        cache.runs(simd, part, t.segment.slot, t.kv_head(shape), from..to, each);
+    };
     let q = Left { data: t.queries(q, shape), row: width, step: 1 };
     let mut weights = vec![0f32; t.count * n];
     let (mut rows, mut panel) = (Vec::with_capacity(WIDTH * d), vec![0f32; WIDTH * d]);
     for first in (begin..end).step_by(WIDTH) {
         rows.clear();
-        runs(first, end.min(first + WIDTH)).for_each(|(keys, _)| rows.extend_from_slice(keys));
+        runs(Part::Keys, first, end.min(first + WIDTH), &mut |keys| rows.extend_from_slice(keys));
         interleave(simd, &rows, d, &mut panel);
         let out = &mut weights[first - begin..];
         let panel = Panel { data: &panel, stride: WIDTH };
@@ -156,9 +160,11 @@ fn by_block(simd: Simd, q: &[f32], cache: &Cache, shape: &AttentionShape, t: &Ta
     for first in (begin..end).step_by(VALUES) {
         let last = end.min(first + VALUES);
         let mut held = values.chunks_exact_mut(padded);
-        for (value, slot) in runs(first, last).flat_map(|(_, v)| v.chunks_exact(d)).zip(&mut held) {
-            slot[..d].copy_from_slice(value);
-        }
+        runs(Part::Values, first, last, &mut |run| {
+            for (value, slot) in run.chunks_exact(d).zip(held.by_ref()) {
+                slot[..d].copy_from_slice(value);
+            }
+        });
         let left = Left { data: &weights[first - begin..], row: n, step: 1 };
         for c in (0..padded).step_by(WIDTH) {
             let panel = Panel { data: &values[c..], stride: padded };

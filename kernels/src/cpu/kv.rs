@@ -9,24 +9,104 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::checks;
-use crate::backend::{KvBuffer, KvUsage, Segment};
+use super::simd::{Kernel, Lanes, Simd};
+use crate::backend::{KvBuffer, KvFormat, KvUsage, Segment};
 use crate::error::{KernelError, Result};
 
 /// Tokens of a page.
 pub const PAGE: usize = 64;
 
-/// `[kv_heads][PAGE][head_dim]` each: within a page one head's tokens are contiguous.
+/// Numbers of a page, `[kv_heads][PAGE][head_dim]`: within a page one head's tokens are contiguous.
+#[derive(Clone)]
+enum Numbers {
+    Float(Vec<f32>),
+    /// See [`KvFormat::Int8`]; `scales` are `[kv_heads][PAGE]`.
+    Int8 {
+        codes: Vec<i8>,
+        scales: Vec<f32>,
+    },
+}
+
+impl Numbers {
+    fn new(format: KvFormat, rows: usize, d: usize) -> Self {
+        match format {
+            KvFormat::Float => Self::Float(vec![0.0; rows * d]),
+            KvFormat::Int8 => Self::Int8 { codes: vec![0; rows * d], scales: vec![0.0; rows] },
+        }
+    }
+
+    /// Keeps one token of one head.
+    fn write(&mut self, row: usize, x: &[f32]) {
+        let to = row * x.len()..(row + 1) * x.len();
+        match self {
+            Self::Float(held) => held[to].copy_from_slice(x),
+            Self::Int8 { codes, scales } => {
+                let most = x.iter().fold(0f32, |m, v| m.max(v.abs()));
+                let whole = x.iter().all(|v| v.is_finite());
+                // What is not a number stays none.
+                let scale = if whole { most / 127.0 } else { f32::NAN };
+                scales[row] = scale;
+                for (c, v) in codes[to].iter_mut().zip(x) {
+                    *c = if scale > 0.0 { (v / scale).round_ties_even().clamp(-127.0, 127.0) as i8 } else { 0 };
+                }
+            }
+        }
+    }
+
+    /// Rows as floats, where they lie or in `scratch`.
+    fn read<'a>(&'a self, simd: Simd, rows: Range<usize>, d: usize, scratch: &'a mut Vec<f32>) -> &'a [f32] {
+        let range = rows.start * d..rows.end * d;
+        match self {
+            Self::Float(held) => &held[range],
+            Self::Int8 { codes, scales } => {
+                scratch.resize(range.len(), 0.0);
+                simd.run(Widen { codes: &codes[range], scales: &scales[rows], d, out: &mut scratch[..] });
+                scratch
+            }
+        }
+    }
+}
+
+/// `out[r] = scales[r] · codes[r]`.
+struct Widen<'a> {
+    codes: &'a [i8],
+    scales: &'a [f32],
+    d: usize,
+    out: &'a mut [f32],
+}
+
+impl Kernel for Widen<'_> {
+    type Output = ();
+    #[inline(always)]
+    unsafe fn run<L: Lanes>(self) {
+        let rows = self.codes.chunks_exact(self.d).zip(self.out.chunks_exact_mut(self.d));
+        for ((codes, out), scale) in rows.zip(self.scales) {
+            for (o, c) in out.iter_mut().zip(codes) {
+                *o = scale * f32::from(*c);
+            }
+        }
+    }
+}
+
+/// Keys or values.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Part {
+    Keys,
+    Values,
+}
+
 struct Page {
-    keys: Vec<f32>,
-    values: Vec<f32>,
+    keys: Numbers,
+    values: Numbers,
     /// Pages alive in this cache.
     live: Arc<AtomicUsize>,
 }
 
 impl Page {
-    fn new(len: usize, live: &Arc<AtomicUsize>) -> Self {
+    fn new(format: KvFormat, rows: usize, d: usize, live: &Arc<AtomicUsize>) -> Self {
         live.fetch_add(1, Ordering::Relaxed);
-        Self { keys: vec![0.0; len], values: vec![0.0; len], live: live.clone() }
+        let (keys, values) = (Numbers::new(format, rows, d), Numbers::new(format, rows, d));
+        Self { keys, values, live: live.clone() }
     }
 }
 
@@ -47,6 +127,7 @@ impl Drop for Page {
 pub struct Cache {
     slots: Vec<Vec<Arc<Page>>>,
     live: Arc<AtomicUsize>,
+    format: KvFormat,
     /// Key/value heads.
     pub kv_heads: usize,
     /// Width of a head.
@@ -55,12 +136,18 @@ pub struct Cache {
 
 impl Cache {
     /// An empty cache wrapped for the op vocabulary.
-    pub fn buffer(slots: usize, capacity: usize, kv_heads: usize, head_dim: usize) -> Result<KvBuffer> {
+    pub fn buffer(
+        format: KvFormat,
+        slots: usize,
+        capacity: usize,
+        kv_heads: usize,
+        head_dim: usize,
+    ) -> Result<KvBuffer> {
         let width = checks::product("cache", kv_heads, head_dim)?;
         checks::product("cache", checks::product("cache", slots, capacity)?, width)?;
         checks::product("page", PAGE, width)?;
         let tables = (0..slots).map(|_| Vec::new()).collect();
-        let memory = Self { slots: tables, live: Arc::new(AtomicUsize::new(0)), kv_heads, head_dim };
+        let memory = Self { slots: tables, live: Arc::new(AtomicUsize::new(0)), format, kv_heads, head_dim };
         Ok(KvBuffer { slots, capacity, width, memory: Box::new(memory) })
     }
 
@@ -80,16 +167,16 @@ impl Cache {
         for s in segments {
             let table = &mut self.slots[s.slot];
             while s.tokens > 0 && table.len() * PAGE < s.past + s.tokens {
-                table.push(Arc::new(Page::new(PAGE * width, &self.live)));
+                table.push(Arc::new(Page::new(self.format, PAGE * self.kv_heads, d, &self.live)));
             }
             for i in 0..s.tokens {
                 let position = s.past + i;
                 let page = Arc::make_mut(&mut table[position / PAGE]);
                 for h in 0..self.kv_heads {
                     let from = (s.row + i) * width + h * d;
-                    let to = (h * PAGE + position % PAGE) * d;
-                    page.keys[to..to + d].copy_from_slice(&k[from..from + d]);
-                    page.values[to..to + d].copy_from_slice(&v[from..from + d]);
+                    let row = h * PAGE + position % PAGE;
+                    page.keys.write(row, &k[from..from + d]);
+                    page.values.write(row, &v[from..from + d]);
                 }
             }
         }
@@ -104,16 +191,27 @@ impl Cache {
         Ok(())
     }
 
-    /// Keys and values of `tokens` of one head, `[run, head_dim]` a piece, in order; the tokens are held.
-    pub fn runs(&self, slot: usize, head: usize, tokens: Range<usize>) -> impl Iterator<Item = (&[f32], &[f32])> {
-        let (table, d) = (&self.slots[slot], self.head_dim);
+    /// Calls `each` with keys or values of `tokens` of one head, `[run, head_dim]` a piece, in order; the tokens are held.
+    pub fn runs(
+        &self,
+        simd: Simd,
+        part: Part,
+        slot: usize,
+        head: usize,
+        tokens: Range<usize>,
+        each: &mut dyn FnMut(&[f32]),
+    ) {
+        let (table, mut scratch) = (&self.slots[slot], Vec::new());
         let first = tokens.start / PAGE;
-        (first..tokens.end.div_ceil(PAGE)).map(move |p| {
+        for p in first..tokens.end.div_ceil(PAGE) {
             let begin = tokens.start.max(p * PAGE) - p * PAGE;
             let end = tokens.end.min((p + 1) * PAGE) - p * PAGE;
-            let range = (head * PAGE + begin) * d..(head * PAGE + end) * d;
-            (&table[p].keys[range.clone()], &table[p].values[range])
-        })
+            let held = match part {
+                Part::Keys => &table[p].keys,
+                Part::Values => &table[p].values,
+            };
+            each(held.read(simd, head * PAGE + begin..head * PAGE + end, self.head_dim, &mut scratch));
+        }
     }
 
     /// Slot `to` becomes the first `tokens` tokens of slot `from`: whole pages shared, a partial last page copied.
@@ -145,5 +243,28 @@ impl Cache {
     /// Whether slot `slot` holds `tokens` tokens.
     pub fn holds(&self, slot: usize, tokens: usize) -> bool {
         self.slots.get(slot).is_some_and(|t| tokens <= t.len() * PAGE)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cpu::simd::Level;
+
+    /// Codes are within half a step of the numbers, a step is the largest magnitude over 127, and rows know nothing of each other.
+    #[test]
+    fn eight_bits_by_hand() {
+        let d = 4;
+        let mut n = Numbers::new(KvFormat::Int8, 3, d);
+        n.write(0, &[127.0, -63.5, 0.4, 64.6]);
+        n.write(1, &[0.0; 4]);
+        n.write(2, &[1e-3, f32::INFINITY, 0.0, 0.0]);
+        let mut scratch = Vec::new();
+        for level in [Level::Portable, Level::Avx2, Level::Avx512] {
+            let simd = Simd::up_to(level);
+            // Half to even: 63.5 is 64, 0.4 is 0, 64.6 is 65.
+            assert_eq!(n.read(simd, 0..2, d, &mut scratch), [127.0, -64.0, 0.0, 65.0, 0.0, 0.0, 0.0, 0.0]);
+            assert!(n.read(simd, 2..3, d, &mut scratch).iter().all(|v| v.is_nan()), "not silently zero");
+        }
     }
 }

@@ -39,7 +39,8 @@ use self::dense::DenseWeight;
 use self::kv::Cache;
 use self::packed::PackedMatrix;
 use crate::backend::{
-    Activation, AttentionShape, Backend, Buffer, HostWeight, KvBuffer, KvUsage, Segment, TokenScore, WeightHandle,
+    Activation, AttentionShape, Backend, Buffer, HostWeight, KvBuffer, KvFormat, KvUsage, Segment, TokenScore,
+    WeightHandle,
 };
 use crate::error::{KernelError, Result, check_len};
 
@@ -50,6 +51,7 @@ pub struct CpuBackend {
     simd: Simd,
     pool: Arc<Pool>,
     exact: bool,
+    kv: KvFormat,
     /// The same backend in its decode phase; `None` inside that one.
     decode: Option<Box<CpuBackend>>,
 }
@@ -77,8 +79,9 @@ impl CpuBackend {
     /// With no more than `most` (and no more than the machine has).
     pub fn with_level(most: Level) -> Self {
         let (simd, pool) = (Simd::up_to(most), Arc::new(Pool::new(rayon::current_num_threads())));
-        let decode = Self { simd, pool: pool.clone(), exact: false, decode: None };
-        Self { simd, pool, exact: false, decode: Some(Box::new(decode)) }
+        let kv = KvFormat::Float;
+        let decode = Self { simd, pool: pool.clone(), exact: false, kv, decode: None };
+        Self { simd, pool, exact: false, kv, decode: Some(Box::new(decode)) }
     }
 
     /// Decodes packed weights by prefill's arithmetic, in f32 and slower, where it would round activations to fifteen bits.
@@ -87,6 +90,16 @@ impl CpuBackend {
         self.exact = exact;
         if let Some(decode) = &mut self.decode {
             decode.exact = exact;
+        }
+        self
+    }
+
+    /// Keeps keys and values of caches made from now on in a format.
+    #[must_use]
+    pub fn with_kv(mut self, kv: KvFormat) -> Self {
+        self.kv = kv;
+        if let Some(decode) = &mut self.decode {
+            decode.kv = kv;
         }
         self
     }
@@ -225,7 +238,12 @@ impl Backend for CpuBackend {
     }
 
     fn kv_cache(&self, slots: usize, capacity: usize, kv_heads: usize, head_dim: usize) -> Result<KvBuffer> {
-        Cache::buffer(slots, capacity, kv_heads, head_dim)
+        Cache::buffer(self.kv, slots, capacity, kv_heads, head_dim)
+    }
+
+    fn kv_element_bytes(&self, _head_dim: usize) -> usize {
+        // The scale of a token and head aside.
+        if self.kv == KvFormat::Int8 { 1 } else { 4 }
     }
 
     fn kv_append(&self, cache: &mut KvBuffer, k: &Buffer, v: &Buffer, segments: &[Segment]) -> Result<()> {
