@@ -59,6 +59,9 @@ pub fn interrupted() -> u8 {
 /// A panic is a fault of ours: one message, and [`INTERNAL`] as every other.
 pub fn watch_panics() {
     std::panic::set_hook(Box::new(|info| {
+        if lowbit_checkpoint::tokenizer::panics_are_errors() {
+            return;
+        }
         let payload = info.payload();
         let text = payload.downcast_ref::<&str>().copied().or(payload.downcast_ref::<String>().map(String::as_str));
         let place = info.location().map_or(String::new(), |l| format!(" ({}:{})", l.file(), l.line()));

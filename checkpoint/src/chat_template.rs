@@ -1,5 +1,6 @@
 //! The checkpoint's own chat template, rendered as `transformers` renders it.
 
+mod limits;
 mod python;
 
 use std::path::{Path, PathBuf};
@@ -10,6 +11,7 @@ use minijinja_contrib::pycompat::unknown_method_callback;
 use serde_json::Value as Json;
 
 use crate::error::{CheckpointError, Result};
+pub use limits::{with_stack, writable};
 use python::{strftime, tojson};
 
 const NAME: &str = "chat";
@@ -37,6 +39,10 @@ pub struct ChatTemplate {
     file: PathBuf,
     tokens: Vec<(String, String)>,
 }
+
+/// What a template may do: an instruction costs 1, as do 64 bytes that it makes. A conversation of a million characters takes a
+/// tenth of it; a template made to never end, or to fill the memory, ends as an error within a second.
+const FUEL: u64 = 2_000_000;
 
 /// Reads a JSON file; `None` where there is none.
 pub(crate) fn read_json(path: &Path) -> Result<Option<Json>> {
@@ -116,6 +122,11 @@ impl ChatTemplate {
         let mut env = Environment::new();
         let syntax = env.syntax().to_builder().trim_blocks(true).lstrip_blocks(true).build();
         env.set_syntax(syntax.map_err(|error| wrong(describe(&error)))?);
+        env.set_fuel(Some(FUEL));
+        env.set_formatter(|out, state, value| {
+            writable(value)?;
+            minijinja::escape_formatter(out, state, value)
+        });
         env.set_unknown_method_callback(unknown_method_callback);
         env.add_filter("tojson", tojson);
         env.add_function("raise_exception", |text: String| -> std::result::Result<Value, Error> {
@@ -188,12 +199,15 @@ impl ChatTemplate {
         for (key, text) in &self.tokens {
             context.push((key.as_str(), Value::from(text.as_str())));
         }
-        self.env.get_template(NAME).and_then(|template| template.render(Value::from_pairs(context))).map_err(|error| {
-            CheckpointError::Invalid {
-                file: self.file.clone(),
-                problem: format!("chat template: {}", describe(&error)),
-                hint: Some("check the order and the roles of the messages, or run without the chat template".into()),
-            }
+        let rendered = self.env.get_template(NAME).and_then(|template| {
+            // The context goes where it is used: what a template makes of it is dropped there.
+            let context = Value::from_pairs(context);
+            with_stack(template.source(), || template.render(context))
+        });
+        rendered.map_err(|error| CheckpointError::Invalid {
+            file: self.file.clone(),
+            problem: format!("chat template: {}", describe(&error)),
+            hint: Some("check the order and the roles of the messages, or run without the chat template".into()),
         })
     }
 }

@@ -184,6 +184,19 @@ pub fn parse(path: &Path, root: &Value) -> Result<ModelConfig> {
         return Err(bad(format!("`head_dim` {head_dim} is not an even positive number")));
     }
     let num_layers = need("num_hidden_layers")?;
+    // A thousand times what models have: products of two stay exact, and lists by layer stay small.
+    for (key, n, most) in [
+        ("num_hidden_layers", num_layers, 1 << 16),
+        ("hidden_size", hidden_size, 1 << 24),
+        ("num_attention_heads", num_heads, 1 << 16),
+        ("head_dim", head_dim, 1 << 16),
+        ("intermediate_size", need("intermediate_size")?, 1 << 24),
+        ("vocab_size", need("vocab_size")?, 1 << 28),
+    ] {
+        if n > most {
+            return Err(bad(format!("`{key}` is {n}, more than the {most} that a model may have")));
+        }
+    }
     let act_name = c
         .get("hidden_activation")
         .or_else(|| c.get("hidden_act"))

@@ -1,11 +1,15 @@
 //! Text to token ids and back, as the checkpoint's own `tokenizer.json` says.
 
+mod guard;
+
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
 use crate::chat_template::{read_json, special_token};
 use crate::error::{CheckpointError, Result};
+use guard::guarded;
+pub use guard::panics_are_errors;
 
 /// Texts longer than this are encoded in pieces and in parallel where that cannot change the ids.
 const PIECE: usize = 32 * 1024;
@@ -138,8 +142,8 @@ impl Tokenizer {
         };
         let json: Value =
             serde_json::from_slice(&bytes).map_err(|error| invalid(format!("not valid JSON: {error}")))?;
-        let mut inner =
-            tokenizers::Tokenizer::from_bytes(&bytes).map_err(|error| invalid(format!("not a tokenizer: {error}")))?;
+        let mut inner = guarded(|| tokenizers::Tokenizer::from_bytes(&bytes))
+            .map_err(|error| invalid(format!("not a tokenizer: {error}")))?;
         // Files saved after training often carry a truncation length: nothing may be cut here.
         inner.with_truncation(None).map_err(|error| invalid(error.to_string()))?;
         inner.with_padding(None);
@@ -195,12 +199,12 @@ impl Tokenizer {
         if add_special {
             (prefix, suffix) = self.affixes()?;
         }
-        let fail = |error: tokenizers::Error| self.fail(format!("cannot encode: {error}"));
+        let fail = |error: String| self.fail(format!("cannot encode: {error}"));
         ids.append(&mut prefix);
         if let [only] = parts.as_slice() {
-            ids.extend_from_slice(self.inner.encode_fast(*only, false).map_err(fail)?.get_ids());
+            ids.extend_from_slice(guarded(|| self.inner.encode_fast(*only, false)).map_err(fail)?.get_ids());
         } else {
-            for encoding in self.inner.encode_batch_fast(parts, false).map_err(fail)? {
+            for encoding in guarded(|| self.inner.encode_batch_fast(parts, false)).map_err(fail)? {
                 ids.extend_from_slice(encoding.get_ids());
             }
         }
@@ -210,9 +214,9 @@ impl Tokenizer {
 
     /// What the tokenizer puts before and after every text.
     fn affixes(&self) -> Result<(Vec<u32>, Vec<u32>)> {
-        let fail = |error: tokenizers::Error| self.fail(format!("cannot encode: {error}"));
-        let plain = self.inner.encode_fast("a", false).map_err(fail)?;
-        let whole = self.inner.encode_fast("a", true).map_err(fail)?;
+        let fail = |error: String| self.fail(format!("cannot encode: {error}"));
+        let plain = guarded(|| self.inner.encode_fast("a", false)).map_err(fail)?;
+        let whole = guarded(|| self.inner.encode_fast("a", true)).map_err(fail)?;
         let (plain, whole) = (plain.get_ids(), whole.get_ids());
         let at = if plain.is_empty() {
             // Unknown characters are dropped by this vocabulary: everything left is a prefix.
@@ -237,7 +241,7 @@ impl Tokenizer {
 
     /// The text of token ids; with `skip_special` special tokens leave no trace.
     pub fn decode(&self, ids: &[u32], skip_special: bool) -> Result<String> {
-        self.inner.decode(ids, skip_special).map_err(|error| self.fail(format!("cannot decode: {error}")))
+        guarded(|| self.inner.decode(ids, skip_special)).map_err(|error| self.fail(format!("cannot decode: {error}")))
     }
 
     /// Id of the begin-of-text token, where there is one.

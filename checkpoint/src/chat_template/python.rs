@@ -5,6 +5,7 @@ use minijinja::value::{Kwargs, Value};
 
 /// `tojson` as `transformers` has it: not escaped for HTML.
 pub(super) fn tojson(value: &Value, indent: Option<Value>, options: Kwargs) -> Result<Value, Error> {
+    super::limits::writable(value)?;
     let indent = match indent {
         Some(indent) => Some(indent),
         None => options.get::<Option<Value>>("indent")?,

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use lowbit_checkpoint::chat_template::{with_stack, writable};
 use minijinja::value::{Kwargs, Value, ValueKind};
 use minijinja::{AutoEscape, Environment, Error, ErrorKind, State, UndefinedBehavior};
 use minijinja_contrib::pycompat::unknown_method_callback;
@@ -9,6 +10,9 @@ use minijinja_contrib::pycompat::unknown_method_callback;
 use super::pattern::Pattern;
 use super::python;
 use crate::text::is_python_space;
+
+/// What the rendering of one template may do: an instruction costs 1, as do 64 bytes that it makes.
+const FUEL: u64 = 2_000_000;
 
 /// The compiled templates of one task, by the key of the task file they stand under.
 #[derive(Debug)]
@@ -30,6 +34,7 @@ impl Default for Templates {
     fn default() -> Self {
         let mut env = Environment::new();
         env.set_undefined_behavior(UndefinedBehavior::Strict);
+        env.set_fuel(Some(FUEL));
         let syntax = env.syntax().to_builder().keep_trailing_newline(true).build();
         // Only delimiters can clash, and those are the defaults.
         if let Ok(syntax) = syntax {
@@ -37,6 +42,7 @@ impl Default for Templates {
         }
         env.set_auto_escape_callback(|_| AutoEscape::None);
         env.set_formatter(|out, _, value| {
+            writable(value)?;
             let written = match value.as_str() {
                 Some(text) => out.write_str(text),
                 None => out.write_str(&python::to_str(value)),
@@ -45,7 +51,7 @@ impl Default for Templates {
         });
         env.set_unknown_method_callback(method);
         env.add_filter("regex_replace", regex_replace);
-        env.add_filter("string", |value: &Value| python::to_str(value));
+        env.add_filter("string", |value: &Value| writable(value).map(|()| python::to_str(value)));
         env.add_filter("trim", |text: &str| python::strip(text).to_owned());
         env.add_filter("capitalize", |text: &str| python::capitalize(text));
         env.add_filter("join", join);
@@ -72,7 +78,7 @@ impl Templates {
 
     /// Renders with the columns of `row`.
     pub fn render(&self, key: &str, row: &Value) -> Result<String, RenderError> {
-        self.env.get_template(key).and_then(|t| t.render(row)).map_err(|e| RenderError {
+        self.env.get_template(key).and_then(|t| with_stack(t.source(), || t.render(row))).map_err(|e| RenderError {
             names: self.needs.get(key).cloned().unwrap_or_default(),
             problem: e.detail().map_or_else(|| e.kind().to_string(), str::to_owned),
         })
@@ -93,6 +99,7 @@ fn regex_replace(text: &str, pattern: &str, with: &str, count: Option<usize>, kw
 fn join(items: &Value, separator: Option<&str>, kwargs: Kwargs) -> Result<String, Error> {
     let attribute: Option<&str> = kwargs.get("attribute")?;
     kwargs.assert_all_used()?;
+    writable(items)?;
     let mut out = String::new();
     for (i, item) in items.try_iter()?.enumerate() {
         if i > 0 {

@@ -1,0 +1,51 @@
+//! How large a value may be that a template writes out.
+
+use minijinja::value::{Value, ValueKind};
+use minijinja::{Error, ErrorKind};
+
+/// Bytes and items of one value.
+const MOST: usize = 16 << 20;
+/// Lists in lists.
+const DEEPEST: usize = 64;
+
+/// Fails where `value` is larger on paper than any text for a model. Lists repeated by `*` are made as they are read, and lists
+/// may hold one another many times over, so a few bytes can stand for more than any memory.
+pub fn writable(value: &Value) -> Result<(), Error> {
+    spend(value, &mut MOST.clone(), 0)
+}
+
+/// Stack for a template that may build lists in lists without end (a `namespace` is the only thing that outlives a turn of a
+/// loop): such a value is taken apart level by level, as deep as the fuel let it grow.
+const STACK: usize = 512 << 20;
+
+/// Runs `render`, on a stack of its own where `source` may need that. Only what is touched of it takes memory.
+pub fn with_stack<T: Send>(source: &str, render: impl FnOnce() -> Result<T, Error> + Send) -> Result<T, Error> {
+    if !source.contains("namespace") {
+        return render();
+    }
+    std::thread::scope(|scope| {
+        let thread = std::thread::Builder::new().stack_size(STACK).spawn_scoped(scope, render);
+        let thread =
+            thread.map_err(|e| Error::new(ErrorKind::InvalidOperation, format!("no thread to render in: {e}")))?;
+        thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })
+}
+
+fn spend(value: &Value, left: &mut usize, depth: usize) -> Result<(), Error> {
+    let wrong = |text: &str| Error::new(ErrorKind::InvalidOperation, text.to_string());
+    let size = 1 + value.as_str().map_or(0, str::len);
+    *left = left.checked_sub(size).ok_or_else(|| wrong("a value too large to be written out"))?;
+    if !matches!(value.kind(), ValueKind::Seq | ValueKind::Iterable | ValueKind::Map) {
+        return Ok(());
+    }
+    if depth == DEEPEST {
+        return Err(wrong("a value nested too deep to be written out"));
+    }
+    for item in value.try_iter()? {
+        if value.kind() == ValueKind::Map {
+            spend(&value.get_item(&item)?, left, depth + 1)?;
+        }
+        spend(&item, left, depth + 1)?;
+    }
+    Ok(())
+}
