@@ -121,13 +121,13 @@ fn hint_of(cause: &(dyn std::error::Error + 'static)) -> Option<String> {
         Some(QuantizeError::Plan { hint, .. }) => return hint.clone(),
         Some(QuantizeError::Checkpoint(e)) => return e.hint(),
         Some(QuantizeError::Model(ModelError::Checkpoint(e))) => return e.hint(),
-        Some(QuantizeError::Calibration(CalibrationError::Checkpoint(e))) => return e.hint(),
+        Some(QuantizeError::Calibration(e)) => return e.hint(),
         _ => {}
     }
     if let Some(e) = cause.downcast_ref::<KernelError>() {
         return e.hint();
     }
-    if let Some(CalibrationError::Checkpoint(e)) = cause.downcast_ref::<CalibrationError>() {
+    if let Some(e) = cause.downcast_ref::<CalibrationError>() {
         return e.hint();
     }
     cause.downcast_ref::<std::io::Error>().and_then(lowbit_checkpoint::error::io_hint).map(str::to_string)

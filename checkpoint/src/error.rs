@@ -118,6 +118,7 @@ pub fn io_hint(error: &std::io::Error) -> Option<&'static str> {
             Some("free some space or choose an output on another disk; the same command then completes")
         }
         ErrorKind::ReadOnlyFilesystem => Some("choose an output where you may write"),
+        ErrorKind::NotFound => Some("check the spelling of the path, and the folder that it starts from"),
         ErrorKind::PermissionDenied => Some("check who may read and write there, or choose another place"),
         // The system was to copy from a mapped page that is no more.
         _ if error.raw_os_error() == Some(libc::EFAULT) => {

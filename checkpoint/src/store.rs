@@ -63,7 +63,7 @@ impl TensorStore {
             return Err(CheckpointError::invalid_hint(
                 dir,
                 "no model.safetensors and no model.safetensors.index.json here",
-                "lowbit reads safetensors; convert a .gguf file with `lowbit convert FILE.gguf -o DIR`",
+                "lowbit reads safetensors: save a model in .bin or .pt files anew (save_pretrained, which writes safetensors), and convert a .gguf file with `lowbit convert FILE.gguf -o DIR`",
             ));
         }
         let (map, tensors) = open_file(&single)?;

@@ -27,6 +27,8 @@ enum Fault {
     Truncate,
     /// The body is whole in length, with a wrong byte.
     Corrupt,
+    /// More is announced than there is.
+    WrongLength,
 }
 
 #[derive(Clone)]
@@ -35,6 +37,8 @@ struct Site {
     files: BTreeMap<(String, &'static str), BTreeMap<String, Vec<u8>>>,
     fault: Fault,
     token: Option<&'static str>,
+    /// So many requests are answered by this status, before all others.
+    refusals: (usize, u16),
 }
 
 struct Hub {
@@ -107,6 +111,10 @@ fn answer(mut stream: TcpStream, site: &mut Site, log: &Mutex<Vec<String>>) -> s
     let refuse = |mut stream: TcpStream, code: u16| {
         write!(stream, "HTTP/1.1 {code} No\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
     };
+    if site.refusals.0 > 0 {
+        site.refusals.0 -= 1;
+        return refuse(stream, site.refusals.1);
+    }
     if site.token.is_some_and(|wanted| token.as_deref() != Some(&format!("Bearer {wanted}"))) {
         return refuse(stream, 401);
     }
@@ -139,7 +147,7 @@ fn answer(mut stream: TcpStream, site: &mut Site, log: &Mutex<Vec<String>>) -> s
     let announced = body.len();
     if body.len() > 1 {
         match site.fault {
-            Fault::None => {}
+            Fault::None | Fault::WrongLength => {}
             Fault::TruncateOnce | Fault::Truncate => body.truncate((announced / 2).min(3)),
             Fault::Corrupt => body[0] ^= 1,
         }
@@ -154,7 +162,7 @@ fn answer(mut stream: TcpStream, site: &mut Site, log: &Mutex<Vec<String>>) -> s
          Connection: close\r\n\r\n",
         sha256_hex(content),
         to - 1,
-        content.len()
+        content.len() + if site.fault == Fault::WrongLength { 7 } else { 0 }
     )?;
     stream.write_all(&body)
 }
@@ -201,6 +209,7 @@ fn site(fault: Fault) -> Site {
         ]),
         fault,
         token: None,
+        refusals: (0, 0),
     }
 }
 
@@ -330,6 +339,30 @@ fn a_body_that_breaks_off_is_taken_up_again_or_is_an_error() {
         let blobs = names(&root.join("blobs"));
         assert!(blobs.iter().all(|name| name.ends_with(".part") || name.ends_with(".lock")), "{blobs:?}");
     }
+}
+
+#[test]
+fn a_busy_hub_is_asked_again_and_a_lying_one_is_found_out() {
+    for (times, code) in [(1, 500), (2, 503), (1, 429), (1, 408)] {
+        let cache = tempfile::tempdir().unwrap();
+        let hub = Hub::start(Site { refusals: (times, code), ..site(Fault::None) });
+        let dir = resolve("org/name@v1", &hub.options(cache.path()), &()).unwrap();
+        assert!(dir.join("model.safetensors").exists(), "{times} times {code}");
+    }
+    for (code, text) in [(429, "too many requests (HTTP 429)"), (500, "HTTP 500"), (410, "HTTP 410")] {
+        let cache = tempfile::tempdir().unwrap();
+        let hub = Hub::start(Site { refusals: (99, code), ..site(Fault::None) });
+        let error = problem_and_hint(&resolve("org/name@v1", &hub.options(cache.path()), &()).unwrap_err());
+        assert!(error.contains(text), "{error}");
+        assert_eq!(hub.log().len(), if code == 410 { 1 } else { 3 }, "{code}: {:?}", hub.log());
+        assert!(names(cache.path()).is_empty(), "{code}: something was kept");
+    }
+    let cache = tempfile::tempdir().unwrap();
+    let hub = Hub::start(site(Fault::WrongLength));
+    let error = problem_and_hint(&resolve("org/name@v1", &hub.options(cache.path()), &()).unwrap_err());
+    assert!(error.contains("config.json") && error.contains("run it again"), "{error}");
+    let snapshot = cache.path().join("models--org--name/snapshots").join(OLD).join("config.json");
+    assert!(!snapshot.exists(), "a file of the wrong length was taken for whole");
 }
 
 #[test]

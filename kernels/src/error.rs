@@ -40,6 +40,7 @@ impl KernelError {
     pub fn hint(&self) -> Option<String> {
         match self {
             KernelError::Device { hint, .. } => hint.clone(),
+            KernelError::UnknownScheme(_) => Some("w4a16 is weights of 4 bits, activations of 16".into()),
             _ => None,
         }
     }

@@ -8,6 +8,7 @@ pub mod gptq;
 pub mod loss;
 pub mod plan;
 pub mod record;
+mod room;
 pub mod rtn;
 pub mod scale_search;
 pub mod solve;

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use lowbit_checkpoint::provenance::Provenance;
 use lowbit_checkpoint::quant_config::{Layout, PackFormat, WrittenGroup, write_compressed_tensors, write_gptq};
 use lowbit_checkpoint::writer::{DEFAULT_SHARD_BYTES, Declared};
-use lowbit_checkpoint::{Checkpoint, CheckpointError, linear};
+use lowbit_checkpoint::{Checkpoint, linear};
 use lowbit_kernels::backend::FloatType;
 use lowbit_kernels::{GroupSize, ScaleType, Scheme};
 use lowbit_model::block::linear_shapes;
@@ -16,6 +16,7 @@ use serde_json::Value;
 
 use crate::error::{QuantizeError, Result};
 use crate::record::{ComponentSize, PlanRecord, PlannedTensor};
+use crate::room;
 use crate::scale_search::{ScaleSearch, SolverOptions};
 use crate::target::Correction;
 
@@ -359,7 +360,8 @@ pub fn make(
     }
     let plan = assemble(ckpt, options, linears, reasons, untie, calibration_tokens)?;
     if let Some(output) = output {
-        check_disk(output, plan.record.after_bytes)?;
+        room::check_disk(output, plan.record.after_bytes)?;
+        room::check_memory(plan.record.peak_memory_bytes, options.offload.is_some())?;
     }
     Ok(plan)
 }
@@ -550,34 +552,4 @@ fn written_config(
         }
     }
     config
-}
-
-fn check_disk(output: &Path, needed: u64) -> Result<()> {
-    let mut dir = output;
-    while !dir.exists() {
-        match dir.parent() {
-            Some(p) if !p.as_os_str().is_empty() => dir = p,
-            _ => {
-                dir = Path::new(".");
-                break;
-            }
-        }
-    }
-    let stat = rustix::fs::statvfs(dir).map_err(|e| CheckpointError::io(dir, e.into()))?;
-    let free = stat.f_bavail.saturating_mul(stat.f_frsize);
-    // Headers, tokenizer and records come on top of the tensors.
-    let wanted = needed.saturating_add(16 << 20);
-    if free < wanted {
-        return Err(QuantizeError::Plan {
-            summary: format!(
-                "{}: the output needs {} MB, the disk has {} MB free",
-                output.display(),
-                wanted / 1_000_000,
-                free / 1_000_000
-            ),
-            offenders: vec![],
-            hint: Some("free some space or choose an output on another disk".into()),
-        });
-    }
-    Ok(())
 }

@@ -37,7 +37,7 @@ pub enum ReportError {
         message: String,
     },
     /// Nothing to report on.
-    #[error("{}: no records here (looked for {})", dir.display(), FILES.join(", "))]
+    #[error("{}: no records here (looked for {})\nhint: give the folder that `lowbit run -o` wrote", dir.display(), FILES.join(", "))]
     NoRecords {
         /// Where they were looked for.
         dir: PathBuf,

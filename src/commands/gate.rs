@@ -172,6 +172,9 @@ impl Side {
 
 /// Items of a file that a record names; its hash must be the record's.
 fn beside(record: &Path, file: &ItemFile) -> Result<Vec<Item>> {
+    if Path::new(&file.file).file_name() != Some(file.file.as_ref()) {
+        bail!("{}: `{}` is not the name of a file beside it", record.display(), file.file);
+    }
     let path = record.with_file_name(&file.file);
     let bytes = lowbit_checkpoint::files::read(&path)
         .with_context(|| format!("cannot read {}, the items of {}", path.display(), record.display()))?;

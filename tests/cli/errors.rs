@@ -226,6 +226,8 @@ fn interrupt(args: &[&str], wait: Duration) {
     let out = child.wait_with_output().unwrap();
     assert!(stopped, "still running a minute after Ctrl-C");
     assert_eq!(out.status.code(), Some(130), "{}", stderr(&out));
+    let said = stderr(&out);
+    assert!(said.starts_with("error: interrupted\nhint: the same command goes on where it stopped"), "{said}");
     let left = names(&target);
     assert!(!left.iter().any(|n| n == "model" || n.contains("partial")), "{left:?}");
 }
@@ -233,7 +235,7 @@ fn interrupt(args: &[&str], wait: Duration) {
 #[test]
 #[cfg(unix)]
 fn ctrl_c_while_the_model_writes_text() {
-    interrupt(&["--samples", "100000", "--seq-len", "64"], Duration::from_millis(1500));
+    interrupt(&["--samples", "8000", "--seq-len", "64"], Duration::from_millis(1500));
 }
 
 #[test]

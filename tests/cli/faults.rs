@@ -398,3 +398,53 @@ fn inputs_are_files() {
         std::fs::write(&path, kept).unwrap();
     }
 }
+
+#[test]
+fn a_jumping_clock_changes_no_measurement() {
+    let Some(shim) = shim() else { return };
+    let (tmp, url) = (tempfile::tempdir().unwrap(), super::load::server());
+    let out = tmp.path().join("load.json");
+    let mut c = lowbit(tmp.path());
+    c.args(["load", &url, "--profile", "concurrent:2", "--max-requests", "50", "--quiet", "-o"]).arg(&out);
+    ok(c.env("LD_PRELOAD", shim).env("FAULT_CLOCK", "1"));
+    let record = super::json(&out);
+    let requests = record["stages"][0]["requests"].as_array().unwrap();
+    assert_eq!(requests.len(), 50);
+    // An hour, in nanoseconds, is what every look at the wall clock jumps by.
+    fn largest(v: &serde_json::Value) -> f64 {
+        match v {
+            serde_json::Value::Array(a) => a.iter().map(largest).fold(0.0, f64::max),
+            serde_json::Value::Object(o) => o.values().map(largest).fold(0.0, f64::max),
+            v => v.as_f64().map_or(0.0, f64::abs),
+        }
+    }
+    for request in requests {
+        assert!(largest(request) < 1800e9, "{request}");
+    }
+    // The jump is there: the record's own time is off.
+    let real = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs();
+    assert!(record["provenance"]["unix_time"].as_u64().unwrap().abs_diff(real) > 1800);
+}
+
+#[test]
+fn more_memory_than_there_is_is_refused_before_the_work() {
+    let tmp = tempfile::tempdir().unwrap();
+    let mut c = lowbit(tmp.path());
+    c.args([
+        "quantize",
+        "demo",
+        "--group-size",
+        "64",
+        "--calib",
+        "self",
+        "--samples",
+        "1000000000",
+        "--seq-len",
+        "512",
+    ]);
+    let out = c.arg("-o").arg(tmp.path().join("out")).output().unwrap();
+    let said = stderr(&out);
+    assert_eq!(out.status.code(), Some(3), "{said}");
+    assert!(said.contains("MB of memory") && said.contains("hint: lower --samples"), "{said}");
+    assert!(!tmp.path().join("out").exists());
+}

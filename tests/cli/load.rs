@@ -6,7 +6,7 @@ use std::net::TcpListener;
 use super::{json, lowbit, ok, stderr};
 
 /// A server that answers every chat with two chunks, at once.
-fn server() -> String {
+pub fn server() -> String {
     server_after(std::time::Duration::ZERO)
 }
 

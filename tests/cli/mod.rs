@@ -5,6 +5,7 @@ use std::process::{Command, Output};
 
 mod architecture;
 mod bench;
+mod docs;
 mod drift;
 mod emulated;
 mod endpoint;
@@ -14,6 +15,7 @@ mod gate;
 mod golden;
 mod hardship;
 mod load;
+mod mistakes;
 mod pipeline;
 mod scores;
 mod serve;

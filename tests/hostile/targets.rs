@@ -64,7 +64,7 @@ pub fn all() -> [Target; 14] {
         target("packed", "`config.json` over packed weights: verify", seeds::packed, packed, 2_000, 64 * MB, 64),
         target("gguf", "a GGUF file: config, tokenizer, every tensor", seeds::gguf, gguf, 40_000, 4 * MB, 64),
         target("tokenizer", "`tokenizer.json`: encode, decode", seeds::tokenizer, tokenizer, 30_000, 16 * MB, 1024),
-        target("template", "a chat template, rendered", seeds::template, template, 3_000, 400 * MB, 64),
+        target("template", "a chat template, rendered", seeds::template, template, 800, 400 * MB, 64),
         target("task", "a task file and its requests", seeds::task, task, 30_000, 400 * MB, 1024),
         target("rows", "JSONL, gzip, JSON, CSV and Parquet by three readers", seeds::rows, rows, 8_000, 64 * MB, 2048),
         target("journal", "a journal of answers", seeds::journal, journal_file, 20_000, MB, 64),

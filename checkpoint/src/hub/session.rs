@@ -90,7 +90,15 @@ impl<'a> Session<'a> {
 
     /// Commit and file names of the revision.
     pub(super) fn list(&self) -> Result<(String, Vec<String>)> {
-        let info = self.api.repo(self.repo(&self.revision)).info().map_err(|error| self.explain(&error, None))?;
+        let mut attempt = 1;
+        let info = loop {
+            match self.api.repo(self.repo(&self.revision)).info() {
+                Ok(info) => break info,
+                Err(error) if attempt == ATTEMPTS || !may_pass(&error) => return Err(self.explain(&error, None)),
+                Err(error) => pause(&error, attempt),
+            }
+            attempt += 1;
+        };
         let names: Vec<String> = info.siblings.into_iter().map(|sibling| sibling.rfilename).collect();
         let sha_ok = !info.sha.is_empty() && info.sha.bytes().all(|byte| byte.is_ascii_hexdigit());
         if !sha_ok || !names.iter().all(|name| is_safe(name)) {
@@ -166,12 +174,10 @@ impl<'a> Session<'a> {
                 }
                 Err(error) => error,
             };
-            let final_answer =
-                status(&error).is_some_and(|code| (400..500).contains(&code) && code != 408 && code != 416);
-            if final_answer || attempt == ATTEMPTS || matches!(error, ApiError::InvalidHeader(_)) {
+            if attempt == ATTEMPTS || !may_pass(&error) {
                 break error;
             }
-            std::thread::sleep(Duration::from_millis(250) * attempt);
+            pause(&error, attempt);
             attempt += 1;
         };
         Err(self.explain(&error, Some(name)))
@@ -209,6 +215,18 @@ impl<'a> Session<'a> {
             }
         }
     }
+}
+
+/// Whether another attempt may fare better: a refusal stays one, a busy hub or a cut connection does not.
+fn may_pass(error: &ApiError) -> bool {
+    let refused = |code: u16| (400..500).contains(&code) && ![408, 416, 429].contains(&code);
+    !matches!(error, ApiError::InvalidHeader(_)) && !status(error).is_some_and(refused)
+}
+
+/// Waits before the next attempt, longer for a hub that asked for fewer requests.
+fn pause(error: &ApiError, attempt: u32) {
+    let step = if status(error) == Some(429) { 1000 } else { 250 };
+    std::thread::sleep(Duration::from_millis(step) * attempt);
 }
 
 /// The HTTP status in an error: the HTTP client's type is not ours to name, its text is.
