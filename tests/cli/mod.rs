@@ -19,6 +19,7 @@ mod mistakes;
 mod pipeline;
 mod scores;
 mod serve;
+mod serve_scripts;
 mod shell;
 mod snapshots;
 mod standin;

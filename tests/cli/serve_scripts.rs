@@ -1,0 +1,59 @@
+//! `serve/measure` and `serve/clients-check`, as far as they run with nothing installed but jq and Python.
+
+use std::os::unix::fs::PermissionsExt;
+use std::process::Command;
+
+use super::{json, ok, root, stderr};
+
+fn here(tool: &str) -> bool {
+    Command::new(tool).arg("--version").output().is_ok_and(|o| o.status.success())
+}
+
+fn script(name: &str) -> Command {
+    let mut c = Command::new(root().join("serve").join(name));
+    c.args(["--lowbit", env!("CARGO_BIN_EXE_lowbit")]);
+    c
+}
+
+#[test]
+fn serving_is_measured_into_a_record_with_tables() {
+    if !here("jq") {
+        return;
+    }
+    let tmp = tempfile::tempdir().unwrap();
+    let out = tmp.path().join("measure.json");
+    let mut c = script("measure");
+    c.env("LOWBIT_CACHE", tmp.path()).args(["--device", "cpu", "--seconds", "1", "--prefix", "150", "--out"]).arg(&out);
+    ok(&mut c);
+    let r = json(&out);
+    assert_eq!(r["batching"].as_array().unwrap().len(), 4);
+    // A record of one model must not stand for both.
+    let speeds: Vec<f64> = [0, 1].iter().map(|i| r["int8"][i]["float_tokens_per_second"].as_f64().unwrap()).collect();
+    assert_ne!(speeds[0], speeds[1]);
+    assert!(r["int8"][0]["kl_mean"].as_f64().unwrap() > 0.0);
+    assert!(r["prefix"][1]["ratio"].as_f64().unwrap() > 0.0);
+    assert_eq!(r["speculation"]["identical"], true);
+    let tables =
+        String::from_utf8(ok(Command::new(root().join("serve/measure")).arg("--render").arg(&out)).stdout).unwrap();
+    assert_eq!(tables.lines().filter(|l| l.starts_with("|---|")).count(), 4, "{tables}");
+    assert!(tables.contains("| w4a16 | 16 |") && !tables.contains("null"), "{tables}");
+    assert_eq!(script("measure").arg("--tea").output().unwrap().status.code(), Some(3));
+}
+
+#[test]
+fn clients_that_are_not_here_are_told() {
+    if !here("jq") || !here("python3") {
+        return;
+    }
+    let tmp = tempfile::tempdir().unwrap();
+    // A Python without packages.
+    let python = tmp.path().join("python");
+    std::fs::write(&python, "#!/bin/sh\n[ \"$1\" = -c ] && exit 1\nexec python3 \"$@\"\n").unwrap();
+    std::fs::set_permissions(&python, std::fs::Permissions::from_mode(0o755)).unwrap();
+    let out = script("clients-check").env("LOWBIT_CACHE", tmp.path()).arg("--python").arg(&python).output().unwrap();
+    let text = String::from_utf8_lossy(&out.stdout).into_owned();
+    assert_eq!(out.status.code(), Some(2), "{text}{}", stderr(&out));
+    assert_eq!(text.matches("absent").count(), 6, "{text}");
+    assert!(stderr(&out).contains("lacks a client"));
+    assert_eq!(script("clients-check").arg("--tea").output().unwrap().status.code(), Some(3));
+}
