@@ -512,7 +512,7 @@ pub struct GateArgs {
     pub runs: u64,
 }
 
-#[derive(Args, Debug)]
+#[derive(Args, Debug, Default)]
 pub struct TaskArgs {
     /// Tasks, groups, tags, patterns with `*` or task files, each with its number of examples: arc_easy,mmlu:5,my.yaml.
     #[arg(long, value_delimiter = ',')]
@@ -563,12 +563,13 @@ pub struct TaskArgs {
 }
 
 /// Release of lm-evaluation-harness whose BOS rule holds.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum Compat {
     /// None, except Gemma's.
     #[value(name = "lm-eval-0.4.9.1")]
     Old,
     /// What the tokenizer adds by itself.
+    #[default]
     #[value(name = "lm-eval-0.4.13", alias = "lm-eval-0.4.9.2")]
     Current,
 }

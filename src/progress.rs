@@ -41,6 +41,17 @@ impl Bars {
         self.replace(None);
     }
 
+    /// A bar for work that says how much of how much is done; what was done before it began moves the bar at once.
+    pub fn counting(&self, stage: &str) -> impl FnMut(usize, usize) {
+        let mut before = None;
+        move |done, total| {
+            if before.is_none() {
+                self.stage(stage, total as u64);
+            }
+            Progress::advance(self, (done - before.replace(done).unwrap_or(0)) as u64);
+        }
+    }
+
     fn start(&self, name: &str, total: u64, template: &str) {
         if !self.visible {
             return;

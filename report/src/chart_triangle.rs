@@ -58,21 +58,11 @@ pub(crate) fn triangle(points: &[Point], axes: &Axes) -> Option<String> {
     let y = Scale::around_zero(low, high * 1.06, floor, top);
     let dearest = points.iter().map(|p| p.cost).fold(0.0, f64::max);
     let radius = |p: &Point| (22.0 * (p.cost / dearest).sqrt()).max(3.0);
-    let said: Vec<String> = points
-        .iter()
-        .map(|p| {
-            format!(
-                "{}: {} {}, {} {}, {} {}",
-                p.name,
-                axes.latency,
-                crate::format::sig(p.latency.0, 3),
-                axes.loss,
-                crate::format::sig(p.loss.0, 3),
-                axes.cost,
-                p.cost_text
-            )
-        })
-        .collect();
+    let sentence = |p: &Point| {
+        let (latency, loss) = (crate::format::sig(p.latency.0, 3), crate::format::sig(p.loss.0, 3));
+        format!("{}: {} {latency}, {} {loss}, {} {}", p.name, axes.latency, axes.loss, axes.cost, p.cost_text)
+    };
+    let said: Vec<String> = points.iter().map(|p| sentence(p)).collect();
     let mut svg = Svg::new(bottom + 54.0, "Quality, latency and cost", &format!("{}.", said.join("; ")));
     for (v, label) in y.ticks() {
         let at = y.at(v);
@@ -102,16 +92,7 @@ pub(crate) fn triangle(points: &[Point], axes: &Axes) -> Option<String> {
         let (px, py) = (x.at(p.latency.0), y.at(p.loss.0));
         let before = points.iter().take(i).filter(|q| !q.float).count();
         let class = if p.float { "cx".to_owned() } else { format!("c{}", colour(before)) };
-        let title = format!(
-            "{}: {} {}, {} {}, {}",
-            p.name,
-            axes.latency,
-            crate::format::sig(p.latency.0, 3),
-            axes.loss,
-            crate::format::sig(p.loss.0, 3),
-            p.cost_text
-        );
-        svg.circle(&format!("disc {class}"), (px, py), radius(p), &title);
+        svg.circle(&format!("disc {class}"), (px, py), radius(p), &sentence(p));
         if p.loss.2 > p.loss.1 {
             svg.whisker((px, y.at(p.loss.1)), (px, y.at(p.loss.2)));
         }

@@ -8,7 +8,6 @@ use lowbit_eval::engine::{BosRule, Store};
 use lowbit_eval::judge::{Judging, Mode, judge};
 use lowbit_eval::record::{EvalRecord, Interval};
 use lowbit_eval::tasks::{Item, Plan, Suite};
-use lowbit_quantize::Progress;
 
 use crate::args::EvalArgs;
 use crate::commands::endpoint::{Server, members, retry};
@@ -73,15 +72,8 @@ impl Judge {
         let identity = remote.identity("none");
         let mut stores: Vec<Box<dyn Store>> =
             open_stores(ctx, self.journal.as_ref(), self.cache.as_deref(), &identity)?;
-        let mut before = 0;
-        let judging =
-            judge(&remote, &self.server.name(), suite, plan, candidate, reference, &mut stores, &mut |done, total| {
-                if before == 0 {
-                    ctx.progress.stage("judge", total as u64);
-                }
-                ctx.progress.advance((done - before) as u64);
-                before = done;
-            })?;
+        let (name, mut told) = (self.server.name(), ctx.progress.counting("judge"));
+        let judging = judge(&remote, &name, suite, plan, candidate, reference, &mut stores, &mut told)?;
         ctx.progress.clear();
         Ok(judging)
     }

@@ -182,17 +182,11 @@ fn task_args(part: &Part) -> Result<TaskArgs> {
         tasks,
         data: text("data").map(PathBuf::from),
         include: list("include").into_iter().map(PathBuf::from).collect(),
-        fewshot: None,
-        render: false,
         compat: if text("compat").as_deref() == Some("lm-eval-0.4.9.1") { Compat::Old } else { Compat::Current },
-        max_length: None,
-        cache: None,
-        shard: None,
-        until_decided: false,
         looks: 1,
-        margin: None,
         apply_chat_template: o.get("apply_chat_template") == Some(&Value::Bool(true)),
         fewshot_as_multiturn: o.get("fewshot_as_multiturn") != Some(&Value::Bool(false)),
         system_instruction: text("system_instruction"),
+        ..TaskArgs::default()
     })
 }

@@ -9,7 +9,7 @@ use lowbit_eval::verdict::GateRecord;
 use lowbit_eval::{EvalRecord, KlOptions, Source};
 use serde_json::Value;
 
-use crate::args::{BlameArg, Compat, EndpointArgs, EvalArgs, GateArgs, JudgeArgs, KvCacheArg, RunArgs, TaskArgs};
+use crate::args::{BlameArg, EndpointArgs, EvalArgs, GateArgs, JudgeArgs, KvCacheArg, RunArgs, TaskArgs};
 use crate::commands::run::read;
 use crate::commands::scores::{Job, Output};
 use crate::commands::{drift, eval, gate};
@@ -141,18 +141,9 @@ fn eval_args(args: &RunArgs, pair: &Pair, demo: bool, text: bool) -> Result<Eval
             tasks,
             data: args.data.clone(),
             include: args.include.clone(),
-            fewshot: None,
-            render: false,
-            compat: Compat::Current,
-            max_length: None,
-            cache: None,
-            shard: None,
-            until_decided: false,
             looks: 1,
-            margin: None,
-            apply_chat_template: false,
             fewshot_as_multiturn: true,
-            system_instruction: None,
+            ..TaskArgs::default()
         },
         output: None,
         force: true,

@@ -16,7 +16,6 @@ use lowbit_eval::judge::Judging;
 use lowbit_eval::record::{EvalRecord, ItemFile};
 use lowbit_eval::tasks::{Evaluated, Item, Plan, Suite, TaskRecord};
 use lowbit_eval::verdict::{Look, power};
-use lowbit_quantize::Progress;
 use serde_json::Value;
 
 use crate::args::{Compat, EvalArgs};
@@ -289,14 +288,7 @@ impl Store for Memory {
 
 /// Runs a plan and says what it cost.
 fn ask(ctx: &Context, party: &Party<'_>, plan: &Plan, stores: &mut Vec<Box<dyn Store>>) -> Result<Vec<Answer>> {
-    let mut before = 0;
-    let outcome = party.answers.answer(&plan.requests, stores, &mut |done, total| {
-        if before == 0 {
-            ctx.progress.stage("tasks", total as u64);
-        }
-        ctx.progress.advance((done - before) as u64);
-        before = done;
-    })?;
+    let outcome = party.answers.answer(&plan.requests, stores, &mut ctx.progress.counting("tasks"))?;
     ctx.progress.clear();
     let w = outcome.work;
     let cost = match &party.url {

@@ -1,6 +1,6 @@
 //! Pages that are generated from the program, and links that must lead somewhere.
 
-use super::{lowbit, ok, root};
+use super::{json, lowbit, ok, root};
 
 /// `docs/cli.md`: the help of every command, as it is printed.
 #[test]
@@ -46,4 +46,51 @@ fn links_between_pages_lead_somewhere() {
             assert!(page.parent().unwrap().join(file).exists(), "{}: {link}", page.display());
         }
     }
+}
+
+/// Blocks of a page, by their language, in order.
+fn blocks(page: &str, language: &str) -> Vec<String> {
+    let text = std::fs::read_to_string(root().join("docs").join(page)).unwrap();
+    let parts: Vec<&str> = text.split("```").collect();
+    let of = |part: &&str| part.strip_prefix(language).and_then(|p| p.strip_prefix('\n')).map(str::to_string);
+    parts.iter().skip(1).step_by(2).filter_map(of).collect()
+}
+
+/// The files and commands of `docs/extending.md`, followed to the letter.
+#[test]
+fn the_task_of_the_page_runs() {
+    let tmp = tempfile::tempdir().unwrap();
+    let dir = tmp.path().join("capitals");
+    std::fs::create_dir(&dir).unwrap();
+    std::fs::write(dir.join("capitals.yaml"), &blocks("extending.md", "yaml")[0]).unwrap();
+    std::fs::write(dir.join("capitals.jsonl"), &blocks("extending.md", "json")[0]).unwrap();
+    let commands = &blocks("extending.md", "")[0];
+    for line in commands.lines() {
+        let args = line.strip_prefix("lowbit ").unwrap().split(' ');
+        ok(lowbit(tmp.path()).args(["--device", "cpu"]).args(args).current_dir(tmp.path()));
+    }
+    assert_eq!(json(&tmp.path().join("capitals.json"))["tasks"]["capitals"]["n"], 2);
+}
+
+/// Every command in a page is one that the program has, with options that it knows.
+#[test]
+fn commands_in_the_pages_are_known() {
+    let tmp = tempfile::tempdir().unwrap();
+    let mut seen = 0;
+    for page in ["start.md", "engines.md"] {
+        for line in blocks(page, "").join("\n").lines().filter_map(|l| l.strip_prefix("lowbit ")) {
+            let line = line.split("  #").next().unwrap().split(" || ").next().unwrap();
+            let mut words = line.split_whitespace();
+            let command = words.next().unwrap();
+            let help = String::from_utf8(ok(lowbit(tmp.path()).args([command, "--help"])).stdout).unwrap();
+            for option in words.filter(|w| w.starts_with('-')) {
+                assert!(
+                    help.contains(&format!("{option} ")) || help.contains(&format!("{option},")),
+                    "{page}: {line}: {option}"
+                );
+                seen += 1;
+            }
+        }
+    }
+    assert!(seen > 15, "{seen}");
 }

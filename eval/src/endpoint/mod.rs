@@ -15,7 +15,6 @@ pub mod codec;
 mod question;
 pub mod retry;
 
-use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc;
 use std::time::Duration;
@@ -25,6 +24,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value as Json};
 
 use crate::engine::codec::{Codec, RequestEncoder};
+use crate::engine::ledger::Ledger;
 use crate::engine::{Answer, Answers, BosRule, ENGINE_VERSION, Outcome, Store, Work, request_key};
 use crate::error::{EvalError, Result};
 use crate::tasks::{Request, RequestKind, Response};
@@ -224,21 +224,9 @@ impl<'a> Remote<'a> {
         progress: &mut dyn FnMut(usize, usize),
     ) -> Result<Outcome> {
         let keys: Vec<String> = asks.iter().map(Ask::key).collect::<Result<_>>()?;
-        let mut known: HashMap<&str, Answer> = HashMap::new();
-        let mut todo: Vec<usize> = Vec::new();
-        let mut listed: HashMap<&str, ()> = HashMap::new();
-        for (i, key) in keys.iter().enumerate() {
-            if listed.insert(key, ()).is_some() {
-                continue;
-            }
-            match store.get(key) {
-                Some(answer) => _ = known.insert(key, answer),
-                None => todo.push(i),
-            }
-        }
-        let restored = keys.iter().filter(|k| known.contains_key(k.as_str())).count();
-        let total = listed.len();
-        progress(known.len(), total);
+        let mut ledger = Ledger::open(&keys, store);
+        let (todo, restored, total) = (std::mem::take(&mut ledger.todo), ledger.restored, ledger.total);
+        progress(ledger.done(), total);
         let encoder = match self.codec {
             Some(codec) => Some(RequestEncoder::new(codec, self.options.bos, self.max_length())?),
             None => None,
@@ -269,12 +257,10 @@ impl<'a> Remote<'a> {
             }
             drop(tx);
             for (i, result) in rx {
-                let (result, Some(key)) = (result, keys.get(i)) else { continue };
                 let kept = result.and_then(|response| {
                     let answer = Answer { response, reference: None, drift: Vec::new() };
-                    store.put(key, &answer)?;
-                    known.insert(key, answer);
-                    progress(known.len(), total);
+                    ledger.keep(i, answer, store)?;
+                    progress(ledger.done(), total);
                     Ok(())
                 });
                 if let Err(e) = kept {
@@ -290,11 +276,7 @@ impl<'a> Remote<'a> {
         if let Some((_, e)) = failed {
             return Err(e);
         }
-        let answers = keys
-            .iter()
-            .map(|k| known.get(k.as_str()).cloned())
-            .collect::<Option<Vec<_>>>()
-            .ok_or(EvalError::Scores { expected: total, found: known.len() })?;
+        let answers = ledger.answers()?;
         Ok(Outcome { answers, work: Work { calls: sent.load(Ordering::Relaxed) as u64, ..Work::default() }, restored })
     }
 

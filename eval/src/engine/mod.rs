@@ -12,6 +12,7 @@ pub mod codec;
 pub mod decode;
 pub mod execute;
 pub mod journal;
+pub(crate) mod ledger;
 pub mod plan;
 pub mod shard;
 
@@ -30,6 +31,7 @@ pub use shard::Shard;
 use self::codec::{Encoded, Piece, Prompt, RequestEncoder};
 use self::decode::{Rules, Written};
 use self::execute::{Executor, Scored};
+use self::ledger::Ledger;
 use crate::drift::row::RowDrift;
 use crate::error::{EvalError, Result};
 use crate::tasks::{Request, RequestKind, Response};
@@ -172,29 +174,14 @@ impl<'a> Engine<'a> {
         progress: &mut dyn FnMut(usize, usize),
     ) -> Result<Outcome> {
         let keys: Vec<String> = requests.par_iter().map(request_key).collect::<Result<_>>()?;
-        let mut known: HashMap<&str, Answer> = HashMap::new();
-        // Equal questions are asked once.
-        let mut asked: Vec<usize> = Vec::new();
-        let mut listed: HashMap<&str, ()> = HashMap::new();
-        for (i, key) in keys.iter().enumerate() {
-            if listed.insert(key, ()).is_some() {
-                continue;
-            }
-            match store.get(key) {
-                Some(answer) => _ = known.insert(key, answer),
-                None => asked.push(i),
-            }
-        }
-        let restored = keys.iter().filter(|k| known.contains_key(k.as_str())).count();
-        let total = listed.len();
-        progress(known.len(), total);
+        let mut ledger = Ledger::open(&keys, store);
+        let (asked, restored, total) = (std::mem::take(&mut ledger.todo), ledger.restored, ledger.total);
+        progress(ledger.done(), total);
         let mut work = Work::default();
         {
             let mut done = |i: usize, answer: Answer| -> Result<()> {
-                let Some(key) = keys.get(i) else { return Ok(()) };
-                store.put(key, &answer)?;
-                known.insert(key, answer);
-                progress(known.len(), total);
+                ledger.keep(i, answer, store)?;
+                progress(ledger.done(), total);
                 Ok(())
             };
             let (pieces, pending, prompts) = self.encode(requests, &asked)?;
@@ -202,11 +189,7 @@ impl<'a> Engine<'a> {
             self.write(requests, prompts, &mut work, &mut done)?;
         }
         store.finish()?;
-        let answers = keys
-            .iter()
-            .map(|k| known.get(k.as_str()).cloned())
-            .collect::<Option<Vec<_>>>()
-            .ok_or(EvalError::Scores { expected: total, found: known.len() })?;
+        let answers = ledger.answers()?;
         Ok(Outcome { answers, work, restored })
     }
 

@@ -157,7 +157,7 @@ impl GateRecord {
             match p.verdict {
                 Verdict::Pass => {
                     let shown = if p.p_loss <= self.policy.alpha {
-                        format!("; that there is one is shown, p = {:.2e}", p.p_loss)
+                        format!("; that something is lost is shown (p = {:.2e})", p.p_loss)
                     } else {
                         String::new()
                     };
