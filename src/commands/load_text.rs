@@ -2,6 +2,7 @@
 
 use lowbit_bench::load::percentile::Summary;
 use lowbit_bench::load::record::{LoadRecord, StageRecord};
+use lowbit_bench::load::trace::RequestTrace;
 use serde_json::Value;
 
 use crate::args::ToolArg;
@@ -183,19 +184,17 @@ fn one(s: &StageRecord, tool: ToolArg) -> String {
     let window = s.metrics.window;
     let ok: Vec<_> =
         s.requests.iter().filter(|t| t.ok() && (window.from_ns..window.to_ns).contains(&t.scheduled_ns)).collect();
-    let first = |f: &dyn Fn(&lowbit_bench::load::trace::RequestTrace) -> Option<f64>| {
-        ok.iter().filter_map(|t| f(t)).collect::<Vec<f64>>()
-    };
+    let first = |f: &dyn Fn(&RequestTrace) -> Option<f64>| ok.iter().filter_map(|t| f(t)).collect::<Vec<f64>>();
     let ttft = first(&|t| Some(ms(t.first_ns()?, t.sent_ns)));
     let e2e = first(&|t| Some(ms(t.last_ns().unwrap_or(t.end_ns), t.sent_ns)));
-    let gaps = |t: &lowbit_bench::load::trace::RequestTrace| f64::from(t.output_tokens.saturating_sub(1));
+    let gaps = |t: &RequestTrace| f64::from(t.output_tokens.saturating_sub(1));
     let per_token =
         first(&|t| (gaps(t) > 0.0).then(|| ms(t.last_ns().unwrap_or(0), t.first_ns().unwrap_or(0)) / gaps(t)));
     let chunks: Vec<f64> = ok.iter().flat_map(|t| t.chunks_ns.windows(2).map(|w| ms(w[1], w[0]))).collect();
     let incl = first(&|t| Some(ms(t.last_ns()?, t.sent_ns) / f64::from(t.output_tokens.max(1))));
     let rates = &s.metrics.rates;
     let title = match tool {
-        ToolArg::Vllm => "============ Serving Benchmark Result ============",
+        ToolArg::Vllm => "",
         ToolArg::Guidellm => {
             "GuideLLM's definitions: from the start of sending; ITL weighted by tokens − 1; TPOT with the first token"
         }
@@ -217,6 +216,9 @@ fn one(s: &StageRecord, tool: ToolArg) -> String {
             format!("{:.2}", rates.output_tokens_per_second + rates.input_tokens_per_second),
         ],
     ];
+    if tool == ToolArg::Vllm {
+        return vllm_block(s, [&ttft, &per_token, &chunks, &e2e]);
+    }
     let mut put = |name: &str, plain: &[f64], weights: Option<&[f64]>| {
         if plain.is_empty() {
             return;
@@ -231,11 +233,7 @@ fn one(s: &StageRecord, tool: ToolArg) -> String {
     let weights: Vec<f64> = ok.iter().map(|t| gaps(t)).filter(|g| *g > 0.0).collect();
     put("TTFT", &ttft, None);
     match tool {
-        ToolArg::Vllm => {
-            put("TPOT", &per_token, None);
-            put("ITL", &chunks, None);
-            put("E2EL", &e2e, None);
-        }
+        ToolArg::Vllm => {}
         ToolArg::Guidellm => {
             put("ITL", &per_token, Some(&weights));
             put("TPOT", &incl, None);
@@ -248,6 +246,57 @@ fn one(s: &StageRecord, tool: ToolArg) -> String {
         }
     }
     format!("{title}\n{}\n{}", load_of(s), table(&["", ""], &rows))
+}
+
+/// The block `vllm bench serve` prints, line for line: scripts read it. Milliseconds: TTFT, TPOT, ITL, E2EL.
+fn vllm_block(s: &StageRecord, latencies: [&[f64]; 4]) -> String {
+    let window = s.metrics.window;
+    let inside = |t: &&RequestTrace| (window.from_ns..window.to_ns).contains(&t.scheduled_ns);
+    let ok: Vec<&RequestTrace> = s.requests.iter().filter(inside).filter(|t| t.ok()).collect();
+    let failed = s.requests.iter().filter(inside).filter(|t| t.outcome.failed()).count();
+    let rates = &s.metrics.rates;
+    let mut out = vec![format!("{:=^50}", " Serving Benchmark Result ")];
+    let mut line = |name: &str, value: String| out.push(format!("{name:<40} {value:<10}").trim_end().to_string());
+    line("Successful requests:", ok.len().to_string());
+    line("Failed requests:", failed.to_string());
+    if let Some(streams) = s.streams {
+        line("Maximum request concurrency:", streams.to_string());
+    }
+    if let Some(rate) = s.rate {
+        line("Request rate configured (RPS):", format!("{rate:.2}"));
+    }
+    line("Benchmark duration (s):", format!("{:.2}", window.seconds()));
+    line("Total input tokens:", ok.iter().map(|t| u64::from(t.input_tokens.unwrap_or(0))).sum::<u64>().to_string());
+    line("Total generated tokens:", ok.iter().map(|t| u64::from(t.output_tokens)).sum::<u64>().to_string());
+    line("Request throughput (req/s):", format!("{:.2}", rates.requests_per_second));
+    if let Some(slo) = &s.slo {
+        line("Request goodput (req/s):", format!("{:.2}", slo.goodput_per_second));
+    }
+    line("Output token throughput (tok/s):", format!("{:.2}", rates.output_tokens_per_second));
+    line("Peak concurrent requests:", format!("{:.2}", rates.peak_concurrency as f64));
+    line(
+        "Total token throughput (tok/s):",
+        format!("{:.2}", rates.output_tokens_per_second + rates.input_tokens_per_second),
+    );
+    let heads = [
+        ("TTFT", "Time to First Token"),
+        ("TPOT", "Time per Output Token (excl. 1st token)"),
+        ("ITL", "Inter-token Latency"),
+        ("E2EL", "End-to-end Latency"),
+    ];
+    for ((name, head), values) in heads.iter().zip(latencies).filter(|(_, v)| !v.is_empty()) {
+        out.push(format!("{head:-^50}"));
+        let mean = values.iter().sum::<f64>() / values.len() as f64;
+        for (what, v) in [
+            ("Mean", mean),
+            ("Median", quantile(values, None, 0.5, false)),
+            ("P99", quantile(values, None, 0.99, false)),
+        ] {
+            out.push(format!("{:<40} {v:<10.2}", format!("{what} {name} (ms):")).trim_end().to_string());
+        }
+    }
+    out.push("=".repeat(50));
+    out.join("\n")
 }
 
 fn quantile(values: &[f64], weights: Option<&[f64]>, q: f64, inverse: bool) -> f64 {

@@ -16,6 +16,9 @@ use crate::error::{KernelError, Result};
 /// Tokens of a page.
 pub const PAGE: usize = 64;
 
+/// Floats that are widened at a time.
+const WIDENED: usize = 1024;
+
 /// Numbers of a page, `[kv_heads][PAGE][head_dim]`: within a page one head's tokens are contiguous.
 #[derive(Clone)]
 enum Numbers {
@@ -53,15 +56,27 @@ impl Numbers {
         }
     }
 
-    /// Rows as floats, where they lie or in `scratch`.
-    fn read<'a>(&'a self, simd: Simd, rows: Range<usize>, d: usize, scratch: &'a mut Vec<f32>) -> &'a [f32] {
-        let range = rows.start * d..rows.end * d;
+    /// Calls `each` with rows as floats: where they lie, or a few at a time, so that what is widened stays in the cache.
+    fn read(&self, simd: Simd, rows: Range<usize>, d: usize, each: &mut dyn FnMut(&[f32])) {
         match self {
-            Self::Float(held) => &held[range],
+            Self::Float(held) => each(&held[rows.start * d..rows.end * d]),
             Self::Int8 { codes, scales } => {
-                scratch.resize(range.len(), 0.0);
-                simd.run(Widen { codes: &codes[range], scales: &scales[rows], d, out: &mut scratch[..] });
-                scratch
+                let (mut near, mut far) = ([0f32; WIDENED], Vec::new());
+                let tile = (WIDENED / d.max(1)).max(1);
+                let room = if d <= WIDENED {
+                    &mut near[..]
+                } else {
+                    far.resize(d, 0.0);
+                    &mut far[..]
+                };
+                let mut from = rows.start;
+                while from < rows.end {
+                    let to = rows.end.min(from + tile);
+                    let out = &mut room[..(to - from) * d];
+                    simd.run(Widen { codes: &codes[from * d..to * d], scales: &scales[from..to], d, out: &mut *out });
+                    each(out);
+                    from = to;
+                }
             }
         }
     }
@@ -201,7 +216,7 @@ impl Cache {
         tokens: Range<usize>,
         each: &mut dyn FnMut(&[f32]),
     ) {
-        let (table, mut scratch) = (&self.slots[slot], Vec::new());
+        let table = &self.slots[slot];
         let first = tokens.start / PAGE;
         for p in first..tokens.end.div_ceil(PAGE) {
             let begin = tokens.start.max(p * PAGE) - p * PAGE;
@@ -210,7 +225,7 @@ impl Cache {
                 Part::Keys => &table[p].keys,
                 Part::Values => &table[p].values,
             };
-            each(held.read(simd, head * PAGE + begin..head * PAGE + end, self.head_dim, &mut scratch));
+            held.read(simd, head * PAGE + begin..head * PAGE + end, self.head_dim, each);
         }
     }
 
@@ -259,12 +274,23 @@ mod tests {
         n.write(0, &[127.0, -63.5, 0.4, 64.6]);
         n.write(1, &[0.0; 4]);
         n.write(2, &[1e-3, f32::INFINITY, 0.0, 0.0]);
-        let mut scratch = Vec::new();
         for level in [Level::Portable, Level::Avx2, Level::Avx512] {
             let simd = Simd::up_to(level);
+            let read = |n: &Numbers, rows: Range<usize>, d: usize| {
+                let mut all = Vec::new();
+                n.read(simd, rows, d, &mut |x| all.extend_from_slice(x));
+                all
+            };
             // Half to even: 63.5 is 64, 0.4 is 0, 64.6 is 65.
-            assert_eq!(n.read(simd, 0..2, d, &mut scratch), [127.0, -64.0, 0.0, 65.0, 0.0, 0.0, 0.0, 0.0]);
-            assert!(n.read(simd, 2..3, d, &mut scratch).iter().all(|v| v.is_nan()), "not silently zero");
+            assert_eq!(read(&n, 0..2, d), [127.0, -64.0, 0.0, 65.0, 0.0, 0.0, 0.0, 0.0]);
+            assert!(read(&n, 2..3, d).iter().all(|v| v.is_nan()), "not silently zero");
+            // Rows wider than what is widened at a time, and a last piece that is not whole.
+            for (rows, d) in [(3, WIDENED + 5), (70, 48)] {
+                let mut wide = Numbers::new(KvFormat::Int8, rows, d);
+                let x: Vec<f32> = (0..rows * d).map(|i| if i % d == 0 { 127.0 } else { (i % 100) as f32 }).collect();
+                x.chunks_exact(d).enumerate().for_each(|(r, x)| wide.write(r, x));
+                assert_eq!(read(&wide, 1..rows, d), x[d..]);
+            }
         }
     }
 }
