@@ -59,7 +59,7 @@ pub fn interrupted() -> u8 {
 /// A panic is a fault of ours: one message, and [`INTERNAL`] as every other.
 pub fn watch_panics() {
     std::panic::set_hook(Box::new(|info| {
-        if lowbit_checkpoint::tokenizer::panics_are_errors() {
+        if lowbit_checkpoint::guard::panics_are_errors() {
             return;
         }
         let payload = info.payload();

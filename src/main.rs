@@ -2,6 +2,8 @@
 //!
 //! Exit codes: 0 ok · 1 the verdict is a regression · 2 inconclusive · 3 bad input or usage · 4 internal failure · 130 interrupted.
 #![allow(clippy::print_stdout, clippy::print_stderr)]
+// Comments on options are help texts: `[` begins what may be left away.
+#![allow(rustdoc::broken_intra_doc_links)]
 
 mod args;
 mod commands;

@@ -173,7 +173,8 @@ fn load_file(path: &Path, template: Option<&ChatTemplate>, texts: &mut Vec<Strin
                 texts.push(text_of(path, format!("item {}", i + 1), value, template)?);
             }
         }
-        Some(Format::Parquet) => load_parquet(path, texts)?,
+        Some(Format::Parquet) => lowbit_checkpoint::guard::guarded("parquet", || load_parquet(path, texts))
+            .unwrap_or_else(|problem| Err(record(path, "file".into(), problem)))?,
         None => {
             let why = "its file name extension is not one we read";
             return Err(CalibrationError::UnknownSource { given: path.display().to_string(), why });

@@ -7,6 +7,7 @@ pub mod config;
 pub mod error;
 pub mod files;
 pub mod gguf;
+pub mod guard;
 pub mod hash;
 pub mod hub;
 pub mod linear;

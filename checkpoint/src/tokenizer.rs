@@ -1,15 +1,12 @@
 //! Text to token ids and back, as the checkpoint's own `tokenizer.json` says.
 
-mod guard;
-
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
 use crate::chat_template::{read_json, special_token};
 use crate::error::{CheckpointError, Result};
-use guard::guarded;
-pub use guard::panics_are_errors;
+use crate::guard;
 
 /// Texts longer than this are encoded in pieces and in parallel where that cannot change the ids.
 const PIECE: usize = 32 * 1024;
@@ -296,6 +293,11 @@ impl Tokenizer {
     pub fn sha256(&self) -> &str {
         &self.sha256
     }
+}
+
+/// What the library answers; its errors and panics as text.
+fn guarded<T>(call: impl FnOnce() -> std::result::Result<T, tokenizers::Error>) -> std::result::Result<T, String> {
+    guard::guarded("tokenizers", call)?.map_err(|e| e.to_string())
 }
 
 #[cfg(test)]

@@ -18,6 +18,16 @@ impl Interval {
         self.low > f64::MIN && self.high < f64::MAX
     }
 
+    /// `[low, high]` with so many digits; an end that the data leave open is infinite.
+    pub fn range(&self, digits: usize) -> String {
+        let end = |x: f64| match x {
+            f64::MAX => "∞".to_owned(),
+            f64::MIN => "−∞".to_owned(),
+            x => format!("{x:.digits$}"),
+        };
+        format!("[{}, {}]", end(self.low), end(self.high))
+    }
+
     /// The interval of `exp(value)`; overflow stops at the largest finite number.
     pub fn exp(self) -> Self {
         let exp = |x: f64| x.exp().min(f64::MAX);
@@ -175,6 +185,14 @@ mod tests {
 
     /// t(0.975, 2).
     const T2: f64 = 4.302652729749464;
+
+    #[test]
+    fn open_ends_are_infinite_in_words() {
+        assert_eq!(Interval { value: 1.0, low: 0.25, high: 2.0 }.range(2), "[0.25, 2.00]");
+        assert_eq!(Interval::unbounded(1.0).range(2), "[−∞, ∞]");
+        assert_eq!(Interval::unbounded(0.1).clamp(0.0, f64::MAX).range(1), "[0.0, ∞]");
+        assert_eq!(Interval::unbounded(0.1).exp().range(1), "[0.0, ∞]");
+    }
 
     #[test]
     fn clustered_mean_of_three_equal_windows() {

@@ -94,11 +94,10 @@ pub(crate) fn shrink(before: u64, after: u64) -> String {
 
 /// `low – high`.
 pub(crate) fn range(low: f64, high: f64, digits: usize) -> String {
-    if low.is_finite() && high.is_finite() {
-        format!("{} – {}", sig(low, digits), sig(high, digits))
-    } else {
-        NONE.to_owned()
-    }
+    // The largest numbers stand for ends that the data leave open.
+    let end =
+        |x: f64| if x.abs() == f64::MAX { if x < 0.0 { "−∞" } else { "∞" }.to_owned() } else { sig(x, digits) };
+    if low.is_finite() && high.is_finite() { format!("{} – {}", end(low), end(high)) } else { NONE.to_owned() }
 }
 
 /// `value [low – high]`.

@@ -1,7 +1,7 @@
 //! Joins the records of a quantized model into one self-contained report.
 //!
 //! [`load`] reads the records of a run directory, as far as they exist, and [`load_all`] those of several, to be compared;
-//! [`html`], [`markdown`] and [`json`] render them; [`write`] does all of that and puts `report.html`, `report.md` and
+//! [`html`], [`markdown`] and [`json`] render them; [`write()`] does all of that and puts `report.html`, `report.md` and
 //! `report.json` next to the records or elsewhere. The verdict comes first, then three numbers, then what they rest on; what there
 //! is no record of has no section. The same records give the same bytes.
 //!

@@ -137,12 +137,7 @@ pub fn summary(r: &EvalRecord) -> Vec<String> {
                 vec![
                     s.module.trim_start_matches("model.layers.").to_string(),
                     format!("{:.5}", s.kl),
-                    format!(
-                        "{:.5} [{:.5}, {:.5}]",
-                        s.regained.value,
-                        s.regained.low.max(-99.0),
-                        s.regained.high.min(99.0)
-                    ),
+                    format!("{:.5} {}", s.regained.value, s.regained.range(5)),
                     format!("{:.2}", s.bytes.unsigned_abs() as f64 / 1e6),
                     format!("{:+.5}", s.per_megabyte),
                 ]

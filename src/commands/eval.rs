@@ -260,7 +260,7 @@ pub fn summary(r: &EvalRecord) -> String {
                 p.scored_tokens.to_string(),
                 p.reference.map_or("–".into(), |v| format!("{:.4}", v.value)),
                 format!("{:.4}", p.perplexity.value),
-                p.ratio.map_or("–".into(), |v| format!("{:.4} [{:.4}, {:.4}]", v.value, v.low, v.high)),
+                p.ratio.map_or("–".into(), |v| format!("{:.4} {}", v.value, v.range(4))),
             ]
         })
         .collect();
@@ -269,8 +269,8 @@ pub fn summary(r: &EvalRecord) -> String {
     }
     if let Some(k) = &r.kl {
         out.push(format!(
-            "KL(reference ‖ candidate) over {} tokens: mean {:.5} [{:.5}, {:.5}] nats, median {:.5}, p99 {:.4}, max {:.3}\ntop-1 agreement {:.2} % [{:.2}, {:.2}]; perplexity {:.4} → {:.4}",
-            k.tokens, k.mean, k.mean_interval.low, k.mean_interval.high, k.median, k.p99, k.max,
+            "KL(reference ‖ candidate) over {} tokens: mean {:.5} {} nats, median {:.5}, p99 {:.4}, max {:.3}\ntop-1 agreement {:.2} % [{:.2}, {:.2}]; perplexity {:.4} → {:.4}",
+            k.tokens, k.mean, k.mean_interval.range(5), k.median, k.p99, k.max,
             100.0 * k.top1_agreement.value, 100.0 * k.top1_agreement.low, 100.0 * k.top1_agreement.high, k.reference_perplexity, k.perplexity
         ));
     }

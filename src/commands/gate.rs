@@ -332,7 +332,7 @@ pub fn summary(r: &GateRecord) -> String {
         .map(|t| {
             vec![
                 t.name.clone(),
-                format!("{:.5} [{:.5}, {:.5}]", t.value, t.interval.0, t.interval.1),
+                format!("{:.5} {}", t.value, t.range(5)),
                 t.limit.map_or("–".into(), |l| l.to_string()),
                 t.verdict.map_or("–", Verdict::name).to_string(),
             ]

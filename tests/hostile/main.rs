@@ -77,7 +77,7 @@ fn nothing_read_from_strangers_does_harm() {
     let last: Arc<Mutex<String>> = Arc::default();
     let told = last.clone();
     std::panic::set_hook(Box::new(move |info| {
-        if lowbit_checkpoint::tokenizer::panics_are_errors() {
+        if lowbit_checkpoint::guard::panics_are_errors() {
             return;
         }
         PANICS.fetch_add(1, Ordering::SeqCst);

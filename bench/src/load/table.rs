@@ -6,6 +6,8 @@ use parquet::file::reader::{FileReader, SerializedFileReader};
 use parquet::record::Field;
 use serde_json::{Map, Value};
 
+use lowbit_checkpoint::guard::guarded;
+
 use crate::load::error::{LoadError, Result};
 
 /// Rows with their places (`line 3`, `row 7`).
@@ -80,17 +82,23 @@ pub fn read_objects(path: &Path) -> Result<Objects> {
             .collect()
         }
         "parquet" => {
-            let file = lowbit_checkpoint::files::open(path)
-                .map_err(|source| LoadError::Io { path: path.to_path_buf(), source })?;
-            let reader = SerializedFileReader::new(file).map_err(|e| bad("file".into(), e.to_string()))?;
-            let rows = reader.get_row_iter(None).map_err(|e| bad("file".into(), e.to_string()))?;
-            rows.enumerate()
-                .map(|(i, row)| {
-                    let place = format!("row {}", i + 1);
-                    let row = row.map_err(|e| bad(place.clone(), e.to_string()))?;
-                    object(place, Value::Object(row.get_column_iter().map(|(n, f)| (n.clone(), json_of(f))).collect()))
-                })
-                .collect()
+            let rows = || {
+                let file = lowbit_checkpoint::files::open(path)
+                    .map_err(|source| LoadError::Io { path: path.to_path_buf(), source })?;
+                let reader = SerializedFileReader::new(file).map_err(|e| bad("file".into(), e.to_string()))?;
+                let rows = reader.get_row_iter(None).map_err(|e| bad("file".into(), e.to_string()))?;
+                rows.enumerate()
+                    .map(|(i, row)| {
+                        let place = format!("row {}", i + 1);
+                        let row = row.map_err(|e| bad(place.clone(), e.to_string()))?;
+                        object(
+                            place,
+                            Value::Object(row.get_column_iter().map(|(n, f)| (n.clone(), json_of(f))).collect()),
+                        )
+                    })
+                    .collect()
+            };
+            guarded("parquet", rows).unwrap_or_else(|e| Err(bad("file".into(), e)))
         }
         _ => Err(LoadError::option(
             path.display().to_string(),

@@ -29,11 +29,10 @@ pub fn markdown(r: &GateRecord) -> String {
         out.push_str("\n| | value [95 %] | limit | verdict |\n|---|--:|--:|---|\n");
         for t in &r.thresholds {
             out.push_str(&format!(
-                "| {} | {:.5} [{:.5}, {:.5}] | {} | {} |\n",
+                "| {} | {:.5} {} | {} | {} |\n",
                 escape(&t.name),
                 t.value,
-                t.interval.0,
-                t.interval.1,
+                t.range(5),
                 t.limit.map_or("–".into(), |l| l.to_string()),
                 t.verdict.map_or("–", Verdict::name)
             ));

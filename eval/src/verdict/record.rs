@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use super::decide::{Policy, Verdict};
 use super::pairing::Flip;
+use crate::record::Interval;
 
 /// Format of the record.
 pub const SCHEMA: u32 = 1;
@@ -78,6 +79,11 @@ pub struct Threshold {
 }
 
 impl Threshold {
+    /// The interval as text; see [`Interval::range`].
+    pub fn range(&self, digits: usize) -> String {
+        Interval { value: self.value, low: self.interval.0, high: self.interval.1 }.range(digits)
+    }
+
     /// Pass where the interval ends below the limit, regression where it begins above it.
     pub fn new(name: String, value: f64, interval: (f64, f64), limit: Option<f64>) -> Self {
         let verdict = limit.map(|limit| match interval {
@@ -190,8 +196,7 @@ impl GateRecord {
         }
         for t in self.thresholds.iter().filter(|t| !matches!(t.verdict, None | Some(Verdict::Pass))) {
             let limit = t.limit.unwrap_or(f64::NAN);
-            let (low, high) = t.interval;
-            parts.push(format!("{} {:.4} [{low:.4}, {high:.4}], limit {limit}", t.name, t.value));
+            parts.push(format!("{} {:.4} {}, limit {limit}", t.name, t.value, t.range(4)));
         }
         parts.join("; ")
     }

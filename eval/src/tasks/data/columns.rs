@@ -11,6 +11,11 @@ use super::Numbered;
 
 /// All rows, numbered from 1. Bytes are taken as UTF-8; dates and times become text.
 pub(super) fn read(file: &Path) -> Result<Numbered> {
+    let failed = |problem| Err(TaskError::Data { file: file.to_owned(), row: 1, problem });
+    lowbit_checkpoint::guard::guarded("parquet", || read_rows(file)).unwrap_or_else(failed)
+}
+
+fn read_rows(file: &Path) -> Result<Numbered> {
     let wrong = |row: usize, e: &dyn std::fmt::Display| TaskError::Data {
         file: file.to_owned(),
         row,
