@@ -406,7 +406,9 @@ fn a_jumping_clock_changes_no_measurement() {
     let out = tmp.path().join("load.json");
     let mut c = lowbit(tmp.path());
     c.args(["load", &url, "--profile", "concurrent:2", "--max-requests", "50", "--quiet", "-o"]).arg(&out);
-    ok(c.env("LD_PRELOAD", shim).env("FAULT_CLOCK", "1"));
+    let done = c.env("LD_PRELOAD", shim).env("FAULT_CLOCK", "1").output().unwrap();
+    // 2 on a machine too busy for the client to keep up: what it measured is there all the same.
+    assert!(matches!(done.status.code(), Some(0 | 2)), "{}", stderr(&done));
     let record = super::json(&out);
     let requests = record["stages"][0]["requests"].as_array().unwrap();
     assert_eq!(requests.len(), 50);

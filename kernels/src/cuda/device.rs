@@ -347,7 +347,7 @@ impl Device {
         }
     }
 
-    /// Multiprocessors: blocks beyond a small multiple of it wait for others. The emulator counts as [`EMULATED_SMS`].
+    /// Multiprocessors: blocks beyond a small multiple of it wait for others. The emulator counts as `EMULATED_SMS`.
     pub fn multiprocessors(&self) -> usize {
         match &self.inner {
             #[cfg(feature = "emulated")]
