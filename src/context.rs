@@ -90,7 +90,7 @@ impl Context {
         let usual = self.backend_for(purpose)?;
         match (kv, usual.name()) {
             (KvCacheArg::Float, _) => Ok(usual),
-            (KvCacheArg::Int8, "cpu") => Ok(Arc::new(CpuBackend::new().exact(self.exact).with_kv(KvFormat::Int8))),
+            (KvCacheArg::Int8, "cpu") => Ok(Arc::new(self.on_cpu(purpose).with_kv(KvFormat::Int8))),
             (_, other) => bail!("--kv-cache int8 is there on the CPU only, not on {other}\nhint: --device cpu"),
         }
     }
@@ -156,7 +156,13 @@ impl Context {
         Arc::new(GpuBackend::new(device).with_arithmetic(arithmetic).with_recorded_steps(self.graphs))
     }
 
-    /// The same device in half arithmetic, unless one was asked for or the usual one is reproducible.
+    fn on_cpu(&self, purpose: Purpose) -> CpuBackend {
+        let cpu = CpuBackend::new().exact(self.exact);
+        if purpose == Purpose::Speed { cpu.for_speed() } else { cpu }
+    }
+
+    /// The CPU with prompts rounded as decode does, or the same device in half arithmetic, unless one was asked for or the usual one is
+    /// reproducible.
     fn for_speed(&self, accurate: &Opened) -> Opened {
         let (mut backend, mut kernels) = (accurate.backend.clone(), accurate.kernels.clone());
         if let (Some(device), Some((Arithmetic::Fast, image)), None) =
@@ -164,6 +170,9 @@ impl Context {
         {
             backend = self.on_gpu(device.clone(), Arithmetic::Half);
             kernels = Some((Arithmetic::Half, image.clone()));
+        }
+        if backend.name() == "cpu" {
+            backend = Arc::new(self.on_cpu(Purpose::Speed));
         }
         Opened { backend, device: accurate.device.clone(), gpu: accurate.gpu.clone(), kernels }
     }
@@ -181,7 +190,7 @@ impl Context {
         };
         let gpu = |ordinal: usize| on(gpu::Device::cuda(ordinal, &device_options())?, Arithmetic::Fast);
         match self.device {
-            Device::Cpu => host(Arc::new(CpuBackend::new().exact(self.exact))),
+            Device::Cpu => host(Arc::new(self.on_cpu(Purpose::Accuracy))),
             Device::Scalar => host(Arc::new(ScalarBackend::new())),
             Device::Emulated => on(gpu::Device::emulated(self.threads)?, Arithmetic::Reproducible),
             Device::Cuda(n) => gpu(n),
@@ -191,7 +200,7 @@ impl Context {
                     if !self.quiet {
                         exit::talk(&format!("device: cpu ({e})"));
                     }
-                    host(Arc::new(CpuBackend::new().exact(self.exact)))
+                    host(Arc::new(self.on_cpu(Purpose::Accuracy)))
                 }
             },
         }

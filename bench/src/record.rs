@@ -91,10 +91,10 @@ pub struct MemoryRow {
     pub peak_rss_bytes: Option<u64>,
 }
 
-/// What rounding activations in decode changes.
+/// What rounding activations changes.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct RoundingDrift {
-    /// Positions compared.
+    /// Positions compared: of a text in decode, then of the same text as a prompt.
     pub tokens: usize,
     /// Mean KL(exact ‖ rounded), nats.
     pub kl_mean: f64,
@@ -124,7 +124,7 @@ pub struct BenchRecord {
     pub latency: Vec<LatencyRow>,
     /// Memory.
     pub memory: Vec<MemoryRow>,
-    /// The candidate's decode beside its own exact arithmetic (CPU only).
+    /// The candidate beside its own exact arithmetic (CPU only).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rounding: Option<RoundingDrift>,
     /// Tests that could not run, a model that did not fit above all (synthetic models only).

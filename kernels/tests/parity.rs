@@ -35,7 +35,7 @@ fn a_token_scores_the_same_alone_and_beside_others_in_both_phases() {
     let mut noise = Noise(2);
     let (n, k) = (70, 96);
     let rounded = [Level::Portable, Level::Avx2, Level::Avx512, Level::Vnni].map(CpuBackend::with_level);
-    for cpu in backends().into_iter().chain(rounded) {
+    for cpu in backends().into_iter().chain(rounded).chain([CpuBackend::new().for_speed()]) {
         let decode = cpu.decode_phase().unwrap();
         for (name, w) in cases::weights(&mut noise, n, k) {
             let x = noise.many(19 * k);
@@ -54,6 +54,22 @@ fn the_decode_phase_agrees_with_the_reference() {
     for cpu in backends() {
         let list = [(format!("{:?} decode", cpu.level()), cpu.decode_phase().unwrap())];
         cases::linears_agree(&list, &SIZES, |_, _| true);
+    }
+}
+
+#[test]
+fn prompts_for_speed_have_the_bits_of_decode() {
+    let (mut noise, cpu, n, k) = (Noise(6), CpuBackend::new().for_speed(), 70, 192);
+    for (name, w) in cases::weights(&mut noise, n, k) {
+        let loops = name.contains("-g32") || name.contains("-g64") || name.contains("-channel");
+        if cpu.level() != Level::Vnni || !name.starts_with('w') || !loops {
+            continue; // these keep prefill's arithmetic
+        }
+        let x = noise.many(19 * k);
+        let decode = cpu.decode_phase().unwrap();
+        assert_eq!(cases::linear(&cpu, &w, &x, None), cases::linear(decode, &w, &x, None), "{name}");
+        let exact = CpuBackend::new().for_speed().exact(true);
+        assert_eq!(cases::linear(&exact, &w, &x, None), cases::linear(&CpuBackend::new(), &w, &x, None), "{name}");
     }
 }
 

@@ -1,6 +1,7 @@
 //! `lowbit bench`, and the bench `run` does.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use anyhow::{Result, bail};
 use lowbit_bench::suite::kernels::{CeilingSizes, ceilings};
@@ -10,7 +11,7 @@ use lowbit_bench::{BenchOptions, BenchOutput, BenchRecord, Limits};
 use lowbit_checkpoint::provenance::Provenance;
 use lowbit_checkpoint::writer::write_atomic;
 use lowbit_kernels::backend::Backend;
-use lowbit_kernels::cpu::read_bandwidth;
+use lowbit_kernels::cpu::{CpuBackend, read_bandwidth};
 use lowbit_model::synthetic::parse_format;
 use lowbit_quantize::Progress;
 
@@ -137,8 +138,13 @@ pub fn measure(
     let pair = reference.zip(other.as_ref()).map(|(r, l)| (r.name.as_str(), &l.1));
     let detail = |text: &str| ctx.progress.detail(text);
     let out = lowbit_bench::run((&candidate.name, &model), pair, options, &limits, &detail)?;
-    detail("rounding of decode");
-    let rounding = rounding::measure(&model, ctx.exact())?;
+    detail("rounding of activations");
+    let text = rounding::text(&model, ctx.exact())?;
+    drop((model, other));
+    let rounding = match text {
+        Some(text) => Some(text.compare(&candidate.load_on(Arc::new(CpuBackend::new().exact(true)))?.1)?),
+        None => None,
+    };
     ctx.progress.clear();
     ctx.check_stop()?;
     let provenance = provenance::gather(ctx, Purpose::Speed, candidate, reference, options.seed, option_map(options))?;
@@ -203,7 +209,7 @@ pub fn summary(r: &BenchRecord) -> String {
     }
     if let Some(r) = &r.rounding {
         out.push(format!(
-            "rounding of decode against --exact, {} tokens: KL mean {:.1e}, max {:.1e}; first token the same at {}",
+            "rounding against --exact, {} positions: KL mean {:.1e}, max {:.1e}; first token the same at {}",
             r.tokens, r.kl_mean, r.kl_max, r.same_top
         ));
     }

@@ -244,24 +244,20 @@ impl Kernel for Dots<'_> {
     #[inline(always)]
     unsafe fn run<L: Lanes>(self) {
         let d = self.q.len();
-        let (q, q_tail) = self.q.as_chunks::<16>();
+        let whole = d / L::N * L::N;
         for (s, key) in self.scores.iter_mut().zip(self.keys.chunks_exact(d)) {
-            let (k, k_tail) = key.as_chunks::<16>();
-            let mut acc = [0f32; 16];
-            for (q, k) in q.iter().zip(k) {
-                for i in 0..16 {
-                    acc[i] += q[i] * k[i];
+            // SAFETY: `i + N ≤ d` elements exist in both; the caller vouches for the instruction set.
+            let mut sum = unsafe {
+                let mut acc = L::splat(0.0);
+                for i in (0..whole).step_by(L::N) {
+                    acc = L::fmadd(L::load(self.q.as_ptr().add(i)), L::load(key.as_ptr().add(i)), acc);
                 }
+                L::sum(acc)
+            };
+            for (a, b) in self.q[whole..].iter().zip(&key[whole..]) {
+                sum += a * b;
             }
-            let mut width = 8;
-            while width > 0 {
-                for i in 0..width {
-                    acc[i] += acc[i + width];
-                }
-                width /= 2;
-            }
-            let tail: f32 = q_tail.iter().zip(k_tail).map(|(a, b)| a * b).sum();
-            *s = (acc[0] + tail) * self.scale;
+            *s = sum * self.scale;
         }
     }
 }
@@ -276,11 +272,51 @@ struct Mix<'a> {
 impl Kernel for Mix<'_> {
     type Output = ();
     #[inline(always)]
-    unsafe fn run<L: Lanes>(self) {
+    unsafe fn run<L: Lanes>(mut self) {
         let d = self.out.len();
+        let mut from = 0;
+        // Four registers of columns stay where they are while all keys pass.
+        while from + L::N <= d {
+            let count = if from + 4 * L::N <= d { 4 } else { 1 };
+            // SAFETY: `from + count · N ≤ d`, the length of `out` and of every value; the caller vouches for the instruction set.
+            unsafe {
+                match count {
+                    4 => self.columns::<L, 4>(from),
+                    _ => self.columns::<L, 1>(from),
+                }
+            }
+            from += count * L::N;
+        }
         for (w, value) in self.weights.iter().zip(self.values.chunks_exact(d)) {
-            for (o, v) in self.out.iter_mut().zip(value) {
+            for (o, v) in self.out[from..].iter_mut().zip(&value[from..]) {
                 *o += w * v;
+            }
+        }
+    }
+}
+
+impl Mix<'_> {
+    /// Columns `from .. from + C · N` of every value.
+    ///
+    /// # Safety
+    /// The instruction set of `L`; the columns exist.
+    #[inline(always)]
+    unsafe fn columns<L: Lanes, const C: usize>(&mut self, from: usize) {
+        let out = self.out[from..].as_mut_ptr();
+        // SAFETY: the caller's contract.
+        unsafe {
+            let mut acc = [L::splat(0.0); C];
+            for c in 0..C {
+                acc[c] = L::load(out.add(c * L::N));
+            }
+            for (w, value) in self.weights.iter().zip(self.values.chunks_exact(self.out.len())) {
+                let w = L::splat(*w);
+                for c in 0..C {
+                    acc[c] = L::fmadd(w, L::load(value.as_ptr().add(from + c * L::N)), acc[c]);
+                }
+            }
+            for c in 0..C {
+                L::store(out.add(c * L::N), acc[c]);
             }
         }
     }

@@ -1,9 +1,12 @@
-//! Products of few tokens with one weight, or with several that read the same input, in one pass over the threads.
+//! Products that read each weight once, of few tokens (any weight) or of many (packed ones), with one weight or with several
+//! that share their input, in one pass over the threads.
 
 use std::ops::Range;
+use std::sync::OnceLock;
 
 use super::Weight;
 use super::dense::{GEMV_ROWS, GEMV_TOKENS};
+use super::integer::TOKENS;
 use super::pool::{Parts, Pool};
 use super::rounded::Rounded;
 use super::simd::Simd;
@@ -17,12 +20,19 @@ pub fn takes(exact: bool, weights: &[&Weight]) -> bool {
     })
 }
 
-/// `ys[i] = x Wᵢᵀ`: x `[t, k]`, ys[i] `[t, nᵢ]`. Rows are split in fixed chunks and tokens are taken four at a time, each in an order
+/// `ys[i] = x Wᵢᵀ`: x `[t, k]`, ys[i] `[t, nᵢ]`. Rows are split in fixed chunks and tokens are taken a few at a time, each in an order
 /// of its own, so neither threads nor the batch change a result.
 pub fn gemv(simd: Simd, pool: &Pool, x: &[f32], t: usize, weights: &[&Weight], ys: &mut [Vec<f32>]) {
     let k = x.len() / t.max(1);
-    let tokens: Vec<&[f32]> = x.chunks((GEMV_TOKENS * k).max(1)).collect();
-    let prepared: Vec<Vec<Input>> = tokens.iter().map(|x| prepare(simd, x, weights)).collect();
+    let packed = weights.iter().all(|w| matches!(w, Weight::Packed(_)));
+    let most = if packed { TOKENS } else { GEMV_TOKENS };
+    let tokens: Vec<&[f32]> = x.chunks((most * k).max(1)).collect();
+    let prepared: Vec<OnceLock<Vec<Input>>> = tokens.iter().map(|_| OnceLock::new()).collect();
+    if tokens.len() > 1 {
+        pool.run(tokens.len(), &|i| {
+            prepared[i].get_or_init(|| prepare(simd, tokens[i], weights));
+        });
+    }
     let mut tasks: Vec<(usize, Range<usize>)> = Vec::new();
     for (i, y) in ys.iter().enumerate() {
         let n = y.len() / t;
@@ -32,13 +42,14 @@ pub fn gemv(simd: Simd, pool: &Pool, x: &[f32], t: usize, weights: &[&Weight], y
     let parts: Vec<Parts<f32>> = ys.iter_mut().map(|y| Parts::new(y)).collect();
     pool.run(tasks.len(), &|task| {
         let (i, rows) = tasks[task].clone();
-        let mut some = [0f32; GEMV_ROWS * GEMV_TOKENS];
+        let mut some = [0f32; GEMV_ROWS * TOKENS];
         for (chunk, (x, prepared)) in tokens.iter().zip(&prepared).enumerate() {
+            let prepared = prepared.get_or_init(|| prepare(simd, x, weights));
             let count = x.len() / k.max(1);
             let some = &mut some[..rows.len() * count];
             product(simd, weights[i], prepared, i, x, rows.clone(), some);
             for (token, row) in some.chunks_exact(rows.len()).enumerate() {
-                let at = (chunk * GEMV_TOKENS + token) * widths[i] + rows.start;
+                let at = (chunk * most + token) * widths[i] + rows.start;
                 // SAFETY: a row of every token belongs to one chunk of rows, which is one task, and `ys` is borrowed for the whole call.
                 unsafe { parts[i].part(at, rows.len()) }.copy_from_slice(row);
             }
@@ -46,7 +57,7 @@ pub fn gemv(simd: Simd, pool: &Pool, x: &[f32], t: usize, weights: &[&Weight], y
     });
 }
 
-/// Rows `rows` of weight `i` times at most four tokens; out `[tokens, rows]`.
+/// Rows `rows` of weight `i` times the tokens of a chunk; out `[tokens, rows]`.
 fn product(simd: Simd, w: &Weight, inputs: &[Input], i: usize, x: &[f32], rows: Range<usize>, out: &mut [f32]) {
     let t = out.len() / rows.len().max(1);
     match (w, &inputs[i]) {

@@ -9,8 +9,8 @@ use super::simd::{Level, Simd};
 use super::tiles::{Line, QUAD, SLAB, TILE_ROWS, Tiles, quad};
 use half::{bf16, f16};
 
-/// Most tokens a call takes.
-pub const TOKENS: usize = 4;
+/// Tokens of a call that fill the registers.
+pub const TOKENS: usize = 6;
 /// Quads of a slab.
 const QUADS: usize = SLAB / QUAD;
 
@@ -83,7 +83,7 @@ pub fn product(simd: Simd, m: Matrix<'_>, x: &Rounded, first: usize, out: &mut [
     let t = x.high.len() / x.k.max(1);
     let rows = out.len() / t.max(1);
     let (count, blocks) = (rows.div_ceil(TILE_ROWS), x.k / x.block.max(1));
-    assert!((1..=TOKENS).contains(&t) && out.len() == rows * t, "tokens");
+    assert!(out.len() == rows * t, "tokens");
     assert!(x.k == m.groups * m.group_cols && m.group_cols.is_multiple_of(x.block), "groups");
     assert!(x.block.is_multiple_of(SLAB) && x.k == m.tiles.slabs * SLAB, "slabs");
     assert!(x.low.len() == t * x.k && x.scales.len() == t * blocks && x.sums.len() == t * blocks, "activations");
@@ -91,52 +91,62 @@ pub fn product(simd: Simd, m: Matrix<'_>, x: &Rounded, first: usize, out: &mut [
     assert!((first + count) * m.tiles.slabs * m.tiles.bits <= m.tiles.lines.len(), "tiles");
     let cells = (first + count) * m.groups * TILE_ROWS;
     assert!(cells <= m.scales.len() && m.zeros.is_none_or(|z| cells <= z.len()), "scales");
-    let job = Job { m, x, t, first, rows };
-    match m.tiles.bits {
-        8 => job.dispatch::<8>(simd, out),
-        4 => job.dispatch::<4>(simd, out),
-        3 => job.dispatch::<3>(simd, out),
-        _ => job.dispatch::<2>(simd, out),
+    let mut token = 0;
+    while token < t {
+        let count = match t - token {
+            6.. if simd.level() == Level::Vnni => 6,
+            4.. => 4,
+            2.. => 2,
+            _ => 1,
+        };
+        let job = Job { m, x, first, rows, token };
+        let out = &mut out[token * rows..][..count * rows];
+        match m.tiles.bits {
+            8 => job.dispatch::<8>(simd, count, out),
+            4 => job.dispatch::<4>(simd, count, out),
+            3 => job.dispatch::<3>(simd, count, out),
+            _ => job.dispatch::<2>(simd, count, out),
+        }
+        token += count;
     }
 }
 
-/// A product whose shapes were checked.
+/// A product whose shapes were checked: tokens from `token` on, rows from tile `first` on.
 #[derive(Clone, Copy)]
 struct Job<'a> {
     m: Matrix<'a>,
     x: &'a Rounded,
-    t: usize,
     first: usize,
     rows: usize,
+    token: usize,
 }
 
 impl Job<'_> {
-    fn dispatch<const BITS: usize>(self, simd: Simd, out: &mut [f32]) {
+    fn dispatch<const BITS: usize>(self, simd: Simd, count: usize, out: &mut [f32]) {
         #[cfg(target_arch = "x86_64")]
-        // SAFETY: a `Simd` holds only levels that this machine has; `product` checked the shapes.
+        // SAFETY: a `Simd` holds only levels that this machine has; `product` checked the shapes, and `out` holds `count` tokens.
         unsafe {
-            match (simd.level(), self.t) {
-                (Level::Vnni, 1) => return x86::rows_vnni::<BITS, 1>(self, out),
-                (Level::Vnni, 2) => return x86::rows_vnni::<BITS, 2>(self, out),
-                (Level::Vnni, 3) => return x86::rows_vnni::<BITS, 3>(self, out),
-                (Level::Vnni, _) => return x86::rows_vnni::<BITS, 4>(self, out),
+            match (simd.level(), count) {
+                (Level::Vnni, 1) => return x86::rows_vnni::<BITS, 1, 1, 2>(self, out),
+                (Level::Vnni, 2) => return x86::rows_vnni::<BITS, 2, 2, 1>(self, out),
+                (Level::Vnni, 4) => return x86::rows_vnni::<BITS, 4, 2, 1>(self, out),
+                (Level::Vnni, _) => return x86::rows_vnni::<BITS, 6, 2, 1>(self, out),
                 (Level::Avx2 | Level::Avx512, 1) => return x86::rows_avx2::<BITS, 1>(self, out),
                 (Level::Avx2 | Level::Avx512, 2) => return x86::rows_avx2::<BITS, 2>(self, out),
-                (Level::Avx2 | Level::Avx512, 3) => return x86::rows_avx2::<BITS, 3>(self, out),
                 (Level::Avx2 | Level::Avx512, _) => return x86::rows_avx2::<BITS, 4>(self, out),
                 (Level::Portable, _) => {}
             }
         }
         let _ = simd;
-        self.portable::<BITS>(out);
+        self.portable::<BITS>(count, out);
     }
 
     /// The scalar twin, and the definition.
-    fn portable<const BITS: usize>(self, out: &mut [f32]) {
-        let Self { m, x, t, first, rows } = self;
+    fn portable<const BITS: usize>(self, count: usize, out: &mut [f32]) {
+        let Self { m, x, first, rows, token } = self;
         let (slabs_of_block, blocks) = (x.block / SLAB, x.k / x.block);
-        for token in 0..t {
-            for (i, out) in out[token * rows..][..rows].chunks_mut(TILE_ROWS).enumerate() {
+        for (token, out) in (token..token + count).zip(out.chunks_mut(rows.max(1))) {
+            for (i, out) in out.chunks_mut(TILE_ROWS).enumerate() {
                 let tile = first + i;
                 let mut acc = [0f32; TILE_ROWS];
                 for b in 0..blocks {
@@ -216,61 +226,112 @@ mod x86 {
         }
     }
 
+    /// T tokens times all rows, R tiles at a time.
+    ///
     /// # Safety
-    /// AVX-512 F, BW and VNNI; shapes as [`product`] checks them; T tokens.
+    /// AVX-512 F, BW and VNNI; shapes as [`product`] checks them; `out` holds T tokens.
     #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-    pub unsafe fn rows_vnni<const BITS: usize, const T: usize>(job: Job<'_>, out: &mut [f32]) {
-        let Job { m, x, first, rows, .. } = job;
-        let (slabs_of_block, blocks) = (x.block / SLAB, x.k / x.block);
-        let (high, low) = (x.high.as_ptr(), x.low.as_ptr());
-        // SAFETY: tile `first + i` has `slabs · BITS` lines; quad `q` of slab `s` meets columns `32 s + 4 q ..` of each of T rows of
-        // k activations; block `b` has one scale and one sum a token, group `b · block / group_cols` sixteen scales
-        // (and zero points); all as checked by `product`.
+    pub unsafe fn rows_vnni<const BITS: usize, const T: usize, const R: usize, const C: usize>(
+        job: Job<'_>,
+        out: &mut [f32],
+    ) {
+        let count = job.rows.div_ceil(TILE_ROWS);
+        let mut i = 0;
+        // SAFETY: the caller's contract; tiles `i .. i + R` are among the rows.
         unsafe {
-            for i in 0..rows.div_ceil(TILE_ROWS) {
-                let tile = first + i;
-                let mut p = m.tiles.lines.as_ptr().add(tile * m.tiles.slabs * BITS);
-                let mut acc = [_mm512_setzero_ps(); T];
-                for b in 0..blocks {
-                    // Two chains a term: with one token a single one would wait for its own additions.
-                    let mut h = [[_mm512_setzero_si512(); 2]; T];
-                    let mut l = [[_mm512_setzero_si512(); 2]; T];
-                    for s in b * slabs_of_block..(b + 1) * slabs_of_block {
-                        for line in 0..BITS {
-                            _mm_prefetch::<_MM_HINT_T0>(p.wrapping_add(AHEAD + line).cast());
-                        }
-                        for q in 0..QUADS {
-                            let codes = quad_512::<BITS>(p, q);
-                            for t in 0..T {
-                                let at = t * x.k + s * SLAB + q * QUAD;
-                                let xh = _mm512_set1_epi32(high.add(at).cast::<i32>().read_unaligned());
-                                let xl = _mm512_set1_epi32(low.add(at).cast::<i32>().read_unaligned());
-                                h[t][q % 2] = _mm512_dpbusd_epi32(h[t][q % 2], codes, xh);
-                                l[t][q % 2] = _mm512_dpbusd_epi32(l[t][q % 2], codes, xl);
+            while i + R <= count {
+                tiles_vnni::<BITS, T, R, C>(job, i, out);
+                i += R;
+            }
+            while i < count {
+                tiles_vnni::<BITS, T, 1, C>(job, i, out);
+                i += 1;
+            }
+        }
+    }
+
+    /// R tiles from the `i`-th on; C chains a sum: with one token a single one would wait for its own additions.
+    ///
+    /// # Safety
+    /// As [`rows_vnni`]; tiles `i .. i + R` are among the rows.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+    unsafe fn tiles_vnni<const BITS: usize, const T: usize, const R: usize, const C: usize>(
+        job: Job<'_>,
+        i: usize,
+        out: &mut [f32],
+    ) {
+        let Job { m, x, first, rows, token } = job;
+        let (slabs_of_block, blocks, tile) = (x.block / SLAB, x.k / x.block, first + i);
+        let stride = m.tiles.slabs * BITS;
+        // SAFETY: a tile has `slabs · BITS` lines; quad `q` of slab `s` meets columns `32 s + 4 q ..` of each of T rows of k
+        // activations from `token` on; block `b` has one scale and one sum a token, group `b · block / group_cols` sixteen scales (and
+        // zero points) a tile; all as checked by `product`.
+        unsafe {
+            let (high, low) = (x.high.as_ptr().add(token * x.k), x.low.as_ptr().add(token * x.k));
+            let (scale, total) = (x.scales.as_ptr().add(token * blocks), x.sums.as_ptr().add(token * blocks));
+            let mut p = m.tiles.lines.as_ptr().add(tile * stride);
+            let mut acc = [[_mm512_setzero_ps(); R]; T];
+            for b in 0..blocks {
+                let group = b * x.block / m.group_cols;
+                let cell = |r: usize| ((tile + r) * m.groups + group) * TILE_ROWS;
+                let mut h = [[[_mm512_setzero_si512(); C]; R]; T];
+                let mut l = [[[_mm512_setzero_si512(); C]; R]; T];
+                // The sums start from what the zero points take off.
+                for t in 0..T {
+                    let total = (*total.add(t * blocks + b)).wrapping_neg();
+                    for r in 0..R {
+                        l[t][r][0] = match m.zeros {
+                            None => _mm512_set1_epi32(total.wrapping_mul(i32::from(m.mid))),
+                            Some(z) => {
+                                let z = _mm512_cvtepu8_epi32(_mm_loadu_si128(z.as_ptr().add(cell(r)).cast()));
+                                _mm512_mullo_epi32(z, _mm512_set1_epi32(total))
                             }
-                        }
-                        p = p.add(BITS);
-                    }
-                    let at = (tile * m.groups + b * x.block / m.group_cols) * TILE_ROWS;
-                    let scales = scales_512(m.scales, at);
-                    let zeros = match m.zeros {
-                        None => _mm512_set1_epi32(i32::from(m.mid)),
-                        Some(z) => _mm512_cvtepu8_epi32(_mm_loadu_si128(z.as_ptr().add(at).cast())),
-                    };
-                    for t in 0..T {
-                        let total = *x.sums.as_ptr().add(t * blocks + b);
-                        let scale = *x.scales.as_ptr().add(t * blocks + b);
-                        let high = _mm512_slli_epi32::<7>(_mm512_add_epi32(h[t][0], h[t][1]));
-                        let sum = _mm512_add_epi32(high, _mm512_add_epi32(l[t][0], l[t][1]));
-                        let shift = _mm512_mullo_epi32(zeros, _mm512_set1_epi32(total));
-                        let value = _mm512_cvtepi32_ps(_mm512_sub_epi32(sum, shift));
-                        acc[t] = _mm512_fmadd_ps(value, _mm512_mul_ps(scales, _mm512_set1_ps(scale)), acc[t]);
+                        };
                     }
                 }
-                let from = i * TILE_ROWS;
+                for s in b * slabs_of_block..(b + 1) * slabs_of_block {
+                    if T == 1 {
+                        for line in 0..BITS * R {
+                            _mm_prefetch::<_MM_HINT_T0>(p.wrapping_add(AHEAD + line).cast());
+                        }
+                    }
+                    for q in 0..QUADS {
+                        let mut codes = [_mm512_setzero_si512(); R];
+                        for r in 0..R {
+                            codes[r] = quad_512::<BITS>(p.add(r * stride), q);
+                        }
+                        for t in 0..T {
+                            let at = t * x.k + s * SLAB + q * QUAD;
+                            let xh = _mm512_set1_epi32(high.add(at).cast::<i32>().read_unaligned());
+                            let xl = _mm512_set1_epi32(low.add(at).cast::<i32>().read_unaligned());
+                            for r in 0..R {
+                                h[t][r][q % C] = _mm512_dpbusd_epi32(h[t][r][q % C], codes[r], xh);
+                                l[t][r][q % C] = _mm512_dpbusd_epi32(l[t][r][q % C], codes[r], xl);
+                            }
+                        }
+                    }
+                    p = p.add(BITS);
+                }
+                for r in 0..R {
+                    let scales = scales_512(m.scales, cell(r));
+                    for t in 0..T {
+                        let (mut high, mut sum) = (h[t][r][0], l[t][r][0]);
+                        for c in 1..C {
+                            high = _mm512_add_epi32(high, h[t][r][c]);
+                            sum = _mm512_add_epi32(sum, l[t][r][c]);
+                        }
+                        let value = _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32::<7>(high), sum));
+                        let factor = _mm512_mul_ps(scales, _mm512_set1_ps(*scale.add(t * blocks + b)));
+                        acc[t][r] = _mm512_fmadd_ps(value, factor, acc[t][r]);
+                    }
+                }
+            }
+            for r in 0..R {
+                let from = (i + r) * TILE_ROWS;
                 let mask = if rows - from >= TILE_ROWS { u16::MAX } else { (1u16 << (rows - from)) - 1 };
                 for t in 0..T {
-                    _mm512_mask_storeu_ps(out.as_mut_ptr().add(t * rows + from), mask, acc[t]);
+                    _mm512_mask_storeu_ps(out.as_mut_ptr().add(t * rows + from), mask, acc[t][r]);
                 }
             }
         }
@@ -321,7 +382,7 @@ mod x86 {
     /// Σ of one slab's codes times the activations of T tokens from `at` on, added to `sum`.
     ///
     /// # Safety
-    /// As [`rows_avx2`]; `p` is the slab, `at` its first column.
+    /// As [`rows_avx2`]; `p` is the slab, `at` the first token's element of its first column.
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
     unsafe fn slab_256<const BITS: usize, const T: usize>(
@@ -377,12 +438,12 @@ mod x86 {
     }
 
     /// # Safety
-    /// AVX2, FMA and F16C; shapes as [`product`] checks them; T tokens.
+    /// AVX2, FMA and F16C; shapes as [`product`] checks them; `out` holds T tokens.
     #[target_feature(enable = "avx2,fma,f16c")]
     pub unsafe fn rows_avx2<const BITS: usize, const T: usize>(job: Job<'_>, out: &mut [f32]) {
-        let Job { m, x, first, rows, .. } = job;
+        let Job { m, x, first, rows, token } = job;
         let (slabs_of_block, blocks) = (x.block / SLAB, x.k / x.block);
-        // SAFETY: as in `rows_vnni`.
+        // SAFETY: as in `tiles_vnni`.
         unsafe {
             for i in 0..rows.div_ceil(TILE_ROWS) {
                 let tile = first + i;
@@ -394,7 +455,7 @@ mod x86 {
                         for line in 0..BITS {
                             _mm_prefetch::<_MM_HINT_T0>(p.wrapping_add(AHEAD + line).cast());
                         }
-                        slab_256::<BITS, T>(x, p, s * SLAB, &mut sum);
+                        slab_256::<BITS, T>(x, p, token * x.k + s * SLAB, &mut sum);
                         p = p.add(BITS);
                     }
                     for half in 0..2 {
@@ -405,8 +466,8 @@ mod x86 {
                             Some(z) => _mm256_cvtepu8_epi32(_mm_loadl_epi64(z.as_ptr().add(at).cast())),
                         };
                         for t in 0..T {
-                            let total = *x.sums.as_ptr().add(t * blocks + b);
-                            let scale = *x.scales.as_ptr().add(t * blocks + b);
+                            let total = *x.sums.as_ptr().add((token + t) * blocks + b);
+                            let scale = *x.scales.as_ptr().add((token + t) * blocks + b);
                             let shift = _mm256_mullo_epi32(zeros, _mm256_set1_epi32(total));
                             let value = _mm256_cvtepi32_ps(_mm256_sub_epi32(sum[t][half], shift));
                             let factor = _mm256_mul_ps(scales, _mm256_set1_ps(scale));
@@ -459,7 +520,7 @@ mod tests {
                         groups: k / group,
                         group_cols: group,
                     };
-                    for t in 1..=TOKENS {
+                    for t in [1, 2, 3, 4, 6, 7, 13] {
                         let x: Vec<f32> = (0..t * k).map(|_| noise(&mut seed)).collect();
                         let block = super::super::rounded::block_of(group);
                         let mut twin = vec![0f32; rows * t];

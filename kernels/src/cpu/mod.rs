@@ -51,6 +51,8 @@ pub struct CpuBackend {
     simd: Simd,
     pool: Arc<Pool>,
     exact: bool,
+    /// Whether prompts meet packed weights in decode's arithmetic, too.
+    rounds_prompts: bool,
     kv: KvFormat,
     /// The same backend in its decode phase; `None` inside that one.
     decode: Option<Box<CpuBackend>>,
@@ -80,8 +82,8 @@ impl CpuBackend {
     pub fn with_level(most: Level) -> Self {
         let (simd, pool) = (Simd::up_to(most), Arc::new(Pool::new(rayon::current_num_threads())));
         let kv = KvFormat::Float;
-        let decode = Self { simd, pool: pool.clone(), exact: false, kv, decode: None };
-        Self { simd, pool, exact: false, kv, decode: Some(Box::new(decode)) }
+        let decode = Self { simd, pool: pool.clone(), exact: false, rounds_prompts: false, kv, decode: None };
+        Self { simd, pool, exact: false, rounds_prompts: false, kv, decode: Some(Box::new(decode)) }
     }
 
     /// Decodes packed weights by prefill's arithmetic, in f32 and slower, where it would round activations to fifteen bits.
@@ -91,6 +93,14 @@ impl CpuBackend {
         if let Some(decode) = &mut self.decode {
             decode.exact = exact;
         }
+        self
+    }
+
+    /// Takes prompts through packed weights in decode's arithmetic where that is faster (AVX-512 VNNI): for serving and its timing.
+    /// Scoring keeps prefill's.
+    #[must_use]
+    pub fn for_speed(mut self) -> Self {
+        self.rounds_prompts = self.simd.level() == Level::Vnni;
         self
     }
 
@@ -106,6 +116,12 @@ impl CpuBackend {
 
     fn decodes(&self) -> bool {
         self.decode.is_none()
+    }
+
+    /// Whether products with these weights read each weight once ([`gemv`]) instead of making panels.
+    fn reads_once(&self, weights: &[&Weight]) -> bool {
+        let rounds = self.rounds_prompts && weights.iter().all(|w| matches!(w, Weight::Packed(_)));
+        (self.decodes() || rounds) && gemv::takes(self.exact, weights)
     }
 
     /// The instruction set in use.
@@ -188,7 +204,7 @@ impl Backend for CpuBackend {
             return Ok(buffer(y));
         }
         let inner = weight(w)?;
-        if self.decodes() && gemv::takes(self.exact, &[inner]) {
+        if self.reads_once(&[inner]) {
             let mut ys = [y];
             gemv::gemv(self.simd, &self.pool, x, t, &[inner], &mut ys);
             [y] = ys;
@@ -211,7 +227,7 @@ impl Backend for CpuBackend {
         let t = checks::rows("linear input", x.len, first.in_features)?;
         let inner = weights.iter().map(|(w, _)| weight(w)).collect::<Result<Vec<_>>>()?;
         let alike = weights.iter().all(|(w, bias)| bias.is_none() && w.in_features == first.in_features);
-        if t == 0 || !alike || !self.decodes() || !gemv::takes(self.exact, &inner) {
+        if t == 0 || !alike || !self.reads_once(&inner) {
             return weights.iter().map(|(w, bias)| self.linear(x, w, *bias)).collect();
         }
         let lengths = weights.iter().map(|(w, _)| checks::product("linear output", t, w.out_features));

@@ -190,6 +190,18 @@ mod x86 {
         unsafe { kernel.run::<Avx512>() }
     }
 
+    /// The tree of [`Lanes::sum`] for eight lanes.
+    ///
+    /// # Safety
+    /// AVX2 is available.
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn sum_256(v: __m256) -> f32 {
+        let four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps::<1>(v));
+        let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+        _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps::<1>(two, two)))
+    }
+
     /// Eight lanes.
     pub struct Avx2;
 
@@ -197,6 +209,12 @@ mod x86 {
     unsafe impl Lanes for Avx2 {
         type V = __m256;
         const N: usize = 8;
+        #[inline]
+        #[target_feature(enable = "avx2,fma,f16c")]
+        unsafe fn sum(v: __m256) -> f32 {
+            // SAFETY: the caller's contract.
+            unsafe { sum_256(v) }
+        }
         #[inline]
         #[target_feature(enable = "avx2,fma,f16c")]
         unsafe fn splat(x: f32) -> __m256 {
@@ -246,6 +264,13 @@ mod x86 {
     unsafe impl Lanes for Avx512 {
         type V = __m512;
         const N: usize = 16;
+        #[inline]
+        #[target_feature(enable = "avx512f,avx2,fma,f16c")]
+        unsafe fn sum(v: __m512) -> f32 {
+            let high = _mm256_castpd_ps(_mm512_extractf64x4_pd::<1>(_mm512_castps_pd(v)));
+            // SAFETY: the caller's contract.
+            unsafe { sum_256(_mm256_add_ps(_mm512_castps512_ps256(v), high)) }
+        }
         #[inline]
         #[target_feature(enable = "avx512f,avx2,fma,f16c")]
         unsafe fn splat(x: f32) -> __m512 {
