@@ -604,6 +604,9 @@ pub struct BenchArgs {
     /// Tokens the draft proposes at a time.
     #[arg(long, default_value_t = 4, requires = "draft")]
     pub draft_tokens: usize,
+    /// How MODEL keeps keys and values, as in `lowbit serve`; the reference keeps floats.
+    #[arg(long, value_enum, default_value_t = KvCacheArg::Float, conflicts_with_all = ["synthetic", "draft"])]
+    pub kv_cache: KvCacheArg,
     /// Print the rows in a format of llama-bench, for the scripts that read them.
     #[arg(long, value_enum)]
     pub format: Option<BenchFormat>,

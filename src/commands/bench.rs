@@ -15,7 +15,7 @@ use lowbit_kernels::cpu::{CpuBackend, read_bandwidth};
 use lowbit_model::synthetic::parse_format;
 use lowbit_quantize::Progress;
 
-use crate::args::BenchArgs;
+use crate::args::{BenchArgs, KvCacheArg};
 use crate::commands::eval::refuse_existing;
 use crate::commands::rounding;
 use crate::commands::table::{megabytes, table};
@@ -38,7 +38,12 @@ pub fn bench(ctx: &Context, args: &BenchArgs) -> Result<()> {
         (None, Some(model)) => {
             let candidate = models::locate(ctx, model)?;
             let reference = args.reference.as_deref().map(|r| models::locate(ctx, r)).transpose()?;
-            measure(ctx, &candidate, reference.as_ref(), &options(ctx, args, &BenchOptions::default()))?
+            let wanted = options(ctx, args, &BenchOptions::default());
+            let mut record = measure(ctx, &candidate, reference.as_ref(), &wanted, args.kv_cache)?;
+            if args.kv_cache != KvCacheArg::Float {
+                record.provenance.options.insert("kv_cache".into(), "int8".into());
+            }
+            record
         }
         (None, None) => bail!("no MODEL\nhint: lowbit bench MODEL, or lowbit bench --synthetic llama-3.1-8b"),
     };
@@ -124,14 +129,15 @@ fn limits(ctx: &Context, backend: &dyn Backend) -> Result<(Limits, Option<Ceilin
     Ok((limits, Some(c)))
 }
 
-/// Loads both models and measures.
+/// Loads both models and measures; `kv` is how the candidate keeps keys and values.
 pub fn measure(
     ctx: &Context,
     candidate: &Located,
     reference: Option<&Located>,
     options: &BenchOptions,
+    kv: KvCacheArg,
 ) -> Result<BenchRecord> {
-    let (_, model) = candidate.load(ctx, Purpose::Speed)?;
+    let (_, model) = candidate.load_on(ctx.backend_with_kv(Purpose::Speed, kv)?)?;
     let other = reference.map(|r| r.load(ctx, Purpose::Speed)).transpose()?;
     ctx.progress.stage("bench", 0);
     let (limits, ceilings) = limits(ctx, ctx.backend_for(Purpose::Speed)?.as_ref())?;

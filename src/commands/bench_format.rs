@@ -95,7 +95,11 @@ fn row(r: &BenchRecord, b: &BenchRow, several: bool) -> Row {
     let ((avg_ns, stddev_ns), (avg_ts, stddev_ts)) = (spread(&ns), spread(&b.samples));
     let (prompt, generated, depth) = counts(&b.test);
     let gpu = p.gpu.is_some();
-    let kv = memory.map_or("f32", |m| if m.kv_element_bytes == 2 { "bf16" } else { "f32" });
+    let kv = memory.map_or("f32", |m| match m.kv_element_bytes {
+        1 => "q8_0",
+        2 => "bf16",
+        _ => "f32",
+    });
     let mut fields = vec![
         ("build_commit", json!(p.commit.as_deref().unwrap_or("unknown"))),
         ("build_number", json!(0)),

@@ -12,7 +12,7 @@ use lowbit_quantize::record::{PlanRecord, QuantizeRecord};
 use lowbit_quantize::verify;
 use serde::de::DeserializeOwned;
 
-use crate::args::RunArgs;
+use crate::args::{KvCacheArg, RunArgs};
 use crate::commands::run_accuracy::{self, Pair};
 use crate::commands::{bench, quantize, report, run_serving};
 use crate::context::Context;
@@ -104,7 +104,7 @@ pub fn run(ctx: &Context, args: &RunArgs) -> Result<()> {
         }) {
             ctx.say("bench: done before");
         } else {
-            let b = bench::measure(ctx, &quantized, Some(&located), &wanted)?;
+            let b = bench::measure(ctx, &quantized, Some(&located), &wanted, KvCacheArg::Float)?;
             write_atomic(&dir.join("bench.json"), &serde_json::to_vec_pretty(&b)?)?;
             ctx.say(bench::summary(&b));
         }

@@ -56,6 +56,28 @@ fn rows_are_printed_as_llama_bench_prints_them() {
     assert!((tg["stddev_ts"].as_f64().unwrap() - (samples[0] - samples[1]).abs() / 2f64.sqrt()).abs() < 1e-6 * mean);
     let time = tg["test_time"].as_str().unwrap();
     assert!(time.len() == 20 && time.as_bytes()[10] == b'T' && time.ends_with('Z'), "{time}");
+    let mut c = lowbit(tmp.path());
+    c.args([
+        "--quiet",
+        "--device",
+        "cpu",
+        "bench",
+        "demo",
+        "-p",
+        "0",
+        "-n",
+        "2",
+        "-d",
+        "70",
+        "-r",
+        "1",
+        "--kv-cache",
+        "int8",
+        "--format",
+        "jsonl",
+    ]);
+    let int8: serde_json::Value = serde_json::from_slice(&ok(&mut c).stdout).unwrap();
+    assert_eq!((int8["type_k"].as_str(), int8["n_depth"].as_u64()), (Some("q8_0"), Some(70)));
     // As `lowbit inspect` counts the demo's tensors, norms aside.
     let inspected: serde_json::Value =
         serde_json::from_slice(&ok(lowbit(tmp.path()).args(["--json", "inspect", "demo"])).stdout).unwrap();
