@@ -2,8 +2,8 @@
 //! with).
 //!
 //! Results never depend on the number of threads or on the rest of the batch. What they do depend on is the phase: prefill
-//! keeps one order of additions for any number of tokens (see [`product`]); decode ([`Backend::decode_phase`]) has loops that read each
-//! weight once from memory, and there packed weights meet activations rounded to fifteen bits ([`rounded`]) unless the backend is
+//! keeps one order of additions for any number of tokens (see `product.rs`); decode ([`Backend::decode_phase`]) has loops that read each
+//! weight once from memory, and there packed weights meet activations rounded to fifteen bits (`rounded.rs`) unless the backend is
 //! [`CpuBackend::exact`].
 
 mod attention;

@@ -68,6 +68,7 @@ struct Round<'a, const B: usize> {
 
 impl<const B: usize> Kernel for Round<'_, B> {
     type Output = ();
+    #[expect(clippy::manual_clamp, reason = "`clamp` keeps NaN, which has no integer")]
     #[inline(always)]
     unsafe fn run<L: Lanes>(self) {
         let Self { x, to } = self;
