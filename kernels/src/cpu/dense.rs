@@ -16,6 +16,9 @@ pub const GEMV_TOKENS: usize = 4;
 /// Rows of one task of a matrix–vector product.
 pub const GEMV_ROWS: usize = 64;
 
+/// Bytes of a row beyond which its own later columns are fetched ahead, not the next rows.
+const LONG_ROW: usize = 8192;
+
 /// `[rows, cols]` floats as stored.
 pub struct DenseWeight {
     dtype: FloatType,
@@ -195,18 +198,20 @@ unsafe fn dot_block<L: Lanes, E: Element, const R: usize, const T: usize>(
     (out, first, rows): (&mut [f32], usize, usize),
 ) {
     let (w, x) = (&w[..R * k * E::SIZE], &x[..T * k]);
+    // Where these rows' successors are, or further along long rows: R streams of their own confuse the hardware's prefetch.
+    let ahead = if k * E::SIZE <= LONG_ROW { R * k * E::SIZE } else { LONG_ROW / 4 };
     // SAFETY: offsets stay below `R · k` elements of `w` and `T · k` of `x`, sliced above.
     unsafe {
         let mut acc = [[[L::splat(0.0); 2]; T]; R];
         let mut i = 0;
         while i + 2 * L::N <= k {
             for s in 0..2 {
-                step::<L, E, R, T>(w, x, k, i + s * L::N, s, &mut acc);
+                step::<L, E, R, T>(w, x, (k, ahead), i + s * L::N, s, &mut acc);
             }
             i += 2 * L::N;
         }
         if i + L::N <= k {
-            step::<L, E, R, T>(w, x, k, i, 0, &mut acc);
+            step::<L, E, R, T>(w, x, (k, ahead), i, 0, &mut acc);
             i += L::N;
         }
         for r in 0..R {
@@ -229,7 +234,7 @@ unsafe fn dot_block<L: Lanes, E: Element, const R: usize, const T: usize>(
 unsafe fn step<L: Lanes, E: Element, const R: usize, const T: usize>(
     w: &[u8],
     x: &[f32],
-    k: usize,
+    (k, ahead): (usize, usize),
     at: usize,
     s: usize,
     acc: &mut [[[L::V; 2]; T]; R],
@@ -241,7 +246,9 @@ unsafe fn step<L: Lanes, E: Element, const R: usize, const T: usize>(
             xv[t] = L::load(x.as_ptr().add(t * k + at));
         }
         for r in 0..R {
-            let wv = E::lanes::<L>(w.as_ptr().add((r * k + at) * E::SIZE));
+            let p = w.as_ptr().add((r * k + at) * E::SIZE);
+            L::prefetch(p.wrapping_add(ahead));
+            let wv = E::lanes::<L>(p);
             for t in 0..T {
                 acc[r][t][s] = L::fmadd(wv, xv[t], acc[r][t][s]);
             }

@@ -16,6 +16,7 @@ mod gemv;
 mod hessian;
 mod integer;
 mod kv;
+mod memory;
 mod packed;
 mod pool;
 mod product;
@@ -30,6 +31,7 @@ use std::sync::Arc;
 
 pub use bandwidth::read_bandwidth;
 use checks::{buffer, host, host_mut};
+pub use memory::keep_freed_memory;
 use pool::Pool;
 pub use reference::ScalarBackend;
 pub use simd::Level;

@@ -105,6 +105,12 @@ pub unsafe trait Lanes {
     /// # Safety
     /// See the trait.
     unsafe fn load_f16(p: *const u8) -> Self::V;
+    /// Asks for the cache line at `p`, which need not exist.
+    #[inline(always)]
+    fn prefetch(p: *const u8) {
+        let _ = p;
+    }
+
     /// Sum of the lanes, as a binary tree (the same order on every machine of equal `N`).
     /// # Safety
     /// See the trait.
@@ -209,6 +215,11 @@ mod x86 {
     unsafe impl Lanes for Avx2 {
         type V = __m256;
         const N: usize = 8;
+        #[inline(always)]
+        fn prefetch(p: *const u8) {
+            // SAFETY: a prefetch reads nothing; SSE is part of x86-64.
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
+        }
         #[inline]
         #[target_feature(enable = "avx2,fma,f16c")]
         unsafe fn sum(v: __m256) -> f32 {
@@ -264,6 +275,11 @@ mod x86 {
     unsafe impl Lanes for Avx512 {
         type V = __m512;
         const N: usize = 16;
+        #[inline(always)]
+        fn prefetch(p: *const u8) {
+            // SAFETY: a prefetch reads nothing; SSE is part of x86-64.
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
+        }
         #[inline]
         #[target_feature(enable = "avx512f,avx2,fma,f16c")]
         unsafe fn sum(v: __m512) -> f32 {
