@@ -5,7 +5,7 @@
 //! products of a few dozen microseconds each, where waking a sleeping rayon worker would cost as much as the work.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{JoinHandle, Thread};
 
@@ -25,8 +25,8 @@ struct Shared {
     epoch: AtomicUsize,
     /// The job of this epoch; written before `epoch` changes, read after.
     job: Mutex<Option<SendJob>>,
-    tasks: AtomicUsize,
-    next: AtomicUsize,
+    /// Tasks that nobody took yet: first in the low half, end in the high half.
+    left: AtomicU64,
     /// Workers inside the job, and [`CLOSED`] when no more may enter.
     gate: AtomicUsize,
     panicked: AtomicBool,
@@ -55,8 +55,7 @@ impl Pool {
         let shared = Arc::new(Shared {
             epoch: AtomicUsize::new(0),
             job: Mutex::new(None),
-            tasks: AtomicUsize::new(0),
-            next: AtomicUsize::new(0),
+            left: AtomicU64::new(0),
             gate: AtomicUsize::new(CLOSED),
             panicked: AtomicBool::new(false),
             stop: AtomicBool::new(false),
@@ -75,7 +74,11 @@ impl Pool {
     /// Calls `f(0) .. f(tasks − 1)`, each once, on any thread, and returns when all have returned. Which thread runs a
     /// task is not defined, so `f` must not let it show.
     pub fn run(&self, tasks: usize, f: &(dyn Fn(usize) + Sync)) {
-        let guard = if tasks > 1 && !self.workers.is_empty() { self.busy.try_lock().ok() } else { None };
+        let guard = if tasks > 1 && tasks <= u32::MAX as usize && !self.workers.is_empty() {
+            self.busy.try_lock().ok()
+        } else {
+            None
+        };
         let Some(_guard) = guard else {
             (0..tasks).for_each(f);
             return;
@@ -85,8 +88,7 @@ impl Pool {
         // waits until it is empty before it returns (nor does it unwind earlier: the closure's panics are caught).
         let job: Job = unsafe { std::mem::transmute::<*const (dyn Fn(usize) + Sync + '_), Job>(f) };
         *s.job.lock().unwrap_or_else(PoisonError::into_inner) = Some(SendJob(job));
-        s.tasks.store(tasks, Ordering::Relaxed);
-        s.next.store(0, Ordering::Relaxed);
+        s.left.store((tasks as u64) << 32, Ordering::Relaxed);
         s.gate.fetch_and(!CLOSED, Ordering::SeqCst);
         s.epoch.fetch_add(1, Ordering::SeqCst);
         for (i, t) in self.threads.iter().enumerate() {
@@ -94,7 +96,7 @@ impl Pool {
                 t.unpark();
             }
         }
-        let mine = catch_unwind(AssertUnwindSafe(|| pull(s, f)));
+        let mine = catch_unwind(AssertUnwindSafe(|| pull(s, f, true)));
         // A worker that never came (asleep, or its core is busy with somebody else's work) is not waited for.
         s.gate.fetch_or(CLOSED, Ordering::SeqCst);
         let mut spins = 0;
@@ -125,14 +127,20 @@ impl Drop for Pool {
     }
 }
 
-fn pull(s: &Shared, f: &(dyn Fn(usize) + Sync)) {
-    let tasks = s.tasks.load(Ordering::Relaxed);
-    loop {
-        let i = s.next.fetch_add(1, Ordering::Relaxed);
-        if i >= tasks {
-            return;
+/// The caller takes from the front, workers from the back: tasks that follow each other in memory mostly fall to one thread, whose
+/// prefetching then is not in vain.
+fn pull(s: &Shared, f: &(dyn Fn(usize) + Sync), front: bool) {
+    const FIRST: u64 = u32::MAX as u64;
+    let take = |left: u64| {
+        let (first, end) = (left & FIRST, left >> 32);
+        match (first < end, front) {
+            (false, _) => None,
+            (true, true) => Some(left + 1),
+            (true, false) => Some(left - (1 << 32)),
         }
-        f(i);
+    };
+    while let Ok(left) = s.left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take) {
+        f(if front { left & FIRST } else { (left >> 32) - 1 } as usize);
     }
 }
 
@@ -164,7 +172,7 @@ fn work(s: &Shared, index: usize) {
                     // SAFETY: this worker entered while the gate was open: `run` posted the job before it opened the
                     // gate and keeps the closure alive until the gate is empty.
                     let f = unsafe { &*job.0 };
-                    pull(s, f);
+                    pull(s, f, false);
                 }));
                 if result.is_err() {
                     s.panicked.store(true, Ordering::Relaxed);
