@@ -28,11 +28,11 @@ pub fn gemv(simd: Simd, pool: &Pool, x: &[f32], t: usize, weights: &[&Weight], y
     let most = if packed { TOKENS } else { GEMV_TOKENS };
     let tokens: Vec<&[f32]> = x.chunks((most * k).max(1)).collect();
     let prepared: Vec<OnceLock<Vec<Input>>> = tokens.iter().map(|_| OnceLock::new()).collect();
-    if tokens.len() > 1 {
-        pool.run(tokens.len(), &|i| {
-            prepared[i].get_or_init(|| prepare(simd, tokens[i], weights));
-        });
-    }
+    // Before the products: a thread that found its input in the making would sleep for longer than the product takes. One chunk
+    // is made by the caller alone.
+    pool.run(tokens.len(), &|i| {
+        prepared[i].get_or_init(|| prepare(simd, tokens[i], weights));
+    });
     let mut tasks: Vec<(usize, Range<usize>)> = Vec::new();
     for (i, y) in ys.iter().enumerate() {
         let n = y.len() / t;
