@@ -55,8 +55,9 @@ pub fn serve(ctx: &Context, args: &ServeArgs) -> Result<()> {
     let template = ChatTemplate::load(&located.dir)?;
     let url = format!("http://{}", server.address());
     let json = serde_json::json!({"url": url, "port": server.address().port(), "max_model_len": engine.max_len()});
-    ctx.print(&json, || url.clone())?;
+    // Whoever reads the address may send SIGTERM at once: the server has it by then.
     ctx.release_signals();
+    ctx.print(&json, || url.clone())?;
     server.run(engine, thread, template, vocab)?;
     Ok(())
 }

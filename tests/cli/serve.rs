@@ -395,3 +395,20 @@ fn sigterm_finishes_what_runs_and_refuses_the_rest() {
     assert!(status.success(), "{status}");
     assert!(TcpStream::connect(("127.0.0.1", s.port)).is_err());
 }
+
+#[test]
+fn sigterm_is_not_lost_between_the_address_and_the_first_connection() {
+    for _ in 0..10 {
+        let mut s = start(&[], &[]);
+        ok(Command::new("kill").args(["-TERM", &s.child.id().to_string()]));
+        let late = Instant::now() + Duration::from_secs(60);
+        let status = loop {
+            if let Some(status) = s.child.try_wait().unwrap() {
+                break status;
+            }
+            assert!(Instant::now() < late, "SIGTERM was lost");
+            std::thread::sleep(Duration::from_millis(5));
+        };
+        assert!(status.success(), "{status}");
+    }
+}

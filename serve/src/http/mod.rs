@@ -26,6 +26,8 @@ use hyper_util::service::TowerToHyperService;
 use lowbit_checkpoint::chat_template::ChatTemplate;
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
+use tokio::runtime::Runtime;
+use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::engine::Engine;
 use crate::error::{Result, ServeError};
@@ -86,16 +88,45 @@ fn parse<T: serde::de::DeserializeOwned>(bytes: &[u8]) -> std::result::Result<T,
 /// A bound server.
 pub struct Server {
     listener: std::net::TcpListener,
+    runtime: Runtime,
+    signals: Signals,
     options: ServerOptions,
 }
 
+/// What ends the server.
+struct Signals {
+    term: Signal,
+    int: Signal,
+}
+
+impl Signals {
+    async fn recv(&mut self) {
+        tokio::select! {
+            _ = self.term.recv() => (),
+            _ = self.int.recv() => (),
+        }
+    }
+}
+
+fn io(what: &str) -> impl FnOnce(std::io::Error) -> ServeError {
+    let what = what.to_string();
+    move |source| ServeError::Io { what, source }
+}
+
 impl Server {
-    /// Listens; nothing is answered yet.
+    /// Listens, and watches for SIGTERM and SIGINT from here on: one that comes before [`Server::run`] is not lost. Nothing is
+    /// answered yet.
     pub fn bind(options: ServerOptions) -> Result<Self> {
         let what = format!("cannot listen on {}", options.address);
-        let listener =
-            std::net::TcpListener::bind(options.address).map_err(|source| ServeError::Io { what, source })?;
-        Ok(Self { listener, options })
+        let listener = std::net::TcpListener::bind(options.address).map_err(io(&what))?;
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
+        let runtime = runtime.map_err(io("cannot start the server's threads"))?;
+        let signals = {
+            let _entered = runtime.enter();
+            let watch = |kind| signal(kind).map_err(io("cannot watch for signals"));
+            Signals { term: watch(SignalKind::terminate())?, int: watch(SignalKind::interrupt())? }
+        };
+        Ok(Self { listener, runtime, signals, options })
     }
 
     /// The address, with the port that was given where 0 was asked for.
@@ -111,12 +142,7 @@ impl Server {
         template: Option<ChatTemplate>,
         vocab: usize,
     ) -> Result<()> {
-        let io = |what: &str| {
-            let what = what.to_string();
-            move |source| ServeError::Io { what, source }
-        };
-        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
-        let runtime = runtime.map_err(io("cannot start the server's threads"))?;
+        let runtime = self.runtime;
         let o = self.options;
         let (limit, drain) = (o.max_connections.max(1), o.drain);
         let app = Arc::new(App {
@@ -134,7 +160,7 @@ impl Server {
         let done = runtime.block_on(async {
             self.listener.set_nonblocking(true).map_err(io("cannot listen"))?;
             let listener = TcpListener::from_std(self.listener).map_err(io("cannot listen"))?;
-            accept(listener, app.clone(), limit, drain).await
+            accept(listener, self.signals, app.clone(), limit, drain).await
         });
         // Handlers that outlived the drain go with the runtime, and the engine ends with the last of them.
         runtime.shutdown_timeout(Duration::from_secs(1));
@@ -144,18 +170,19 @@ impl Server {
     }
 }
 
-async fn accept(listener: TcpListener, app: Arc<App>, limit: usize, drain: Duration) -> Result<()> {
-    let watch = |kind| tokio::signal::unix::signal(kind);
-    let signals = |source| ServeError::Io { what: "cannot watch for signals".into(), source };
-    let mut term = watch(tokio::signal::unix::SignalKind::terminate()).map_err(signals)?;
-    let mut int = watch(tokio::signal::unix::SignalKind::interrupt()).map_err(signals)?;
+async fn accept(
+    listener: TcpListener,
+    mut signals: Signals,
+    app: Arc<App>,
+    limit: usize,
+    drain: Duration,
+) -> Result<()> {
     let router = router(app.clone());
     let graceful = GracefulShutdown::new();
     let slots = Arc::new(tokio::sync::Semaphore::new(limit));
     loop {
         let stream = tokio::select! {
-            _ = term.recv() => break,
-            _ = int.recv() => break,
+            () = signals.recv() => break,
             accepted = listener.accept() => match accepted {
                 Ok((stream, _)) => stream,
                 // Out of descriptors, or the client is gone already: neither is a reason to end.
@@ -186,8 +213,7 @@ async fn accept(listener: TcpListener, app: Arc<App>, limit: usize, drain: Durat
     tokio::select! {
         () = graceful.shutdown() => Ok(()),
         () = tokio::time::sleep(drain) => Ok(()),
-        _ = term.recv() => Ok(()),
-        _ = int.recv() => Ok(()),
+        () = signals.recv() => Ok(()),
     }
 }
 
