@@ -292,8 +292,8 @@ pub struct RunArgs {
     /// Timed repetitions of the bench.
     #[arg(long, default_value_t = 5)]
     pub repetitions: usize,
-    /// Serve both models in turn and load each: one stream, many, and rates between (load.json, load-reference.json; the report
-    /// draws them).
+    /// Serve both models in turn and load each: one stream, many, and rates between (load.json, load-reference.json); then let the
+    /// quantized model draft for the original (speculation.json). The report draws them.
     #[arg(long)]
     pub serve_bench: bool,
     /// What is asked, as in `lowbit load --data`. [default: chat; demo for the demo]

@@ -95,6 +95,8 @@ fn vllm_results() {
     let name = "vllm-bench.json";
     let (_dir, plain) = changed(name, |v| v.as_object_mut().unwrap().retain(|k, _| k != "ttfts"));
     assert!(read(&plain).unwrap_err().to_string().contains("--save-detailed"));
+    let (_dir, old) = changed(name, |v| v.as_object_mut().unwrap().retain(|k, _| k != "start_times"));
+    assert!(read(&old).unwrap_err().to_string().contains("newer vLLM"));
     let (_dir, short) = changed(name, |v| v["itls"] = json!([[]]));
     assert!(read(&short).unwrap_err().to_string().contains("`itls` 1"));
     let (_dir, wrong) = changed(name, |v| v["completed"] = json!(4));

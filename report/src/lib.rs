@@ -33,6 +33,7 @@ mod view_layers;
 mod view_provenance;
 mod view_serving;
 mod view_size;
+mod view_speculation;
 mod view_speed;
 mod view_verdict;
 

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use lowbit_bench::capacity::plan::CapacityRecord;
 use lowbit_bench::load::record::LoadRecord;
 use lowbit_bench::record::BenchRecord;
+use lowbit_bench::speculation::SpeculationRecord;
 use lowbit_checkpoint::provenance::Provenance;
 use lowbit_eval::record::EvalRecord;
 use lowbit_eval::verdict::record::GateRecord;
@@ -67,8 +68,16 @@ pub enum ReportError {
 }
 
 /// What a directory may hold, beside further `load-NAME.json`.
-const FILES: [&str; 7] =
-    ["plan.json", "quantize.json", "eval.json", "gate.json", "bench.json", "load.json", "capacity.json"];
+const FILES: [&str; 8] = [
+    "plan.json",
+    "quantize.json",
+    "eval.json",
+    "gate.json",
+    "bench.json",
+    "load.json",
+    "speculation.json",
+    "capacity.json",
+];
 
 /// The records of one model, as far as they exist.
 #[derive(Clone, Debug, Default)]
@@ -85,6 +94,8 @@ pub struct Records {
     pub bench: Option<BenchRecord>,
     /// `load.json` under an empty name, `load-NAME.json` under NAME; without their requests.
     pub loads: Vec<(String, LoadRecord)>,
+    /// `speculation.json`: the model here drafts for the original.
+    pub speculation: Option<SpeculationRecord>,
     /// `capacity.json`.
     pub capacity: Option<CapacityRecord>,
 }
@@ -165,6 +176,12 @@ impl Records {
                 out.push(format!("{file} compares with another reference than the model that was quantized."));
             }
         }
+        if let Some(draft) = find("speculation.json").and_then(|p| p.reference_sha256.as_ref())
+            && let Some(own) = ["eval.json", "bench.json"].iter().find_map(|file| find(file))
+            && *draft != own.model_sha256
+        {
+            out.push("speculation.json is about another draft than the model that was measured.".to_owned());
+        }
         if let (Some(eval), Some(gate)) = (find("eval.json"), find("gate.json"))
             && gate.unix_time < eval.unix_time
         {
@@ -182,6 +199,7 @@ impl Records {
         out.extend(self.gate.as_ref().map(|r| ("gate.json", &r.provenance)));
         out.extend(self.bench.as_ref().map(|r| ("bench.json", &r.provenance)));
         out.extend(self.loads.iter().map(|(_, r)| ("load.json", &r.provenance)));
+        out.extend(self.speculation.as_ref().map(|r| ("speculation.json", &r.provenance)));
         out.extend(self.capacity.as_ref().map(|r| ("capacity.json", &r.provenance)));
         out
     }
@@ -214,6 +232,7 @@ pub fn load(dir: &Path) -> Result<Records, ReportError> {
         gate: read(dir.join("gate.json"))?,
         bench: read(dir.join("bench.json"))?,
         loads: Vec::new(),
+        speculation: read(dir.join("speculation.json"))?,
         capacity: read(dir.join("capacity.json"))?,
     };
     for (name, file) in load_files(dir)? {

@@ -4,7 +4,10 @@ use lowbit_eval::verdict::decide::Verdict;
 
 use crate::format::{self as f, count, percent};
 use crate::table::{Table, code_span, escape};
-use crate::{Variant, output, view, view_accuracy, view_compare, view_serving, view_size, view_speed, view_verdict};
+use crate::{
+    Variant, output, view, view_accuracy, view_compare, view_serving, view_size, view_speculation, view_speed,
+    view_verdict,
+};
 
 /// The report in Markdown: verdict, numbers, tasks, drift, size, throughput and a line for each record.
 pub fn markdown(variants: &[Variant]) -> String {
@@ -140,6 +143,12 @@ fn single(v: &Variant, out: &mut String) {
     if !r.loads.is_empty() {
         let table = view_serving::load_table(&view_serving::loads_of(r));
         *out += &format!("\n## Serving load\n\n{}\nLatencies in ms, from the scheduled start.\n", table.markdown());
+    }
+    if let Some(s) = &r.speculation {
+        *out += &format!("\n## Speculative decoding\n\n{}", view_speculation::table(&[("", s)]).markdown());
+        let (model, machine) = (f::short_name(&s.provenance.model), view_speed::machine(&s.provenance));
+        *out += &format!("\nThe draft proposes tokens for {}. {}", escape(model), view_speculation::terms(s));
+        *out += &format!(" {}.\n", escape(&machine));
     }
 }
 

@@ -12,7 +12,7 @@ use serde_json::json;
 
 use crate::{
     ReportError, Variant, load_all, markdown, view, view_accuracy, view_compare, view_layers, view_provenance,
-    view_serving, view_size, view_speed, view_verdict,
+    view_serving, view_size, view_speculation, view_speed, view_verdict,
 };
 
 /// The page: one file without a single fetch, light and dark, for screens from 360 px on and for paper.
@@ -46,6 +46,7 @@ pub fn html(variants: &[Variant]) -> Result<String, ReportError> {
         "blame": view_layers::blame(variants),
         "speed": view_speed::throughput(variants),
         "serving": view_serving::serving(variants),
+        "speculation": view_speculation::section(variants),
         "capacity": view_serving::capacity(variants),
         "provenance": view_provenance::provenance(variants),
     });
@@ -105,6 +106,7 @@ fn document(v: &Variant) -> serde_json::Value {
         "gate": r.gate,
         "bench": r.bench,
         "loads": loads,
+        "speculation": r.speculation,
         "capacity": r.capacity,
     });
     if !v.name.is_empty() {

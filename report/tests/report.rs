@@ -6,7 +6,7 @@ use std::fs;
 use std::path::Path;
 
 use lowbit_report::{Records, ReportError, Variant, html, json, load, load_all, markdown, write};
-use records::{all, bench, capacity, eval, gate, load_record, plan, quantize, several};
+use records::{all, bench, capacity, eval, gate, load_record, plan, quantize, several, speculation};
 use serde_json::json as value;
 
 /// The page of one directory. The template engine escapes slashes too.
@@ -57,6 +57,8 @@ fn page_has_the_key_figures() {
         "layers.0.mlp.down_proj",
         "probability of the token 67 % → 5.5 %",
         "limit: ttft_p95&lt;=400",
+        "1.32× [1.32 – 1.32]",
+        "✓ identical",
         "✓ cheapest",
         "✗ accuracy: regression",
     ] {
@@ -230,6 +232,7 @@ fn what_there_is_no_record_of_has_no_section() {
     assert_eq!(sections(only(&|r| r.capacity = Some(capacity()))), ["capacity", "provenance"]);
     let load = only(&|r| r.loads = vec![(String::new(), load_record(0.1))]);
     assert_eq!(sections(load), ["serving", "provenance"]);
+    assert_eq!(sections(only(&|r| r.speculation = Some(speculation()))), ["speculation", "provenance"]);
     assert_eq!(
         sections(all()),
         [
@@ -242,6 +245,7 @@ fn what_there_is_no_record_of_has_no_section() {
             "blame",
             "throughput",
             "serving",
+            "speculation",
             "capacity",
             "provenance"
         ]
@@ -291,9 +295,13 @@ fn what_does_not_fit_together_is_said() {
         e.provenance.reference_sha256 = Some("f".repeat(64));
         g.provenance.unix_time = e.provenance.unix_time - 1;
     }
+    if let Some(s) = &mut r.speculation {
+        s.provenance.reference_sha256 = Some("f".repeat(64));
+    }
     let shown = page(r);
     assert!(shown.contains("eval.json compares with another reference"));
     assert!(shown.contains("the verdict is on an earlier evaluation"));
+    assert!(shown.contains("speculation.json is about another draft"));
 }
 
 #[test]
@@ -307,10 +315,11 @@ fn directory_round_trip() {
     put(at, "gate.json", serde_json::to_vec(&gate(400, 9, 9, None)).unwrap());
     put(at, "load.json", serde_json::to_vec(&load_record(0.1)).unwrap());
     put(at, "load-float.json", serde_json::to_vec(&load_record(0.2)).unwrap());
+    put(at, "speculation.json", serde_json::to_vec(&speculation()).unwrap());
     let dirs = [at.to_owned()];
     let written = write(&dirs, at).unwrap();
     assert_eq!(written, ["report.html", "report.md", "report.json"].map(|n| at.join(n)));
-    assert_eq!(fs::read_dir(at).unwrap().count(), 9);
+    assert_eq!(fs::read_dir(at).unwrap().count(), 10);
     let bytes = fs::read(at.join("report.html")).unwrap();
     write(&dirs, at).unwrap();
     assert!(fs::read(at.join("report.html")).unwrap() == bytes, "the same records, other bytes");
@@ -318,6 +327,7 @@ fn directory_round_trip() {
     assert_eq!(data["missing"], value!(["plan.json"]));
     assert_eq!(data["headline"]["decode_speed_up"]["batch"], 1);
     assert_eq!(data["headline"]["verdict"], data["gate"]["verdict"]);
+    assert_eq!(data["speculation"]["acceptance_rate"], 0.6);
     assert_eq!(data["loads"]["float"]["stages"][0]["requests"], value!([]));
     assert!(fs::read_to_string(at.join("report.md")).unwrap().contains("| total | 993 MB | 466 MB | 2.13× |"));
 

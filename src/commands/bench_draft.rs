@@ -16,7 +16,8 @@ use crate::args::BenchArgs;
 use crate::commands::table::table;
 use crate::context::{Context, Purpose};
 use crate::exit::VerdictError;
-use crate::{models, provenance};
+use crate::models::{self, Located};
+use crate::provenance;
 
 /// Prompts, each a paragraph of a text of ours.
 const PROMPTS: usize = 4;
@@ -30,27 +31,73 @@ struct Said {
     usage: Usage,
 }
 
+/// What is measured.
+#[derive(Clone, Copy, PartialEq)]
+pub struct DraftOptions {
+    /// Tokens proposed at a time.
+    pub draft_tokens: usize,
+    /// Tokens of an answer.
+    pub output_tokens: usize,
+    /// Of each prompt.
+    pub repetitions: usize,
+}
+
+impl DraftOptions {
+    /// For the record.
+    pub fn map(&self, draft: &str) -> BTreeMap<String, serde_json::Value> {
+        BTreeMap::from([
+            ("draft".to_string(), draft.into()),
+            ("draft_tokens".to_string(), self.draft_tokens.into()),
+            ("generate".to_string(), self.output_tokens.into()),
+            ("repetitions".to_string(), self.repetitions.into()),
+        ])
+    }
+}
+
 /// See the module.
 pub fn bench(ctx: &Context, args: &BenchArgs, model: &str, draft: &str) -> Result<()> {
-    let output_tokens = args.generate.unwrap_or(128);
-    if output_tokens < 2 || args.repetitions == 0 || args.draft_tokens == 0 {
+    let options = DraftOptions {
+        draft_tokens: args.draft_tokens,
+        output_tokens: args.generate.unwrap_or(128),
+        repetitions: args.repetitions,
+    };
+    if options.output_tokens < 2 || options.repetitions == 0 || options.draft_tokens == 0 {
         bail!(
             "a draft is measured on answers of 2 tokens and more, by proposals of 1 and more\nhint: -n 128 -r 5 --draft-tokens 4"
         );
     }
     let (original, quantized) = (models::locate(ctx, model)?, models::locate(ctx, draft)?);
+    let record = measure(ctx, &original, &quantized, options)?;
+    if let Some(path) = &args.output {
+        write_atomic(path, &serde_json::to_vec_pretty(&record)?)?;
+    }
+    ctx.print(&record, || summary(&record))?;
+    match record.identical {
+        true => Ok(()),
+        false => Err(VerdictError { code: 1, text: "a draft changed the text".into() }.into()),
+    }
+}
+
+/// Answers with and without the draft, in turns.
+pub fn measure(
+    ctx: &Context,
+    original: &Located,
+    quantized: &Located,
+    options: DraftOptions,
+) -> Result<SpeculationRecord> {
+    let DraftOptions { draft_tokens, output_tokens, repetitions } = options;
     let tokenizer = Arc::new(Tokenizer::load(&original.dir)?);
     let (_, own) = original.load(ctx, Purpose::Speed)?;
     let (_, cheap) = quantized.load(ctx, Purpose::Speed)?;
-    let options = EngineOptions {
+    let engine_options = EngineOptions {
         max_concurrent: 1,
         kept_prompts: 0,
         max_len: PROMPT_TOKENS + output_tokens,
-        draft_tokens: args.draft_tokens,
+        draft_tokens,
         ..EngineOptions::default()
     };
     let models = Models { model: own, draft: Some(cheap), tokenizer: tokenizer.clone() };
-    let (engine, thread) = Engine::start(models, options)?;
+    let (engine, thread) = Engine::start(models, engine_options)?;
     let prompts: Vec<Vec<u32>> = models::DEMO_TEXT
         .split("\n\n")
         .map(|p| tokenizer.encode(p, true).map(|ids| ids.into_iter().take(PROMPT_TOKENS).collect::<Vec<u32>>()))
@@ -58,12 +105,12 @@ pub fn bench(ctx: &Context, args: &BenchArgs, model: &str, draft: &str) -> Resul
         .take(PROMPTS)
         .collect::<Result<_, _>>()?;
     let mut answers = Vec::new();
-    ctx.progress.stage("bench", (prompts.len() * args.repetitions) as u64);
+    ctx.progress.stage("speculation", (prompts.len() * repetitions) as u64);
     for (p, prompt) in prompts.iter().enumerate() {
         // Once both ways before anything is timed.
         say(&engine, prompt, 2, false)?;
         say(&engine, prompt, 2, true)?;
-        for repetition in 0..args.repetitions {
+        for repetition in 0..repetitions {
             ctx.check_stop()?;
             // Who goes first alternates.
             let first = say(&engine, prompt, output_tokens, repetition % 2 == 0)?;
@@ -83,22 +130,8 @@ pub fn bench(ctx: &Context, args: &BenchArgs, model: &str, draft: &str) -> Resul
     drop(engine);
     thread.join().map_err(|_| anyhow!("the engine's thread failed"))?;
     ctx.progress.clear();
-    let map = BTreeMap::from([
-        ("draft".to_string(), draft.into()),
-        ("draft_tokens".to_string(), args.draft_tokens.into()),
-        ("generate".to_string(), output_tokens.into()),
-        ("repetitions".to_string(), args.repetitions.into()),
-    ]);
-    let of = provenance::gather(ctx, Purpose::Speed, &original, Some(&quantized), 0, map)?;
-    let record = summarize(of, args.draft_tokens, output_tokens, answers, 0)?;
-    if let Some(path) = &args.output {
-        write_atomic(path, &serde_json::to_vec_pretty(&record)?)?;
-    }
-    ctx.print(&record, || summary(&record))?;
-    match record.identical {
-        true => Ok(()),
-        false => Err(VerdictError { code: 1, text: "a draft changed the text".into() }.into()),
-    }
+    let of = provenance::gather(ctx, Purpose::Speed, original, Some(quantized), 0, options.map(&quantized.name))?;
+    Ok(summarize(of, draft_tokens, output_tokens, answers, 0)?)
 }
 
 /// Greedily says `tokens` tokens.
@@ -116,7 +149,8 @@ fn say(engine: &Engine, prompt: &[u32], tokens: usize, drafted: bool) -> Result<
     Ok(Said { tokens: said, rate: (tokens - 1) as f64 / seconds.max(1e-9), usage })
 }
 
-fn summary(r: &SpeculationRecord) -> String {
+/// The result as text.
+pub fn summary(r: &SpeculationRecord) -> String {
     let rows = vec![
         vec!["alone".to_string(), format!("{:.2}", r.plain_tokens_per_second), "1.00".into()],
         vec!["with the draft".into(), format!("{:.2}", r.tokens_per_second), format!("{:.2}", r.tokens_per_pass)],

@@ -27,7 +27,7 @@ use lowbit_quantize::Progress;
 
 use crate::args::{EndpointArg, LoadArgs};
 use crate::commands::eval::refuse_existing;
-use crate::commands::load_text;
+use crate::commands::{load_as, load_text};
 use crate::context::Context;
 use crate::exit::VerdictError;
 use crate::{models, provenance};
@@ -148,7 +148,7 @@ fn finish(ctx: &Context, args: &LoadArgs, record: &LoadRecord) -> Result<()> {
         write_atomic(path, load_text::csv(record).as_bytes())?;
     }
     ctx.print(&load_text::without_samples(record), || match args.show_as {
-        Some(tool) => load_text::as_tool(record, tool),
+        Some(tool) => load_as::as_tool(record, tool),
         None => load_text::summary(record),
     })?;
     ctx.check_stop()?;

@@ -14,6 +14,7 @@ mod generate;
 mod inspect;
 mod judge;
 mod load;
+mod load_as;
 mod load_text;
 mod looks;
 mod merge;

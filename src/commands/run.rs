@@ -55,7 +55,11 @@ pub fn run(ctx: &Context, args: &RunArgs) -> Result<()> {
     std::fs::create_dir_all(dir).map_err(|e| CheckpointError::io(dir, e))?;
     if !resume {
         run_accuracy::forget(dir)?;
-        for old in ["quantize.json", "bench.json"].iter().chain(&report::FILES).chain(&run_serving::FILES) {
+        for old in ["quantize.json", "bench.json", run_serving::SPECULATION]
+            .iter()
+            .chain(&report::FILES)
+            .chain(&run_serving::FILES)
+        {
             match std::fs::remove_file(dir.join(old)) {
                 Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
                     return Err(CheckpointError::io(&dir.join(old), e).into());
@@ -111,6 +115,7 @@ pub fn run(ctx: &Context, args: &RunArgs) -> Result<()> {
     }
     if args.serve_bench {
         run_serving::measure(ctx, args, &pair, demo, resume)?;
+        run_serving::speculate(ctx, args, &pair, resume)?;
     }
     let written = lowbit_report::write(std::slice::from_ref(dir), dir)?;
     let name = verdict.as_ref().map(|v| v.verdict.name());

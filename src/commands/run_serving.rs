@@ -1,4 +1,5 @@
-//! `lowbit run --serve-bench`: what `lowbit load` sees of a server of each model, a process of its own each.
+//! `lowbit run --serve-bench`: what `lowbit load` sees of a server of each model, a process of its own each, and what the quantized
+//! model is worth as the original's draft.
 
 use std::io::{BufRead, BufReader};
 use std::path::Path;
@@ -7,11 +8,13 @@ use std::process::{Child, Command, Stdio};
 use anyhow::{Context as _, Result, bail};
 use clap::{Args as _, FromArgMatches as _};
 use lowbit_bench::load::record::LoadRecord;
+use lowbit_bench::speculation::SpeculationRecord;
 use lowbit_checkpoint::hash::model_sha256;
 use lowbit_checkpoint::writer::write_atomic;
 use serde_json::Value;
 
 use crate::args::{LoadArgs, RunArgs};
+use crate::commands::bench_draft::{self, DraftOptions};
 use crate::commands::load;
 use crate::commands::run::read;
 use crate::commands::run_accuracy::Pair;
@@ -20,6 +23,9 @@ use crate::models::Located;
 
 /// What is left, the quantized model's first.
 pub const FILES: [&str; 2] = ["load.json", "load-reference.json"];
+
+/// And this.
+pub const SPECULATION: &str = "speculation.json";
 
 /// Streams of the busiest stage.
 const STREAMS: usize = 16;
@@ -96,6 +102,29 @@ pub fn measure(ctx: &Context, args: &RunArgs, pair: &Pair, demo: bool, resume: b
         record.provenance.options.insert("serve_bench".into(), wanted.into());
         write_atomic(&path, &serde_json::to_vec(&record)?)?;
     }
+    Ok(())
+}
+
+/// The quantized model drafts for the original. A record of the same weights and options is kept.
+pub fn speculate(ctx: &Context, args: &RunArgs, pair: &Pair, resume: bool) -> Result<()> {
+    let path = args.output.join(SPECULATION);
+    let options = DraftOptions { draft_tokens: 4, output_tokens: 64, repetitions: args.repetitions.max(2) };
+    let sha = model_sha256(&pair.original.dir)?;
+    let done = resume
+        && read::<SpeculationRecord>(&path).is_some_and(|r| {
+            let p = &r.provenance;
+            p.model_sha256 == sha
+                && p.reference_sha256.as_deref() == Some(pair.sha256)
+                && p.options == options.map(&pair.quantized.name)
+                && p.threads == ctx.threads
+        });
+    if done {
+        ctx.say(format!("{SPECULATION}: done before"));
+        return Ok(());
+    }
+    let record = bench_draft::measure(ctx, pair.original, pair.quantized, options)?;
+    write_atomic(&path, &serde_json::to_vec_pretty(&record)?)?;
+    ctx.say(bench_draft::summary(&record));
     Ok(())
 }
 

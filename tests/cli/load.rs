@@ -86,10 +86,19 @@ fn a_load_its_record_and_a_plan_from_it() {
     // 30 requests cannot show a p99.
     assert_eq!(some("30", &["--slo", "e2e_p99<=60000"]).status.code(), Some(2));
     assert!(String::from_utf8(run(&["--as", "vllm"]).stdout).unwrap().contains("Mean TTFT (ms):"));
-    for tool in ["guidellm", "aiperf"] {
-        let text = String::from_utf8(run(&["--as", tool]).stdout).unwrap();
-        assert!(text.contains("Mean TTFT (ms)") && text.contains("Total generated tokens"), "{text}");
+    let text = String::from_utf8(run(&["--as", "guidellm"]).stdout).unwrap();
+    for title in ["Run Summary Info", "Request Token Statistics", "Request Latency Statistics", "Server Throughput"] {
+        assert!(text.contains(&format!("ℹ {title}")), "{title}: {text}");
     }
+    let text = String::from_utf8(run(&["--as", "aiperf"]).stdout).unwrap();
+    let row = |name: &str| -> Vec<String> {
+        let line = text.lines().find(|l| l.contains(name)).unwrap_or_else(|| panic!("{name}: {text}"));
+        line.split(['│', '┃']).map(|c| c.trim().to_string()).filter(|c| !c.is_empty()).collect()
+    };
+    assert_eq!(row("std"), ["Metric", "avg", "min", "max", "p99", "p90", "p50", "std"]);
+    assert_eq!(row("Input Sequence Length")[1..], ["9.00", "9.00", "9.00", "9.00", "9.00", "9.00", "0.00"]);
+    assert_eq!(row("Request Count")[1..4], ["600.00", "N/A", "N/A"]);
+    assert!(row("Time to First Token (ms)").len() == 8 && text.contains("NVIDIA AIPerf | LLM Metrics"), "{text}");
 
     // The record again, by another tool's definitions, and against an objective it was not run for.
     let again = |more: &[&str]| lowbit(tmp.path()).args(["load", "--import", file, "-q"]).args(more).output().unwrap();
@@ -132,8 +141,15 @@ fn other_tools_files_are_taken_as_they_are() {
     };
     let shown = import(&guidellm, &["--as", "guidellm", "-o", out.to_str().unwrap()]);
     let text = String::from_utf8_lossy(&shown.stdout).into_owned();
-    // GuideLLM's own mean of the first stage.
-    assert!(text.contains("54.08"), "{text}{}", stderr(&shown));
+    // Heads and figures as GuideLLM printed them of this run.
+    for line in [
+        "ℹ Request Latency Statistics (Completed Requests)",
+        "|            | Mdn     | p95    | Mdn  | p95  | Mdn | p95 | Mdn | p95  |",
+        "| concurrent | 0.1     | 0.1    | 44.1 | 75.4 | 4.6 | 5.5 | 9.8 | 14.2 |",
+        "| poisson    | 0.1     | 0.1    | 43.2 | 72.5 | 5.0 | 5.9 | 9.9 | 12.8 |",
+    ] {
+        assert!(text.lines().any(|l| l == line), "{line}: {text}{}", stderr(&shown));
+    }
     let record = json(&out);
     assert_eq!(record["provenance"]["options"]["tool"], "guidellm 0.8.1");
     assert_eq!(record["stages"][1]["requests"].as_array().unwrap().len(), 12);
@@ -144,10 +160,13 @@ fn other_tools_files_are_taken_as_they_are() {
         "Successful requests:                     3",
         "Failed requests:                         1",
         "Total generated tokens:                  8",
+        "Peak output token throughput (tok/s):    6.00",
+        "Peak concurrent requests:                2.00",
         "---------------Time to First Token----------------",
         "Mean TTFT (ms):                          133.33",
         "P99 TTFT (ms):                           198.00",
         "-----Time per Output Token (excl. 1st token)------",
+        "Mean TPOT (ms):                          22.33",
         "---------------Inter-token Latency----------------",
         "Mean ITL (ms):                           24.00",
         "P99 ITL (ms):                            39.60",

@@ -73,7 +73,13 @@ fn run_serves_both_models_and_the_report_draws_it() {
             "--group-size",
             "64",
         ]);
-        ok(c.args(["--no-bench", "--no-gate", "--serve-bench", "--serve-data", "demo", "--serve-seconds", "0.5"]))
+        ok(c.args(["--no-bench", "--no-gate", "--repetitions", "2"]).args([
+            "--serve-bench",
+            "--serve-data",
+            "demo",
+            "--serve-seconds",
+            "0.5",
+        ]))
     };
     run();
     for (file, model) in [("load.json", dir.join("model")), ("load-reference.json", demo())] {
@@ -88,9 +94,13 @@ fn run_serves_both_models_and_the_report_draws_it() {
     }
     let page = std::fs::read_to_string(dir.join("report.html")).unwrap();
     assert!(page.contains("Stages") && page.contains("reference"), "no table of stages");
+    let draft = json(&dir.join("speculation.json"));
+    assert_eq!((&draft["identical"], draft["answers"].as_array().unwrap().len()), (&true.into(), 8));
+    assert!(page.contains("Speculative decoding") && page.contains("✓ identical"));
     let before = std::fs::read(dir.join("load.json")).unwrap();
     let text = stderr(&run());
     assert!(text.contains("load.json: done before") && text.contains("load-reference.json: done before"), "{text}");
+    assert!(text.contains("speculation.json: done before"), "{text}");
     assert_eq!(std::fs::read(dir.join("load.json")).unwrap(), before);
 }
 

@@ -10,6 +10,7 @@ use lowbit_bench::load::schedule::Arrivals;
 use lowbit_bench::load::sim::{Queue, Service};
 use lowbit_bench::record::{BenchRecord, BenchRow, LatencyRow, MemoryRow, SpeedUp};
 use lowbit_bench::slo::{Slo, verdict};
+use lowbit_bench::speculation::{Answer, SpeculationRecord, summarize};
 use lowbit_checkpoint::provenance::Provenance;
 use lowbit_eval::drift::blame::{Blame, Suspect, Unit};
 use lowbit_eval::drift::free_running::FreeRunning;
@@ -388,6 +389,24 @@ pub fn capacity() -> CapacityRecord {
     }
 }
 
+/// The quantized model as a draft of the original: 60 % of the proposals accepted.
+pub fn speculation() -> SpeculationRecord {
+    let answer = |prompt: usize, plain: f64| Answer {
+        prompt,
+        plain_tokens_per_second: plain,
+        tokens_per_second: 1.32 * plain,
+        drafted: 100,
+        accepted: 60,
+        identical: true,
+    };
+    let of = Provenance {
+        reference: Some("out/model".into()),
+        reference_sha256: Some("b".repeat(64)),
+        ..provenance("bench --draft", "Qwen/Qwen2.5-0.5B", 'a')
+    };
+    summarize(of, 4, 96, (0..4).map(|i| answer(i, 20.0 + i as f64)).collect(), 0).unwrap()
+}
+
 /// Everything that one directory may hold.
 pub fn all() -> Records {
     Records {
@@ -397,6 +416,7 @@ pub fn all() -> Records {
         gate: Some(gate(4000, 60, 50, None)),
         bench: Some(bench()),
         loads: vec![(String::new(), load_record(0.1))],
+        speculation: Some(speculation()),
         capacity: Some(capacity()),
     }
 }

@@ -44,6 +44,10 @@ pub fn read(from: &Source, documents: &[Value]) -> Result<LoadRecord> {
                 "has no times of single requests\nhint: run vllm bench serve with --save-detailed beside --save-result";
             return Err(from.bad(place, why));
         }
+        if d.get("start_times").is_none() {
+            let why = "does not say when its requests were sent (`start_times`)\nhint: measure with a newer vLLM, which writes it";
+            return Err(from.bad(place, why));
+        }
         let r: Detailed = from.parse(&place, d)?;
         let model = target.get_or_insert_with(|| TargetRecord {
             url: String::new(),
