@@ -1,8 +1,10 @@
 //! Checkpoints and data sets from a hub into the standard cache, and from the cache alone when offline.
 
 mod session;
+mod silence;
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use hf_hub::RepoType;
 
@@ -39,6 +41,8 @@ pub struct HubOptions {
     pub offline: bool,
     /// Cache folder (`$HF_HOME/hub`).
     pub cache_dir: PathBuf,
+    /// How long the hub may say nothing, in a listing as within a file, before that is an error.
+    pub silence: Duration,
 }
 
 impl std::fmt::Debug for HubOptions {
@@ -48,13 +52,15 @@ impl std::fmt::Debug for HubOptions {
             .field("token", &self.token.as_ref().map(|_| "(secret)"))
             .field("offline", &self.offline)
             .field("cache_dir", &self.cache_dir)
+            .field("silence", &self.silence)
             .finish()
     }
 }
 
 impl HubOptions {
     /// Options from the variables that Hugging Face's own tools read: `HF_ENDPOINT`, `HF_TOKEN` (or the
-    /// file `HF_TOKEN_PATH`, or `$HF_HOME/token`), `HF_HUB_OFFLINE`, `HF_HUB_CACHE` and `HF_HOME`.
+    /// file `HF_TOKEN_PATH`, or `$HF_HOME/token`), `HF_HUB_OFFLINE`, `HF_HUB_CACHE`, `HF_HOME`, and
+    /// `HF_HUB_DOWNLOAD_TIMEOUT`: seconds of silence, 60 unless given.
     pub fn from_env_map(get: impl Fn(&str) -> Option<String>) -> Self {
         let get = |key: &str| get(key).map(|v| v.trim().to_string()).filter(|v| !v.is_empty());
         let home = get("HF_HOME").map(PathBuf::from).unwrap_or_else(|| {
@@ -65,12 +71,15 @@ impl HubOptions {
         let token_file = get("HF_TOKEN_PATH").map_or_else(|| home.join("token"), PathBuf::from);
         let saved = || std::fs::read_to_string(token_file).ok();
         let yes = |v: String| ["1", "on", "yes", "true"].contains(&v.to_lowercase().as_str());
+        let seconds = get("HF_HUB_DOWNLOAD_TIMEOUT").and_then(|v| v.parse().ok()).filter(|s| *s > 0.0);
+        let seconds = seconds.and_then(|s| Duration::try_from_secs_f64(s).ok());
         let endpoint = get("HF_ENDPOINT").unwrap_or_else(|| "https://huggingface.co".into());
         Self {
             endpoint: endpoint.trim_end_matches('/').into(),
             token: get("HF_TOKEN").or_else(saved).map(|t| t.trim().to_string()).filter(|t| !t.is_empty()),
             offline: get("HF_HUB_OFFLINE").or_else(|| get("TRANSFORMERS_OFFLINE")).is_some_and(yes),
             cache_dir: get("HF_HUB_CACHE").map_or_else(|| home.join("hub"), PathBuf::from),
+            silence: seconds.unwrap_or(Duration::from_secs(60)),
         }
     }
 }
@@ -203,12 +212,15 @@ mod tests {
             "HF_HOME" => Some(text.clone()),
             "HF_ENDPOINT" => Some("http://mirror/".into()),
             "HF_HUB_OFFLINE" => Some("1".into()),
+            "HF_HUB_DOWNLOAD_TIMEOUT" => Some("2.5".into()),
             _ => None,
         });
         assert_eq!((options.endpoint.as_str(), options.token.as_deref()), ("http://mirror", Some("from_file")));
+        assert_eq!(options.silence, Duration::from_millis(2500));
         assert!(options.offline && options.cache_dir == home.path().join("hub"));
         let plain = HubOptions::from_env_map(|key| (key == "HOME").then(|| "/home/x".into()));
         assert_eq!(plain.cache_dir, Path::new("/home/x/.cache/huggingface/hub"));
+        assert_eq!(plain.silence, Duration::from_secs(60));
         assert_eq!((plain.endpoint.as_str(), plain.token, plain.offline), ("https://huggingface.co", None, false));
     }
 }

@@ -16,6 +16,8 @@ use lowbit_checkpoint::hub::{HubOptions, HubProgress, resolve, resolve_dataset};
 const MAIN: &str = "1111111111111111111111111111111111111111";
 const OLD: &str = "2222222222222222222222222222222222222222";
 const MAX_REQUESTS: usize = 100;
+/// How long the silent hub is borne.
+const SILENCE: Duration = Duration::from_millis(400);
 
 /// What a GET of a file's body does.
 #[derive(Clone, Copy, PartialEq)]
@@ -29,6 +31,10 @@ enum Fault {
     Corrupt,
     /// More is announced than there is.
     WrongLength,
+    /// A few bytes of a file come, and then nothing, with the connection open.
+    Silent,
+    /// Connections are taken and nothing is said.
+    Mute,
 }
 
 #[derive(Clone)]
@@ -73,6 +79,7 @@ impl Hub {
             token: Some("hf_secret".into()),
             offline: false,
             cache_dir: cache.to_path_buf(),
+            silence: Duration::from_secs(20),
         }
     }
 
@@ -106,6 +113,10 @@ fn answer(mut stream: TcpStream, site: &mut Site, log: &Mutex<Vec<String>>) -> s
             "authorization" => token = Some(value.trim().to_string()),
             _ => {}
         }
+    }
+    if site.fault == Fault::Mute {
+        std::thread::sleep(SILENCE * 5);
+        return Ok(());
     }
     log.lock().unwrap().push(format!("{path} {} {}", range.as_deref().unwrap_or("-"), token.as_deref().unwrap_or("-")));
     let refuse = |mut stream: TcpStream, code: u16| {
@@ -147,8 +158,8 @@ fn answer(mut stream: TcpStream, site: &mut Site, log: &Mutex<Vec<String>>) -> s
     let announced = body.len();
     if body.len() > 1 {
         match site.fault {
-            Fault::None | Fault::WrongLength => {}
-            Fault::TruncateOnce | Fault::Truncate => body.truncate((announced / 2).min(3)),
+            Fault::None | Fault::WrongLength | Fault::Mute => {}
+            Fault::TruncateOnce | Fault::Truncate | Fault::Silent => body.truncate((announced / 2).min(3)),
             Fault::Corrupt => body[0] ^= 1,
         }
         if site.fault == Fault::TruncateOnce {
@@ -164,7 +175,11 @@ fn answer(mut stream: TcpStream, site: &mut Site, log: &Mutex<Vec<String>>) -> s
         to - 1,
         content.len() + if site.fault == Fault::WrongLength { 7 } else { 0 }
     )?;
-    stream.write_all(&body)
+    stream.write_all(&body)?;
+    if site.fault == Fault::Silent && announced > 1 {
+        std::thread::sleep(SILENCE * 5);
+    }
+    Ok(())
 }
 
 fn files(entries: &[(&str, &str)]) -> BTreeMap<String, Vec<u8>> {
@@ -363,6 +378,26 @@ fn a_busy_hub_is_asked_again_and_a_lying_one_is_found_out() {
     assert!(error.contains("config.json") && error.contains("run it again"), "{error}");
     let snapshot = cache.path().join("models--org--name/snapshots").join(OLD).join("config.json");
     assert!(!snapshot.exists(), "a file of the wrong length was taken for whole");
+}
+
+#[test]
+fn a_hub_that_falls_silent_is_an_error_and_what_came_is_kept() {
+    for fault in [Fault::Silent, Fault::Mute] {
+        let cache = tempfile::tempdir().unwrap();
+        let hub = Hub::start(site(fault));
+        let start = std::time::Instant::now();
+        let options = HubOptions { silence: SILENCE, ..hub.options(cache.path()) };
+        let error = problem_and_hint(&resolve("org/name@v1", &options, &()).unwrap_err());
+        assert!(error.contains("said nothing for 0.4 s") && error.contains("run it again"), "{error}");
+        assert!(start.elapsed() < SILENCE * 4, "{:?}", start.elapsed());
+        drop(hub);
+        // The half that came is taken up by a range; one of the transfer left behind may still hold the lock for a moment.
+        let hub = Hub::start(site(Fault::None));
+        let dir = resolve("org/name@v1", &hub.options(cache.path()), &()).unwrap();
+        assert_eq!(std::fs::read_to_string(dir.join("config.json")).unwrap(), r#"{"old":true}"#);
+        let resumed = hub.log().iter().any(|line| line.contains("config.json 3- "));
+        assert_eq!(resumed, fault == Fault::Silent, "{:?}", hub.log());
+    }
 }
 
 #[test]

@@ -17,6 +17,9 @@ pub struct ServeArgs {
     /// Name of the model in the API (default: MODEL).
     #[arg(long)]
     pub served_name: Option<String>,
+    /// Ends when stdin does: a server must not outlive the command that started it, however that ends.
+    #[arg(long, hide = true)]
+    pub end_with_stdin: bool,
     /// A cheaper model with the same tokenizer that proposes tokens, such as MODEL quantized; the text stays MODEL's own.
     #[arg(long, value_name = "MODEL")]
     pub draft: Option<String>,

@@ -49,8 +49,9 @@ fn start(ctx: &Context, model: &Located) -> Result<Server> {
     let queue = (4 * STREAMS).to_string();
     let mut command = Command::new(me);
     command.args(ctx.flags()).args(["--quiet", "--json", "serve"]).arg(&model.dir);
-    command.args(["--port", "0", "--max-queue", &queue, "--served-name", &model.name]);
-    let spawned = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn();
+    command.args(["--port", "0", "--max-queue", &queue, "--served-name", &model.name, "--end-with-stdin"]);
+    // Held open by this process alone: the server ends with it, even when it is killed.
+    let spawned = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn();
     let mut server = Server { child: spawned.context("cannot start `lowbit serve`")?, url: String::new() };
     let out = server.child.stdout.take().context("`lowbit serve` has no output")?;
     let mut text = String::new();

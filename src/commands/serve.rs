@@ -17,6 +17,13 @@ use crate::models;
 
 /// Serves until SIGTERM or Ctrl-C.
 pub fn serve(ctx: &Context, args: &ServeArgs) -> Result<()> {
+    if args.end_with_stdin {
+        // Nothing written there matters, and nobody is left to hear of the end.
+        std::thread::spawn(|| {
+            let _ = std::io::copy(&mut std::io::stdin(), &mut std::io::sink());
+            std::process::exit(0);
+        });
+    }
     let options = ServerOptions {
         address: SocketAddr::new(args.host, args.port),
         name: args.served_name.clone().unwrap_or_else(|| args.model.clone()),

@@ -113,14 +113,21 @@ fn a_soak_mixes_up_nothing_and_leaks_nothing() {
     };
     let done = AtomicUsize::new(0);
     let soak = |requests: usize, seconds: u64| {
+        /// Ends the others too, when one fails.
+        struct Over<'a>(&'a AtomicBool);
+        impl Drop for Over<'_> {
+            fn drop(&mut self) {
+                self.0.store(true, Ordering::SeqCst);
+            }
+        }
         let (first, begun, over) = (done.load(Ordering::SeqCst), Instant::now(), AtomicBool::new(false));
         std::thread::scope(|t| {
             for _ in 0..4 {
                 t.spawn(|| {
-                    loop {
+                    let _over = Over(&over);
+                    while !over.load(Ordering::SeqCst) {
                         let n = done.fetch_add(1, Ordering::SeqCst);
                         if n - first >= requests && begun.elapsed() >= Duration::from_secs(seconds) {
-                            over.store(true, Ordering::SeqCst);
                             return;
                         }
                         round(&s, n);

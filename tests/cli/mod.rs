@@ -1,5 +1,6 @@
 //! Helpers shared by the integration tests.
 
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
@@ -36,10 +37,37 @@ pub fn demo() -> PathBuf {
     root().join("assets/demo")
 }
 
+/// Seconds after which a child is ended: far beyond what any needs, far below the patience of a CI.
+fn patience() -> u32 {
+    let soak = std::env::var("LOWBIT_SOAK_SECONDS").ok().and_then(|v| v.parse().ok()).unwrap_or(0);
+    900 + soak
+}
+
+/// Ends a child that is still there after [`patience`] by SIGALRM, so that no test waits for it without end: an alarm outlives `exec`.
+/// The child's own children have none.
+pub fn bounded(c: &mut Command) {
+    let seconds = patience();
+    // SAFETY: `alarm` may be called between `fork` and `exec`, and touches nothing of this process.
+    unsafe {
+        c.pre_exec(move || {
+            libc::alarm(seconds);
+            Ok(())
+        });
+    }
+}
+
 /// The binary, with a cache of its own.
 pub fn lowbit(cache: &Path) -> Command {
     let mut c = Command::new(env!("CARGO_BIN_EXE_lowbit"));
     c.env("LOWBIT_CACHE", cache.join("cache")).current_dir(root());
+    bounded(&mut c);
+    c
+}
+
+/// A script of the repository, ended with all its children when it takes too long.
+pub fn script(path: &str) -> Command {
+    let mut c = Command::new("timeout");
+    c.arg("--kill-after=10").arg(patience().to_string()).arg(root().join(path));
     c
 }
 

@@ -104,6 +104,48 @@ fn run_serves_both_models_and_the_report_draws_it() {
     assert_eq!(std::fs::read(dir.join("load.json")).unwrap(), before);
 }
 
+/// The processes a process has started.
+#[cfg(target_os = "linux")]
+fn children(of: u32) -> Vec<u32> {
+    let tasks = std::fs::read_dir(format!("/proc/{of}/task")).into_iter().flatten().flatten();
+    let lists = tasks.filter_map(|t| std::fs::read_to_string(t.path().join("children")).ok());
+    lists.flat_map(|l| l.split_whitespace().map(|p| p.parse().unwrap()).collect::<Vec<_>>()).collect()
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn a_killed_run_leaves_no_server_behind() {
+    let tmp = tempfile::tempdir().unwrap();
+    let mut c = lowbit(tmp.path());
+    c.args(["--quiet", "--device", "cpu", "run"]).arg(demo()).arg("-o").arg(tmp.path().join("out")).args([
+        "--method",
+        "rtn",
+        "--group-size",
+        "64",
+    ]);
+    c.args(["--no-bench", "--no-gate", "--limit", "1", "--kl-windows", "1", "--task-limit", "3", "--serve-bench"]);
+    c.args(["--serve-data", "demo", "--serve-seconds", "60"]);
+    let mut run = c.spawn().unwrap();
+    let wait = |what: &str, done: &mut dyn FnMut() -> bool| {
+        let late = std::time::Instant::now() + std::time::Duration::from_secs(120);
+        while !done() {
+            assert!(std::time::Instant::now() < late, "{what}");
+            std::thread::sleep(std::time::Duration::from_millis(20));
+        }
+    };
+    let is_server =
+        |p: u32| std::fs::read(format!("/proc/{p}/cmdline")).is_ok_and(|l| l.split(|b| *b == 0).any(|w| w == b"serve"));
+    let mut server = None;
+    wait("no server was started", &mut || {
+        assert!(run.try_wait().unwrap().is_none(), "the run ended before it served");
+        server = children(run.id()).into_iter().find(|p| is_server(*p));
+        server.is_some()
+    });
+    run.kill().unwrap();
+    run.wait().unwrap();
+    wait("the server goes on", &mut || !is_server(server.unwrap()));
+}
+
 #[test]
 fn run_ends_with_a_verdict() {
     let tmp = tempfile::tempdir().unwrap();

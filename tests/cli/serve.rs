@@ -74,6 +74,7 @@ impl Serving {
     pub(super) fn connect(&self) -> TcpStream {
         let s = TcpStream::connect(("127.0.0.1", self.port)).unwrap();
         s.set_read_timeout(Some(Duration::from_secs(120))).unwrap();
+        s.set_write_timeout(Some(Duration::from_secs(120))).unwrap();
         s
     }
 
@@ -343,7 +344,9 @@ fn a_client_that_leaves_frees_its_pages_and_a_full_queue_says_so() {
     // The answers of one request come one after the other and fill the queue for as long as a hundred of them take,
     // whether or not the first request has ended meanwhile.
     let waiting = open(128);
+    let asked = Instant::now();
     while s.metric("vllm:num_requests_waiting") < 2.0 {
+        assert!(asked.elapsed() < Duration::from_secs(60), "the queue never filled");
         std::thread::sleep(Duration::from_millis(2));
     }
     let refused = s.post("/v1/completions", &long);

@@ -3,14 +3,14 @@
 use std::os::unix::fs::PermissionsExt;
 use std::process::Command;
 
-use super::{json, ok, root, stderr};
+use super::{json, ok, stderr};
 
 fn here(tool: &str) -> bool {
     Command::new(tool).arg("--version").output().is_ok_and(|o| o.status.success())
 }
 
 fn script(name: &str) -> Command {
-    let mut c = Command::new(root().join("serve").join(name));
+    let mut c = super::script(&format!("serve/{name}"));
     c.args(["--lowbit", env!("CARGO_BIN_EXE_lowbit")]);
     c
 }
@@ -33,8 +33,7 @@ fn serving_is_measured_into_a_record_with_tables() {
     assert!(r["int8"][0]["kl_mean"].as_f64().unwrap() > 0.0);
     assert!(r["prefix"][1]["ratio"].as_f64().unwrap() > 0.0);
     assert_eq!(r["speculation"]["identical"], true);
-    let tables =
-        String::from_utf8(ok(Command::new(root().join("serve/measure")).arg("--render").arg(&out)).stdout).unwrap();
+    let tables = String::from_utf8(ok(super::script("serve/measure").arg("--render").arg(&out)).stdout).unwrap();
     assert_eq!(tables.lines().filter(|l| l.starts_with("|---|")).count(), 4, "{tables}");
     assert!(tables.contains("| w4a16 | 16 |") && !tables.contains("null"), "{tables}");
     assert_eq!(script("measure").arg("--tea").output().unwrap().status.code(), Some(3));

@@ -60,7 +60,7 @@ fn the_kernels_agree_on_the_emulated_device_and_the_record_renders() {
 
 #[test]
 fn the_script_lists_its_stages_and_every_row() {
-    let out = ok(Command::new(root().join("bench/gpu-suite")).args(["--dry-run", env!("CARGO_BIN_EXE_lowbit")]));
+    let out = ok(super::script("bench/gpu-suite").args(["--dry-run", env!("CARGO_BIN_EXE_lowbit")]));
     let text = String::from_utf8(out.stdout).unwrap();
     for wanted in ["memcheck", "racecheck", "rtn_parity", "linear w4a16-g128 4096x4096, 16 tokens", "hessian_update"] {
         assert!(text.contains(wanted), "no `{wanted}` in:\n{text}");

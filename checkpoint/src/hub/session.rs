@@ -4,10 +4,10 @@ use std::cell::Cell;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use hf_hub::api::Progress;
-use hf_hub::api::sync::{Api, ApiBuilder, ApiError, ApiRepo};
+use hf_hub::api::sync::{Api, ApiBuilder, ApiError};
 use hf_hub::{Cache, CacheRepo, Repo, RepoType};
 
+use super::silence::{Sign, heard, is_silence};
 use super::{HubOptions, HubProgress, is_safe};
 use crate::error::{CheckpointError, Result};
 
@@ -92,7 +92,8 @@ impl<'a> Session<'a> {
     pub(super) fn list(&self) -> Result<(String, Vec<String>)> {
         let mut attempt = 1;
         let info = loop {
-            match self.api.repo(self.repo(&self.revision)).info() {
+            let repo = self.api.repo(self.repo(&self.revision));
+            match heard(self.options.silence, move |_| repo.info(), &mut |_| ()) {
                 Ok(info) => break info,
                 Err(error) if attempt == ATTEMPTS || !may_pass(&error) => return Err(self.explain(&error, None)),
                 Err(error) => pause(&error, attempt),
@@ -119,12 +120,12 @@ impl<'a> Session<'a> {
         names: impl Iterator<Item = &'n String>,
         progress: &dyn HubProgress,
     ) -> Result<()> {
-        let (remote, cache) = (self.api.repo(self.repo(sha)), self.cache_repo(sha));
+        let cache = self.cache_repo(sha);
         for name in names {
             let pointer = cache.pointer_path(sha).join(name);
             // A file appears in a snapshot only when complete, and a commit's files never change.
             if !pointer.exists() {
-                self.fetch_one(&remote, &cache, sha, name, &pointer, progress)?;
+                self.fetch_one(&cache, sha, name, &pointer, progress)?;
             }
         }
         Ok(())
@@ -132,7 +133,6 @@ impl<'a> Session<'a> {
 
     fn fetch_one(
         &self,
-        remote: &ApiRepo,
         cache: &CacheRepo,
         sha: &str,
         name: &str,
@@ -142,7 +142,9 @@ impl<'a> Session<'a> {
         let watch = Watch { inner: progress, started: Cell::new(false), told: Cell::new(0), seen: Cell::new(0) };
         let mut attempt = 1;
         let error = loop {
-            let outcome = self.api.metadata(&remote.url(name)).and_then(|meta| {
+            let (api, remote) = (self.api.clone(), self.api.repo(self.repo(sha)));
+            let url = remote.url(name);
+            let outcome = heard(self.options.silence, move |_| api.metadata(&url), &mut |_| ()).and_then(|meta| {
                 let ok = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
                 let etag = meta.etag().strip_prefix("W/").unwrap_or(meta.etag());
                 if meta.commit_hash() != sha || etag.is_empty() || !etag.chars().all(ok) {
@@ -157,7 +159,10 @@ impl<'a> Session<'a> {
                 if std::fs::metadata(&part).is_ok_and(|part| part.len() >= meta.size() as u64) {
                     std::fs::remove_file(&part)?;
                 }
-                remote.download_with_progress(name, &watch)?;
+                let file = name.to_string();
+                heard(self.options.silence, move |signs| remote.download_with_progress(&file, signs), &mut |sign| {
+                    watch.see(name, sign)
+                })?;
                 Ok((meta, blob))
             });
             let error = match outcome {
@@ -199,7 +204,9 @@ impl<'a> Session<'a> {
                 self.fail(&format!("access to {what} was refused {who} (HTTP {code})"), &hint)
             }
             Some(404) => {
-                let known = || self.revision != "main" && self.api.repo(self.repo("main")).info().is_ok();
+                let main = self.api.repo(self.repo("main"));
+                let listed = || heard(self.options.silence, move |_| main.info(), &mut |_| ()).is_ok();
+                let known = || self.revision != "main" && listed();
                 if file.is_none() && known() {
                     let problem = format!("unknown revision `{}` (HTTP 404)", self.revision);
                     return self.fail(&problem, "give a branch, a tag or a full commit hash, or leave @revision away");
@@ -220,7 +227,7 @@ impl<'a> Session<'a> {
 /// Whether another attempt may fare better: a refusal stays one, a busy hub or a cut connection does not.
 fn may_pass(error: &ApiError) -> bool {
     let refused = |code: u16| (400..500).contains(&code) && ![408, 416, 429].contains(&code);
-    !matches!(error, ApiError::InvalidHeader(_)) && !status(error).is_some_and(refused)
+    !matches!(error, ApiError::InvalidHeader(_)) && !is_silence(error) && !status(error).is_some_and(refused)
 }
 
 /// Waits before the next attempt, longer for a hub that asked for fewer requests.
@@ -256,21 +263,22 @@ struct Watch<'a> {
     seen: Cell<u64>,
 }
 
-impl Progress for &Watch<'_> {
-    fn init(&mut self, size: usize, filename: &str) {
-        self.seen.set(0);
-        if !self.started.replace(true) {
-            self.inner.start(filename, size as u64);
+impl Watch<'_> {
+    fn see(&self, file: &str, sign: Sign) {
+        match sign {
+            Sign::Begun(size) => {
+                self.seen.set(0);
+                if !self.started.replace(true) {
+                    self.inner.start(file, size as u64);
+                }
+            }
+            Sign::Bytes(size) => {
+                let seen = self.seen.get() + size as u64;
+                self.seen.set(seen);
+                if seen > self.told.get() {
+                    self.inner.advance(seen - self.told.replace(seen));
+                }
+            }
         }
     }
-
-    fn update(&mut self, size: usize) {
-        let seen = self.seen.get() + size as u64;
-        self.seen.set(seen);
-        if seen > self.told.get() {
-            self.inner.advance(seen - self.told.replace(seen));
-        }
-    }
-
-    fn finish(&mut self) {}
 }
