@@ -115,10 +115,10 @@ impl CalibrationError {
             ),
             Self::NeedsTemplate { .. } => Some("calibrate on records with a `text` field".to_string()),
             Self::TooFewWindows { available: 0, tokens, .. } => {
-                Some(format!("windows of at most {tokens} tokens fit; otherwise give a longer corpus"))
+                Some(format!("--seq-len {tokens} --samples 1 fits; otherwise give a longer corpus"))
             }
             Self::TooFewWindows { available, .. } => {
-                Some(format!("use at most {available} windows, shorter windows, or a longer corpus"))
+                Some(format!("--samples {available} fits, and so do more with a smaller --seq-len; otherwise give a longer corpus"))
             }
             Self::Parquet { .. } => {
                 Some("snappy and uncompressed columns are read; convert other files to .jsonl".to_string())

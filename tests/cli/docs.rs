@@ -1,6 +1,6 @@
 //! Pages that are generated from the program, and links that must lead somewhere.
 
-use super::{json, lowbit, ok, root};
+use super::{json, lowbit, ok, root, stderr};
 
 /// `docs/cli.md`: the help of every command, as it is printed.
 #[test]
@@ -50,7 +50,7 @@ fn links_between_pages_lead_somewhere() {
 
 /// Blocks of a page, by their language, in order.
 fn blocks(page: &str, language: &str) -> Vec<String> {
-    let text = std::fs::read_to_string(root().join("docs").join(page)).unwrap();
+    let text = std::fs::read_to_string(root().join(page)).unwrap();
     let parts: Vec<&str> = text.split("```").collect();
     let of = |part: &&str| part.strip_prefix(language).and_then(|p| p.strip_prefix('\n')).map(str::to_string);
     parts.iter().skip(1).step_by(2).filter_map(of).collect()
@@ -62,9 +62,9 @@ fn the_task_of_the_page_runs() {
     let tmp = tempfile::tempdir().unwrap();
     let dir = tmp.path().join("capitals");
     std::fs::create_dir(&dir).unwrap();
-    std::fs::write(dir.join("capitals.yaml"), &blocks("extending.md", "yaml")[0]).unwrap();
-    std::fs::write(dir.join("capitals.jsonl"), &blocks("extending.md", "json")[0]).unwrap();
-    let commands = &blocks("extending.md", "")[0];
+    std::fs::write(dir.join("capitals.yaml"), &blocks("docs/extending.md", "yaml")[0]).unwrap();
+    std::fs::write(dir.join("capitals.jsonl"), &blocks("docs/extending.md", "json")[0]).unwrap();
+    let commands = &blocks("docs/extending.md", "")[0];
     for line in commands.lines() {
         let args = line.strip_prefix("lowbit ").unwrap().split(' ');
         ok(lowbit(tmp.path()).args(["--device", "cpu"]).args(args).current_dir(tmp.path()));
@@ -72,12 +72,36 @@ fn the_task_of_the_page_runs() {
     assert_eq!(json(&tmp.path().join("capitals.json"))["tasks"]["capitals"]["n"], 2);
 }
 
+/// The files and commands of the README's own task, followed to the letter from an empty folder and an empty home, and once more with
+/// rows enough for a verdict.
+#[test]
+fn the_gate_of_the_readme_runs() {
+    for (copies, verdict) in [(1, 2), (300, 0)] {
+        let tmp = tempfile::tempdir().unwrap();
+        let dir = tmp.path().join("mine");
+        std::fs::create_dir(&dir).unwrap();
+        std::fs::write(dir.join("mine.yaml"), &blocks("README.md", "yaml")[0]).unwrap();
+        std::fs::write(dir.join("rows.jsonl"), blocks("README.md", "json")[0].repeat(copies)).unwrap();
+        let commands = &blocks("README.md", "sh")[0];
+        for line in commands.lines().filter(|l| !l.is_empty()) {
+            let mut c = lowbit(tmp.path());
+            c.env("HOME", tmp.path().join("home")).current_dir(tmp.path());
+            let out = c.args(line.strip_prefix("lowbit ").unwrap().split(' ')).output().unwrap();
+            let wanted = if line.starts_with("lowbit gate") { verdict } else { 0 };
+            assert_eq!(out.status.code(), Some(wanted), "{line}: {}", stderr(&out));
+        }
+        let page = std::fs::read_to_string(tmp.path().join("ci/report.html")).unwrap();
+        assert!(page.contains(if verdict == 0 { "Pass" } else { "Inconclusive" }));
+        assert!(tmp.path().join("ci/gate.xml").exists() && tmp.path().join("baseline.items.jsonl").exists());
+    }
+}
+
 /// Every command in a page is one that the program has, with options that it knows.
 #[test]
 fn commands_in_the_pages_are_known() {
     let tmp = tempfile::tempdir().unwrap();
     let mut seen = 0;
-    for page in ["start.md", "engines.md"] {
+    for page in ["docs/start.md", "docs/engines.md"] {
         for line in blocks(page, "").join("\n").lines().filter_map(|l| l.strip_prefix("lowbit ")) {
             let line = line.split("  #").next().unwrap().split(" || ").next().unwrap();
             let mut words = line.split_whitespace();
