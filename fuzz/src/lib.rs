@@ -2,12 +2,16 @@
 //! `seeds(NAME)` were written to `corpus/NAME`, which [`run`] does at its first call.
 #![allow(dead_code)]
 
+#[path = "../../tests/hostile/mutate.rs"]
+mod mutate;
 #[path = "../../report/tests/records/mod.rs"]
 mod records;
 #[path = "../../tests/hostile/seeds.rs"]
 mod seeds;
 #[path = "../../tests/hostile/targets.rs"]
 mod targets;
+#[path = "../../tests/hostile/tiny.rs"]
+mod tiny;
 
 use std::cell::RefCell;
 use std::path::PathBuf;
@@ -24,7 +28,7 @@ thread_local! {
 pub fn run(name: &str, data: &[u8]) {
     READER.with_borrow_mut(|reader| {
         let (_, read) = reader.get_or_insert_with(|| {
-            let target = targets::all().into_iter().chain([targets::serve()]).find(|t| t.name == name).expect("a target");
+            let target = targets::all().into_iter().find(|t| t.name == name).expect("a target");
             let corpus = root().join("fuzz/corpus").join(name);
             std::fs::create_dir_all(&corpus).expect("a folder for the corpus");
             for (i, seed) in (target.seeds)().iter().enumerate() {

@@ -12,4 +12,4 @@ pub mod text;
 
 pub use engine::{Engine, EngineOptions};
 pub use error::{Result, ServeError};
-pub use http::{Server, ServerOptions};
+pub use http::{InMemory, Server, ServerOptions};

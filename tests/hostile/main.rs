@@ -1,29 +1,33 @@
 //! Hostile input: everything lowbit reads from strangers, changed at random from valid files and from inputs that once did harm.
 //!
 //! No panic, no more memory than a bound tied to the size of the input, no hang. The default run is short and the same every
-//! time. By hand, longer, and writing the table of `docs/security.md`:
+//! time. Long runs take seeds that were never used and write what they did into `fuzz/ledger.jsonl`; the table of
+//! `docs/security.md` is made of that:
 //!
 //! ```text
-//! LOWBIT_HOSTILE_TIMES=100 LOWBIT_HOSTILE_TABLE=1 cargo test --release --workspace --test hostile
-//! LOWBIT_HOSTILE_TARGET=gguf LOWBIT_HOSTILE_SEED=7 cargo test --release --workspace --test hostile
+//! LOWBIT_HOSTILE_TARGET=gguf LOWBIT_HOSTILE_SEED=7 LOWBIT_HOSTILE_TIMES=10 cargo test --release --workspace --test hostile
+//! LOWBIT_HOSTILE_GOAL=10000000 LOWBIT_HOSTILE_MINUTES=60 cargo test --release --workspace --test hostile -- --ignored
+//! LOWBIT_HOSTILE_TABLE=1 cargo test --release --workspace --test hostile table
 //! ```
 //!
 //! The targets are plain functions, shared with `fuzz/` for cargo-fuzz.
 #![allow(clippy::print_stderr)]
 
 mod allocator;
+mod ledger;
 mod mutate;
 #[path = "../../report/tests/records/mod.rs"]
 #[allow(dead_code)]
 mod records;
 mod seeds;
 mod targets;
+mod tiny;
 
 use std::panic::AssertUnwindSafe;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, MutexGuard, Once, PoisonError};
+use std::time::{Duration, Instant};
 
 use targets::Target;
 
@@ -46,129 +50,215 @@ fn harmful(target: &str, input: &[u8]) -> PathBuf {
     path
 }
 
-/// The input at work and when it began, for the watchdog.
-type Current = Arc<Mutex<(&'static str, Vec<u8>)>>;
+/// One input in so many is made from those that cost most, [`HEAVY`].
+const SELDOM: usize = 1000;
+/// Files of the corpus that cost most by design: loops without end, bombs.
+const HEAVY: &str = "heavy-";
 
-fn all() -> Vec<Target> {
-    targets::all().into_iter().chain([targets::serve()]).collect()
-}
-
-struct Row {
-    name: &'static str,
-    about: &'static str,
-    inputs: u64,
-    accepted: u64,
-    peak: usize,
-    bound: String,
-}
-
+/// The input at work, for the watchdog.
+static CURRENT: Mutex<(&str, Vec<u8>)> = Mutex::new(("", Vec::new()));
+static RUNS: AtomicU64 = AtomicU64::new(0);
 /// Panics since the last question, on any thread: a server catches those of its own.
 static PANICS: AtomicU64 = AtomicU64::new(0);
+static LAST: Mutex<String> = Mutex::new(String::new());
+/// Memory is counted for the whole process: one at a time.
+static MEASURING: Mutex<()> = Mutex::new(());
 
 fn variable(name: &str) -> Option<String> {
     std::env::var(name).ok().filter(|v| !v.is_empty())
 }
 
-#[test]
-fn nothing_read_from_strangers_does_harm() {
-    let number = |name: &str, usual: u64| variable(name).map_or(usual, |v| v.parse().unwrap());
-    let (times, seed) = (number("LOWBIT_HOSTILE_TIMES", 1), number("LOWBIT_HOSTILE_SEED", 1));
+fn number(name: &str, usual: u64) -> u64 {
+    variable(name).map_or(usual, |v| v.parse().unwrap())
+}
+
+/// The targets of `LOWBIT_HOSTILE_TARGET` (names with commas between), or all.
+fn chosen() -> Vec<Target> {
     let only = variable("LOWBIT_HOSTILE_TARGET");
-    let last: Arc<Mutex<String>> = Arc::default();
-    let told = last.clone();
-    std::panic::set_hook(Box::new(move |info| {
-        if lowbit_checkpoint::guard::panics_are_errors() {
-            return;
-        }
-        PANICS.fetch_add(1, Ordering::SeqCst);
-        *told.lock().unwrap() = info.to_string();
-    }));
-    let (current, runs): (Current, Arc<AtomicU64>) = (Arc::default(), Arc::default());
-    watch(current.clone(), runs.clone());
-    let at_work = current.clone();
-    let _ = allocator::TELL.set(Box::new(move || {
-        if let Ok(now) = at_work.try_lock() {
-            eprintln!(
-                "{}: more than {} bytes at once: {}",
-                now.0,
-                allocator::MOST_AT_ONCE,
-                harmful(now.0, &now.1).display()
-            );
-        }
-    }));
-    let (mut rows, mut faults) = (Vec::new(), Vec::new());
-    for target in all().iter().filter(|t| only.as_ref().is_none_or(|o| o == t.name)) {
-        let tmp =
-            tempfile::tempdir_in(if std::path::Path::new("/dev/shm").is_dir() { "/dev/shm" } else { "/tmp" }).unwrap();
-        let mut seeds = (target.seeds)();
+    let wanted = |t: &Target| only.as_ref().is_none_or(|o| o.split(',').any(|name| name == t.name));
+    targets::all().into_iter().filter(wanted).collect()
+}
+
+/// Watches panics, time and single large requests from here on.
+fn watched() -> MutexGuard<'static, ()> {
+    static ONCE: Once = Once::new();
+    let guard = MEASURING.lock().unwrap_or_else(PoisonError::into_inner);
+    ONCE.call_once(|| {
+        let usual = std::panic::take_hook();
+        std::panic::set_hook(Box::new(move |info| {
+            if lowbit_checkpoint::guard::panics_are_errors() {
+                return;
+            }
+            if CURRENT.lock().is_ok_and(|c| c.0.is_empty()) {
+                return usual(info);
+            }
+            PANICS.fetch_add(1, Ordering::SeqCst);
+            *LAST.lock().unwrap() = info.to_string();
+        }));
+        let _ = allocator::TELL.set(Box::new(|| {
+            if let Ok(now) = CURRENT.try_lock() {
+                let most = allocator::MOST_AT_ONCE;
+                eprintln!("{}: more than {most} bytes at once: {}", now.0, harmful(now.0, &now.1).display());
+            }
+        }));
+        watch();
+    });
+    guard
+}
+
+/// What a run of a target did.
+#[derive(Default)]
+struct Done {
+    executions: u64,
+    accepted: u64,
+    peak: usize,
+    faults: Vec<String>,
+}
+
+/// A target, with what its inputs are made of.
+struct Hunt<'a> {
+    target: &'a Target,
+    seeds: Vec<Vec<u8>>,
+    heavy: Vec<Vec<u8>>,
+    read: targets::Reader,
+    _dir: tempfile::TempDir,
+}
+
+impl<'a> Hunt<'a> {
+    fn new(target: &'a Target) -> Self {
+        let shm = std::path::Path::new("/dev/shm");
+        let dir = if shm.is_dir() { tempfile::tempdir_in(shm) } else { tempfile::tempdir() }.unwrap();
         let kept = root().join("fuzz/corpus").join(target.name);
         let mut files: Vec<_> = std::fs::read_dir(&kept).map_or(Vec::new(), |d| d.map(|e| e.unwrap().path()).collect());
         files.sort();
-        seeds.extend(files.iter().map(|f| std::fs::read(f).unwrap()));
-        let mut read = (target.open)(tmp.path());
-        let mut random = mutate::Random::new(seed);
-        let (count, mut peak, mut accepted) = (target.runs * times, 0, 0);
-        for i in 0..count + seeds.len() as u64 {
-            let input = match seeds.get(i as usize) {
-                Some(whole) => whole.clone(),
-                None => mutate::mutated(&seeds, &mut random),
-            };
-            *current.lock().unwrap() = (target.name, input.clone());
-            runs.fetch_add(1, Ordering::SeqCst);
-            let used = allocator::measured(|| {
-                let read = std::panic::catch_unwind(AssertUnwindSafe(|| read(&input)));
-                accepted += u64::from(read.unwrap_or(false));
-            });
-            peak = peak.max(used);
-            let bound = target.base + target.per_byte * input.len();
-            if PANICS.swap(0, Ordering::SeqCst) > 0 {
-                faults.push(format!(
-                    "{}: panic: {} ({})",
-                    target.name,
-                    last.lock().unwrap(),
-                    harmful(target.name, &input).display()
-                ));
-            } else if used > bound || allocator::refused() {
-                let file = harmful(target.name, &input);
-                faults.push(format!(
-                    "{}: {used} bytes for an input of {} ({})",
-                    target.name,
-                    input.len(),
-                    file.display()
-                ));
-            }
-            if faults.len() > 20 {
-                break;
-            }
-        }
-        // A target that takes nothing would find nothing.
-        assert!(accepted > count / 1000, "{}: {accepted} inputs of {count} were what they claim to be", target.name);
-        rows.push(row(target, count + seeds.len() as u64, accepted, peak));
+        let (heavy, light): (Vec<_>, Vec<_>) =
+            files.iter().partition(|f| f.file_name().unwrap().to_str().unwrap().starts_with(HEAVY));
+        let read_all = |files: Vec<&PathBuf>| files.into_iter().map(|f| std::fs::read(f).unwrap()).collect::<Vec<_>>();
+        let mut seeds = (target.seeds)();
+        seeds.extend(read_all(light));
+        Self { target, seeds, heavy: read_all(heavy), read: (target.open)(dir.path()), _dir: dir }
     }
-    current.lock().unwrap().0 = "";
-    drop(std::panic::take_hook());
-    assert!(faults.is_empty(), "{} inputs did harm:\n{}", faults.len(), faults.join("\n"));
-    if variable("LOWBIT_HOSTILE_TABLE").is_some() {
-        write_table(&rows);
+
+    /// One input; counts nothing but what it did.
+    fn give(&mut self, input: Vec<u8>, done: &mut Done) {
+        let name = self.target.name;
+        {
+            let mut now = CURRENT.lock().unwrap();
+            now.0 = name;
+            now.1.clone_from(&input);
+        }
+        RUNS.fetch_add(1, Ordering::SeqCst);
+        let mut accepted = false;
+        let used = allocator::measured(|| {
+            let read = std::panic::catch_unwind(AssertUnwindSafe(|| (self.read)(&input)));
+            accepted = read.unwrap_or(false);
+        });
+        done.accepted += u64::from(accepted);
+        done.peak = done.peak.max(used);
+        let bound = self.target.base + self.target.per_byte * input.len();
+        if PANICS.swap(0, Ordering::SeqCst) > 0 {
+            let file = harmful(name, &input);
+            done.faults.push(format!("{name}: panic: {} ({})", LAST.lock().unwrap(), file.display()));
+        } else if used > bound || allocator::refused() {
+            let (file, length) = (harmful(name, &input), input.len());
+            done.faults.push(format!("{name}: {used} bytes for an input of {length} ({})", file.display()));
+        }
+    }
+
+    /// All inputs that are kept, then `count` changed ones.
+    fn run(&mut self, seed: u64, count: u64) -> Done {
+        let mut random = mutate::Random::new(seed);
+        let mut done = Done::default();
+        for whole in self.seeds.iter().chain(&self.heavy).cloned().collect::<Vec<_>>() {
+            self.give(whole, &mut done);
+        }
+        done.accepted = 0;
+        while done.executions < count && done.faults.len() <= 20 {
+            let seldom = !self.heavy.is_empty() && random.below(SELDOM) == 0;
+            let input = mutate::mutated(if seldom { &self.heavy } else { &self.seeds }, &mut random);
+            done.executions += 1;
+            self.give(input, &mut done);
+        }
+        CURRENT.lock().unwrap().0 = "";
+        // A target that takes nothing would find nothing.
+        let (accepted, name) = (done.accepted, self.target.name);
+        assert!(
+            accepted > done.executions / 1000,
+            "{name}: {accepted} inputs of {} were what they claim to be",
+            done.executions
+        );
+        done
     }
 }
 
-fn row(target: &Target, inputs: u64, accepted: u64, peak: usize) -> Row {
-    let bound = format!("{} MB + {} × input", target.base >> 20, target.per_byte);
-    Row { name: target.name, about: target.about, inputs, accepted, peak, bound }
+#[test]
+fn nothing_read_from_strangers_does_harm() {
+    let _one = watched();
+    let (times, seed) = (number("LOWBIT_HOSTILE_TIMES", 1), number("LOWBIT_HOSTILE_SEED", 1));
+    let mut faults = Vec::new();
+    for target in chosen() {
+        let start = Instant::now();
+        let done = Hunt::new(&target).run(seed, target.runs * times);
+        let (n, took) = (done.executions, start.elapsed().as_secs_f64());
+        eprintln!("{}: {n} inputs in {took:.1} s, {} accepted, {} bytes", target.name, done.accepted, done.peak);
+        faults.extend(done.faults);
+    }
+    assert!(faults.is_empty(), "{} inputs did harm:\n{}", faults.len(), faults.join("\n"));
+}
+
+fn ledger_file() -> PathBuf {
+    root().join("fuzz/ledger.jsonl")
+}
+
+/// Seeds that no run had, target by target, those with the fewest executions first, until each has `LOWBIT_HOSTILE_GOAL` or the
+/// `LOWBIT_HOSTILE_MINUTES` are over. Several processes may run at a time when their targets differ.
+#[test]
+#[ignore = "long; adds to fuzz/ledger.jsonl"]
+fn long_runs_add_up() {
+    const CHUNK: u64 = 250_000;
+    let _one = watched();
+    let (goal, minutes) = (number("LOWBIT_HOSTILE_GOAL", 10_000_000), number("LOWBIT_HOSTILE_MINUTES", 60));
+    let (start, targets) = (Instant::now(), chosen());
+    let mut faults = Vec::new();
+    while start.elapsed() < Duration::from_secs(minutes * 60) && faults.is_empty() {
+        let entries = ledger::read(&ledger_file());
+        let so_far = |t: &Target| ledger::total(&entries, t.name).map_or(0, |e| e.executions);
+        let Some(target) = targets.iter().filter(|t| so_far(t) < goal).min_by_key(|t| so_far(t)) else { break };
+        let seed = ledger::total(&entries, target.name).map_or(1, |e| e.seeds[1] + 1);
+        let (began, (date, commit)) = (Instant::now(), ledger::now());
+        let done = Hunt::new(target).run(seed, CHUNK.min(goal - so_far(target)));
+        let seconds = began.elapsed().as_secs();
+        ledger::add(
+            &ledger_file(),
+            ledger::Entry {
+                target: target.name.into(),
+                seeds: [seed, seed],
+                executions: done.executions,
+                accepted: done.accepted,
+                found: done.faults.len() as u64,
+                most_bytes: done.peak,
+                seconds,
+                date,
+                commit,
+            },
+        );
+        eprintln!("{} {seed}: {} in {seconds} s, {} found", target.name, done.executions, done.faults.len());
+        faults.extend(done.faults);
+    }
+    assert!(faults.is_empty(), "{} inputs did harm:\n{}", faults.len(), faults.join("\n"));
 }
 
 /// Ends the process when one input is at work too long, and says which.
-fn watch(current: Current, runs: Arc<AtomicU64>) {
+fn watch() {
     std::thread::spawn(move || {
-        let mut seen = (0, std::time::Instant::now());
+        let mut seen = (0, Instant::now());
         loop {
             std::thread::sleep(Duration::from_secs(1));
-            let now = runs.load(Ordering::SeqCst);
+            let now = RUNS.load(Ordering::SeqCst);
             if now != seen.0 {
-                seen = (now, std::time::Instant::now());
+                seen = (now, Instant::now());
             } else if seen.1.elapsed() > HANG {
-                let (name, input) = current.lock().unwrap().clone();
+                let (name, input) = CURRENT.lock().unwrap().clone();
                 if !name.is_empty() {
                     eprintln!("{name}: no end within {HANG:?}: {}", harmful(name, &input).display());
                     std::process::abort();
@@ -178,47 +268,70 @@ fn watch(current: Current, runs: Arc<AtomicU64>) {
     });
 }
 
-/// The generated part of `docs/security.md`.
-fn write_table(rows: &[Row]) {
-    let mut table =
-        String::from("| target | reads | inputs | accepted | most memory | bound |\n|---|---|---:|---:|---:|---|\n");
-    for r in rows {
+/// 1,234,567.
+fn grouped(n: u64) -> String {
+    let digits = n.to_string();
+    let pieces: Vec<&str> = digits.as_bytes().rchunks(3).rev().map(|c| std::str::from_utf8(c).unwrap()).collect();
+    pieces.join(",")
+}
+
+/// The generated part of `docs/security.md`, from the ledger.
+fn table() -> String {
+    let entries = ledger::read(&ledger_file());
+    let mut table = String::from(
+        "| target | reads | inputs | accepted | did harm | most memory | bound |\n|---|---|---:|---:|---:|---:|---|\n",
+    );
+    for t in targets::all() {
+        let Some(e) = ledger::total(&entries, t.name) else { continue };
         table += &format!(
-            "| `{}` | {} | {} | {} | {:.1} MB | {} |\n",
-            r.name,
-            r.about,
-            r.inputs,
-            r.accepted,
-            r.peak as f64 / (1 << 20) as f64,
-            r.bound
+            "| `{}` | {} | {} | {:.2} % | {} | {:.1} MB | {} MB + {} × input |\n",
+            t.name,
+            t.about,
+            grouped(e.executions),
+            100.0 * e.accepted as f64 / e.executions as f64,
+            e.found,
+            e.most_bytes as f64 / (1 << 20) as f64,
+            t.base >> 20,
+            t.per_byte
         );
     }
+    table
+}
+
+#[test]
+fn the_table_is_that_of_the_ledger() {
     let path = root().join("docs/security.md");
     let text = std::fs::read_to_string(&path).unwrap();
     let (start, end) = ("<!-- generated -->\n", "<!-- end -->");
     let (from, to) = (text.find(start).unwrap() + start.len(), text.find(end).unwrap());
-    std::fs::write(&path, format!("{}{table}{}", &text[..from], &text[to..])).unwrap();
+    if variable("LOWBIT_HOSTILE_TABLE").is_some() {
+        std::fs::write(&path, format!("{}{}{}", &text[..from], table(), &text[to..])).unwrap();
+        return;
+    }
+    assert_eq!(
+        &text[from..to],
+        table(),
+        "LOWBIT_HOSTILE_TABLE=1 cargo test --release --workspace --test hostile table"
+    );
 }
 
+/// Every kind of input, and no seed twice.
 #[test]
-fn the_table_names_every_target() {
-    let text = std::fs::read_to_string(root().join("docs/security.md")).unwrap();
-    for target in all() {
-        assert!(
-            text.contains(&format!("| `{}` | {} |", target.name, target.about)),
-            "LOWBIT_HOSTILE_TABLE=1: {}",
-            target.name
-        );
-        assert!(
-            root().join("fuzz/fuzz_targets").join(format!("{}.rs", target.name)).exists(),
-            "fuzz/fuzz_targets: {}",
-            target.name
-        );
+fn the_ledger_adds_up() {
+    let entries = ledger::read(&ledger_file());
+    for t in targets::all() {
+        assert!(ledger::total(&entries, t.name).is_some(), "{}: no long run", t.name);
+        let mut seeds: Vec<[u64; 2]> = entries.iter().filter(|e| e.target == t.name).map(|e| e.seeds).collect();
+        seeds.sort_unstable();
+        assert!(seeds.windows(2).all(|w| w[0][1] < w[1][0]), "{}: a seed counted twice", t.name);
+        let stub = root().join("fuzz/fuzz_targets").join(format!("{}.rs", t.name));
+        assert!(stub.exists(), "{}", stub.display());
     }
 }
 
 #[test]
 fn the_measure_itself() {
+    let _one = watched();
     assert!((100_000..110_000).contains(&allocator::measured(|| drop(std::hint::black_box(vec![1u8; 100_000])))));
     let mut a = mutate::Random::new(3);
     let mut b = mutate::Random::new(3);

@@ -1,11 +1,10 @@
 //! Valid inputs to start from, small so that changes hit what matters.
 
 use std::io::Write;
-use std::process::Command;
 
 use serde_json::{Value, json};
 
-use super::{records, root};
+use super::{records, root, tiny};
 
 fn bytes(v: Value) -> Vec<u8> {
     v.to_string().into_bytes()
@@ -37,8 +36,17 @@ fn demo_config() -> Value {
 }
 
 pub fn config() -> Vec<Vec<u8>> {
+    families(&demo_config())
+}
+
+/// Configurations of the small model, whose tensors stay as they are: each family loads.
+pub fn model() -> Vec<Vec<u8>> {
+    families(&tiny::config())
+}
+
+fn families(base: &Value) -> Vec<Vec<u8>> {
     let of = |family: &str, class: &str, more: Value| {
-        let mut c = demo_config();
+        let mut c = base.clone();
         c["model_type"] = family.into();
         c["architectures"] = json!([class]);
         for (k, v) in more.as_object().unwrap() {
@@ -49,7 +57,7 @@ pub fn config() -> Vec<Vec<u8>> {
     let scaling = json!({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64});
     let longrope = json!({"type": "longrope", "short_factor": [1.0, 1.0], "long_factor": [2.0, 2.0]});
     vec![
-        bytes(demo_config()),
+        bytes(base.clone()),
         of("llama", "LlamaForCausalLM", json!({"rope_scaling": scaling})),
         of(
             "qwen2",
@@ -62,6 +70,7 @@ pub fn config() -> Vec<Vec<u8>> {
             "Gemma3ForCausalLM",
             json!({"sliding_window_pattern": 2, "query_pre_attn_scalar": 64, "sliding_window": 16}),
         ),
+        of("phi3", "Phi3ForCausalLM", json!({})),
         of("phi3", "Phi3ForCausalLM", json!({"rope_scaling": longrope, "original_max_position_embeddings": 64})),
     ]
 }
@@ -84,18 +93,7 @@ pub fn quantization() -> Vec<Vec<u8>> {
 
 /// Configurations of a packed checkpoint whose tensors stay as they are.
 pub fn packed() -> Vec<Vec<u8>> {
-    vec![std::fs::read(packed_demo().join("config.json")).unwrap()]
-}
-
-/// The demo at 4 bits, made once.
-pub fn packed_demo() -> std::path::PathBuf {
-    let dir = option_env!("CARGO_TARGET_TMPDIR").map_or_else(std::env::temp_dir, Into::into).join("hostile-packed");
-    if !dir.exists() {
-        let mut c = Command::new(option_env!("CARGO_BIN_EXE_lowbit").unwrap_or("lowbit"));
-        c.args(["--quiet", "--device", "cpu", "quantize", "--method", "rtn", "--group-size", "64", "-o"]).arg(&dir);
-        assert!(c.arg(root().join("assets/demo")).status().unwrap().success());
-    }
-    dir
+    tiny::packed().iter().filter(|(name, _)| name == "config.json").map(|(_, bytes)| bytes.clone()).collect()
 }
 
 /// A GGUF file of one block, and one with the tokenizer of a byte-level vocabulary.
@@ -219,12 +217,6 @@ pub fn template() -> Vec<Vec<u8>> {
         "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] | trim }}{% endfor %}{% if add_generation_prompt %}{{ bos_token }}{% endif %}",
         "{%- set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% if m.role == 'user' and ns.n % 2 %}{{ m.content.strip().split(' ')[0] }}{% elif tools %}{{ tools | tojson(indent=2) }}{% else %}{{ raise_exception('no') }}{% endif %}{% endfor %}",
         "{% macro again(n) %}{% if n %}{{ n }}{{ again(n - 1) }}{% endif %}{% endmacro %}{{ again(3) }}{{ strftime_now('%d %b %Y') }}{{ messages[0].content[1:-1] }}{{ messages | length }}",
-        "{% for i in range(100000) %}{% for j in range(100000) %}x{% endfor %}{% endfor %}",
-        "{% set ns = namespace(s='aaaaaaaaaaaaaaaa') %}{% for i in range(60) %}{% set ns.s = ns.s + ns.s %}{% endfor %}{{ ns.s }}",
-        "{{ 'a' * 1000000000 }}{{ ([0] * 100000000) | tojson }}{{ 'a' | indent(1000000000) }}{{ '%1000000000d' | format(1) }}",
-        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
-        "{% set ns = namespace(x=0) %}{% for i in range(60) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ ns.x }}{{ ns.x | tojson }}",
-        "{% set ns = namespace(x=0) %}{% for i in range(100000) %}{% set ns.x = [ns.x] %}{% endfor %}{{ ns.x }}{{ ns.x | tojson }}",
     ]
     .map(|s| s.as_bytes().to_vec())
     .to_vec()
@@ -249,16 +241,10 @@ pub fn rows() -> Vec<Vec<u8>> {
     let lines = "{\"text\": \"a\", \"n\": [1, {\"b\": null}]}\n{\"text\": \"\\u00e9\"}\n";
     let mut zipped = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::default());
     zipped.write_all(lines.as_bytes()).unwrap();
-    let bomb = {
-        let mut z = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::best());
-        z.write_all(&vec![b' '; 8 << 20]).unwrap();
-        z.finish().unwrap()
-    };
     let tagged = |kind: u8, data: &[u8]| [&[kind][..], data].concat();
     vec![
         tagged(0, lines.as_bytes()),
         tagged(1, &zipped.finish().unwrap()),
-        tagged(1, &bomb),
         tagged(2, b"[{\"text\": \"a\"}, {\"text\": \"b\", \"messages\": [{\"role\": \"user\", \"content\": \"x\"}]}]"),
         tagged(3, b"text,n\n\"a \"\"b\"\"\",1\n\"c\nd\",2\n"),
         tagged(4, &parquet_file()),

@@ -1,7 +1,5 @@
 //! What is read from strangers, each as a function of bytes. `fuzz/` calls the same functions.
 
-use std::io::{Read, Write};
-use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -21,9 +19,9 @@ use lowbit_eval::tasks::{ChatOptions, DataOptions, Registry, data};
 use lowbit_kernels::backend::Backend;
 use lowbit_kernels::cpu::CpuBackend;
 use lowbit_model::Model;
-use lowbit_serve::{Engine, EngineOptions, Server, ServerOptions};
+use lowbit_serve::{Engine, EngineOptions, InMemory, ServerOptions};
 
-use super::{root, seeds};
+use super::{seeds, tiny};
 
 /// Takes inputs one after the other, in a folder of its own, and says whether they were what they claim to be.
 pub type Reader = Box<dyn FnMut(&[u8]) -> bool>;
@@ -44,7 +42,7 @@ pub struct Target {
 
 const MB: usize = 1 << 20;
 
-pub fn all() -> [Target; 14] {
+pub fn all() -> [Target; 15] {
     let target =
         |name, about, seeds, open, runs, base, per_byte| Target { name, about, seeds, open, runs, base, per_byte };
     [
@@ -60,30 +58,18 @@ pub fn all() -> [Target; 14] {
             4 * MB,
             256,
         ),
-        target("model", "`config.json` over real weights: load, one step", seeds::config, model, 3_000, 256 * MB, 64),
-        target("packed", "`config.json` over packed weights: verify", seeds::packed, packed, 2_000, 64 * MB, 64),
+        target("model", "`config.json` over real weights: load, one step", seeds::model, model, 20_000, 256 * MB, 64),
+        target("packed", "`config.json` over packed weights: verify", seeds::packed, packed, 20_000, 64 * MB, 64),
         target("gguf", "a GGUF file: config, tokenizer, every tensor", seeds::gguf, gguf, 40_000, 4 * MB, 64),
         target("tokenizer", "`tokenizer.json`: encode, decode", seeds::tokenizer, tokenizer, 30_000, 16 * MB, 1024),
-        target("template", "a chat template, rendered", seeds::template, template, 800, 400 * MB, 64),
+        target("template", "a chat template, rendered", seeds::template, template, 20_000, 400 * MB, 64),
         target("task", "a task file and its requests", seeds::task, task, 30_000, 400 * MB, 1024),
         target("rows", "JSONL, gzip, JSON, CSV and Parquet by three readers", seeds::rows, rows, 8_000, 64 * MB, 2048),
         target("journal", "a journal of answers", seeds::journal, journal_file, 20_000, MB, 64),
         target("record", "records, and the report from them", seeds::record, record, 1_500, 64 * MB, 256),
         target("response", "a server's answer: HTTP and server-sent events", seeds::response, response, 40_000, MB, 64),
+        target("request", "HTTP requests to `lowbit serve`", seeds::request, request, 20_000, 256 * MB, 4096),
     ]
-}
-
-/// Requests to a server of our own: its threads never end, so the driver runs it last and apart.
-pub fn serve() -> Target {
-    Target {
-        name: "request",
-        about: "HTTP requests to `lowbit serve`",
-        seeds: seeds::request,
-        open: request,
-        runs: 6_000,
-        base: 256 * MB,
-        per_byte: 4096,
-    }
 }
 
 fn safetensors(dir: &Path) -> Reader {
@@ -126,33 +112,27 @@ fn quantization(_: &Path) -> Reader {
     })
 }
 
-fn link_files(from: &Path, to: &Path) {
-    for e in std::fs::read_dir(from).unwrap().map(|e| e.unwrap()) {
-        if e.file_name() != "config.json" {
-            std::os::unix::fs::symlink(e.path(), to.join(e.file_name())).unwrap();
-        }
-    }
-}
-
 fn backend() -> Arc<dyn Backend> {
     Arc::new(CpuBackend::new())
 }
 
 fn model(dir: &Path) -> Reader {
-    let dir = dir.to_path_buf();
-    link_files(&root().join("assets/demo"), &dir);
+    tiny::write(dir, true);
+    let (dir, backend) = (dir.to_path_buf(), backend());
     Box::new(move |bytes| {
         std::fs::write(dir.join("config.json"), bytes).unwrap();
         let Ok(ckpt) = Checkpoint::open(&dir) else { return false };
-        let Ok(model) = Model::load(&ckpt, backend()) else { return false };
+        let Ok(model) = Model::load(&ckpt, backend.clone()) else { return false };
         let options = lowbit_model::GenerateOptions { max_new_tokens: 1, ..Default::default() };
         lowbit_model::generate(&model, &[1, 2], &options, &mut |_| true).is_ok()
     })
 }
 
 fn packed(dir: &Path) -> Reader {
+    for (name, bytes) in tiny::packed() {
+        std::fs::write(dir.join(name), bytes).unwrap();
+    }
     let dir = dir.to_path_buf();
-    link_files(&seeds::packed_demo(), &dir);
     Box::new(move |bytes| {
         std::fs::write(dir.join("config.json"), bytes).unwrap();
         Checkpoint::open(&dir).is_ok_and(|ckpt| lowbit_quantize::verify::verify(&ckpt, None, None).is_ok())
@@ -275,16 +255,15 @@ fn response(_: &Path) -> Reader {
     })
 }
 
-fn request(_: &Path) -> Reader {
-    let dir = root().join("assets/demo");
-    let ckpt = Checkpoint::open(&dir).unwrap();
-    let model = Model::load(&ckpt, backend()).unwrap();
+fn request(dir: &Path) -> Reader {
+    tiny::write(dir, false);
+    let model = Model::load(&Checkpoint::open(dir).unwrap(), backend()).unwrap();
     let vocab = model.config().vocab_size;
     let models =
-        lowbit_serve::engine::Models { model, draft: None, tokenizer: Arc::new(Tokenizer::load(&dir).unwrap()) };
+        lowbit_serve::engine::Models { model, draft: None, tokenizer: Arc::new(Tokenizer::load(dir).unwrap()) };
     let options = EngineOptions { max_concurrent: 4, kv_tokens: 1024, max_len: 48, ..Default::default() };
-    let (engine, thread) = Engine::start(models, options).unwrap();
-    let server = Server::bind(ServerOptions {
+    let (engine, _) = Engine::start(models, options).unwrap();
+    let options = ServerOptions {
         address: ([127, 0, 0, 1], 0).into(),
         name: "demo".into(),
         api_key: None,
@@ -293,27 +272,22 @@ fn request(_: &Path) -> Reader {
         max_connections: 8,
         default_max_tokens: 4,
         drain: Duration::from_secs(1),
-    })
-    .unwrap();
-    let address = server.address();
-    let template = ChatTemplate::load(&dir).unwrap();
-    std::thread::spawn(move || server.run(engine, thread, template, vocab));
+    };
+    let server = InMemory::new(options, engine, ChatTemplate::load(dir).unwrap(), vocab).unwrap();
     Box::new(move |bytes| {
         let Some((kind, rest)) = bytes.split_first() else { return false };
         let post = |path: &str| {
-            let head = format!("POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {}\r\n\r\n", rest.len());
+            let head = format!(
+                "POST {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {}\r\n\r\n",
+                rest.len()
+            );
             [head.as_bytes(), rest].concat()
         };
-        let mut stream = TcpStream::connect(address).unwrap();
-        let _ = stream.write_all(&match kind % 3 {
+        let answer = server.answer(&match kind % 3 {
             0 => post("/v1/chat/completions"),
             1 => post("/v1/completions"),
             _ => rest.to_vec(),
         });
-        // Nothing more comes: what is incomplete is an error at once.
-        let _ = stream.shutdown(std::net::Shutdown::Write);
-        let mut answer = Vec::new();
-        let _ = stream.read_to_end(&mut answer);
         // A request that went wrong is the client's fault, never ours.
         assert!(!answer.starts_with(b"HTTP/1.1 500"), "{}", String::from_utf8_lossy(&answer));
         answer.starts_with(b"HTTP/1.1 200")

@@ -4,6 +4,7 @@ mod answer;
 mod chat;
 mod completions;
 mod error;
+mod memory;
 mod request;
 mod stream;
 
@@ -32,6 +33,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use crate::engine::Engine;
 use crate::error::{Result, ServeError};
 use error::ApiError;
+pub use memory::InMemory;
 
 /// How the server behaves.
 #[derive(Clone, Debug)]
@@ -69,6 +71,21 @@ pub struct App {
 }
 
 impl App {
+    fn new(o: ServerOptions, engine: Engine, template: Option<ChatTemplate>, vocab: usize) -> Self {
+        Self {
+            engine,
+            template,
+            name: o.name,
+            vocab,
+            default_max_tokens: o.default_max_tokens,
+            api_key: o.api_key,
+            max_body_bytes: o.max_body_bytes,
+            read_timeout: o.read_timeout,
+            next: AtomicU64::new(0),
+            started: now(),
+        }
+    }
+
     /// A fresh id.
     fn next_id(&self, kind: &str) -> String {
         format!("{kind}-{:x}-{:x}", self.started, self.next.fetch_add(1, Ordering::Relaxed))
@@ -143,20 +160,8 @@ impl Server {
         vocab: usize,
     ) -> Result<()> {
         let runtime = self.runtime;
-        let o = self.options;
-        let (limit, drain) = (o.max_connections.max(1), o.drain);
-        let app = Arc::new(App {
-            engine,
-            template,
-            name: o.name,
-            vocab,
-            default_max_tokens: o.default_max_tokens,
-            api_key: o.api_key,
-            max_body_bytes: o.max_body_bytes,
-            read_timeout: o.read_timeout,
-            next: AtomicU64::new(0),
-            started: now(),
-        });
+        let (limit, drain) = (self.options.max_connections.max(1), self.options.drain);
+        let app = Arc::new(App::new(self.options, engine, template, vocab));
         let done = runtime.block_on(async {
             self.listener.set_nonblocking(true).map_err(io("cannot listen"))?;
             let listener = TcpListener::from_std(self.listener).map_err(io("cannot listen"))?;
@@ -198,10 +203,7 @@ async fn accept(
         };
         let _ = stream.set_nodelay(true);
         let service = TowerToHyperService::new(router.clone());
-        let connection = hyper::server::conn::http1::Builder::new()
-            .timer(TokioTimer::new())
-            .header_read_timeout(app.read_timeout)
-            .serve_connection(TokioIo::new(stream), service);
+        let connection = protocol(&app).serve_connection(TokioIo::new(stream), service);
         let connection = graceful.watch(connection);
         tokio::spawn(async move {
             let _ = connection.await;
@@ -215,6 +217,13 @@ async fn accept(
         () = tokio::time::sleep(drain) => Ok(()),
         () = signals.recv() => Ok(()),
     }
+}
+
+/// How a connection is read.
+fn protocol(app: &App) -> hyper::server::conn::http1::Builder {
+    let mut builder = hyper::server::conn::http1::Builder::new();
+    builder.timer(TokioTimer::new()).header_read_timeout(app.read_timeout);
+    builder
 }
 
 fn router(app: Arc<App>) -> Router {
