@@ -101,7 +101,9 @@ pub fn report(error: &anyhow::Error) -> ExitCode {
         talk(&format!("hint: {hint}"));
     }
     // Kernels get validated shapes: one that refuses means a fault of ours, not of the input.
-    let internal = error.chain().any(|c| matches!(c.downcast_ref::<ModelError>(), Some(ModelError::Kernel { .. })));
+    let kernel = error.chain().any(|c| matches!(c.downcast_ref::<ModelError>(), Some(ModelError::Kernel { .. })));
+    let room = error.chain().any(|c| matches!(c.downcast_ref::<KernelError>(), Some(KernelError::OutOfMemory { .. })));
+    let internal = kernel && !room;
     ExitCode::from(if internal { INTERNAL } else { BAD_INPUT })
 }
 

@@ -1,6 +1,7 @@
 //! Errors of this crate: they know the place inside a matrix, never the layer's name; callers add that.
 
 /// What can go wrong in number formats and operations.
+#[expect(missing_docs, reason = "the messages say what the fields are")]
 #[derive(Debug, thiserror::Error)]
 pub enum KernelError {
     /// A length does not follow from the shapes it was given with.
@@ -33,6 +34,14 @@ pub enum KernelError {
     /// A device cannot be used.
     #[error("device {device}: {problem}")]
     Device { device: &'static str, problem: String, hint: Option<String> },
+    /// A device has less memory free than an allocation needs.
+    #[error("device {device}: {:.1} MB were asked for, of {:.1} MB that the device has {:.1} MB are free", mb(*asked), mb(*total), mb(*free))]
+    OutOfMemory { device: &'static str, asked: usize, free: usize, total: usize },
+}
+
+/// Megabytes of 10⁶ bytes.
+fn mb(bytes: usize) -> f64 {
+    bytes as f64 / 1e6
 }
 
 impl KernelError {
@@ -40,6 +49,11 @@ impl KernelError {
     pub fn hint(&self) -> Option<String> {
         match self {
             KernelError::Device { hint, .. } => hint.clone(),
+            KernelError::OutOfMemory { free, .. } => Some(format!(
+                "what fits is {:.1} MB more: fewer bits, fewer sequences at a time (-b; serve: --max-concurrent, --kv-tokens, --kv-cache int8), \
+                 shorter ones (--seq-len), another program off the device, or --device cpu; `lowbit plan` says what a quantization needs",
+                mb(*free)
+            )),
             KernelError::UnknownScheme(_) => Some("w4a16 is weights of 4 bits, activations of 16".into()),
             _ => None,
         }

@@ -223,8 +223,16 @@ const REPORT: Case = Case {
     },
 };
 
-fn all() -> [&'static Case; 6] {
-    [&QUANTIZE, &CONVERT, &RUN, &EVAL, &GATE, &REPORT]
+const BENCH: Case = Case {
+    name: "bench",
+    args: &["bench", "demo", "-p", "8", "-n", "2", "-r", "1", "-o", "out.json"],
+    exact: &[],
+    last: "out.json",
+    before: |_| (),
+};
+
+fn all() -> [&'static Case; 7] {
+    [&QUANTIZE, &CONVERT, &RUN, &EVAL, &GATE, &REPORT, &BENCH]
 }
 
 #[test]
@@ -449,4 +457,29 @@ fn more_memory_than_there_is_is_refused_before_the_work() {
     assert_eq!(out.status.code(), Some(3), "{said}");
     assert!(said.contains("MB of memory") && said.contains("hint: lower --samples"), "{said}");
     assert!(!tmp.path().join("out").exists());
+}
+
+/// A GPU's memory ends somewhere; the emulated one's ends where a test says.
+#[test]
+fn a_device_that_is_too_small_says_what_would_fit() {
+    use lowbit_kernels::KernelError;
+    use lowbit_kernels::cuda::{Device, EmulatorOptions, GpuBackend};
+    let checkpoint = lowbit_checkpoint::Checkpoint::open(&demo()).unwrap();
+    let load = |memory: usize| {
+        let options = EmulatorOptions { threads: 2, memory, ..EmulatorOptions::default() };
+        let backend = GpuBackend::new(std::sync::Arc::new(Device::emulated_with(options).unwrap()));
+        lowbit_model::Model::load(&checkpoint, std::sync::Arc::new(backend)).map(|_| ())
+    };
+    load(64 << 20).unwrap();
+    // The demo's weights are 8.4 MB.
+    let error = anyhow::Error::new(load(5_000_000).unwrap_err());
+    let found = error.chain().find_map(|c| c.downcast_ref::<KernelError>()).unwrap();
+    let KernelError::OutOfMemory { asked, free, total, .. } = found else { panic!("{error:#}") };
+    assert!(asked > free && free < total && *total == 5_000_000, "{asked} {free} {total}");
+    assert!(found.to_string().contains("of 5.0 MB that the device has"), "{found}");
+    let hint = found.hint().unwrap();
+    assert!(
+        hint.contains(&format!("what fits is {:.1} MB more", *free as f64 / 1e6)) && hint.contains("--kv-tokens"),
+        "{hint}"
+    );
 }

@@ -283,7 +283,12 @@ impl CudaDevice {
             // SAFETY: unset memory.
             unsafe { result::malloc_sync(size) }
         };
-        let address = address.map_err(|e| s.late(&format!("allocating {size} bytes"), e))?;
+        let address = address.map_err(|e| match (e.0, self.memory_info()) {
+            (sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY, Ok((free, total))) => {
+                KernelError::OutOfMemory { device: NAME, asked: size, free, total }
+            }
+            _ => s.late(&format!("allocating {size} bytes"), e),
+        })?;
         Ok(CudaMemory { shared: self.shared.clone(), address, bytes })
     }
 

@@ -5,7 +5,8 @@ use std::ffi::{CStr, CString, c_char, c_int};
 use std::ops::Range;
 use std::ptr::NonNull;
 use std::slice;
-use std::sync::{Mutex, PoisonError};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use super::device::{Arg, Launch};
 use crate::error::{KernelError, Result};
@@ -25,11 +26,13 @@ pub struct EmulatorOptions {
     pub checked: bool,
     /// 0 runs the threads of a block in order; anything else in a random order drawn from it.
     pub seed: u64,
+    /// Bytes that the device has, as a GPU's memory ends somewhere.
+    pub memory: usize,
 }
 
 impl Default for EmulatorOptions {
     fn default() -> Self {
-        Self { threads: 1, checked: false, seed: 0 }
+        Self { threads: 1, checked: false, seed: 0, memory: usize::MAX }
     }
 }
 
@@ -86,6 +89,8 @@ fn device_error(problem: &str, hint: &str) -> KernelError {
 pub struct EmulatedMemory {
     base: NonNull<u8>,
     bytes: usize,
+    /// Bytes in use on its device.
+    used: Arc<AtomicUsize>,
 }
 
 // SAFETY: plain memory owned by this value; it is written through `&mut`, or by kernels, see `EmulatedDevice::launch`.
@@ -97,12 +102,14 @@ impl Drop for EmulatedMemory {
     fn drop(&mut self) {
         // SAFETY: `base` came from `emu_alloc` and is freed once; launches are over when they return.
         unsafe { emu_free(self.base.as_ptr()) }
+        self.used.fetch_sub(self.bytes, Ordering::Relaxed);
     }
 }
 
 /// The host as a device.
 pub struct EmulatedDevice {
     options: EmulatorOptions,
+    used: Arc<AtomicUsize>,
     /// Launches since recording began.
     recording: Mutex<Option<EmulatedRecording>>,
 }
@@ -127,7 +134,7 @@ impl EmulatedDevice {
         if options.threads == 0 {
             return Err(device_error("0 threads", "give at least 1"));
         }
-        Ok(Self { options, recording: Mutex::new(None) })
+        Ok(Self { options, used: Arc::default(), recording: Mutex::new(None) })
     }
 
     /// `emulated`.
@@ -137,7 +144,7 @@ impl EmulatedDevice {
 
     /// Memory of NaN bytes.
     pub fn alloc(&self, bytes: usize) -> Result<EmulatedMemory> {
-        Self::allocate(bytes, 0xff)
+        self.allocate(bytes, 0xff)
     }
 
     /// The contents become undefined again. (Not part of a recording.)
@@ -155,7 +162,7 @@ impl EmulatedDevice {
 
     /// The same device with a recording of its own.
     pub fn recorder(&self) -> Self {
-        Self { options: self.options, recording: Mutex::new(None) }
+        Self { options: self.options, used: self.used.clone(), recording: Mutex::new(None) }
     }
 
     /// Launches are kept from now on.
@@ -191,12 +198,25 @@ impl EmulatedDevice {
         }
     }
 
-    fn allocate(bytes: usize, fill: c_int) -> Result<EmulatedMemory> {
+    fn allocate(&self, bytes: usize, fill: c_int) -> Result<EmulatedMemory> {
+        let (total, used) = (self.options.memory, self.used.fetch_add(bytes, Ordering::Relaxed));
+        if used.checked_add(bytes).is_none_or(|n| n > total) {
+            self.used.fetch_sub(bytes, Ordering::Relaxed);
+            return Err(KernelError::OutOfMemory {
+                device: NAME,
+                asked: bytes,
+                free: total.saturating_sub(used),
+                total,
+            });
+        }
         // SAFETY: any size may be asked for; null says that there is no memory.
         let base = NonNull::new(unsafe { emu_alloc(bytes as u64, fill) });
         match base {
-            Some(base) => Ok(EmulatedMemory { base, bytes }),
-            None => Err(device_error(&format!("no memory for {bytes} bytes"), "use a smaller batch")),
+            Some(base) => Ok(EmulatedMemory { base, bytes, used: self.used.clone() }),
+            None => {
+                self.used.fetch_sub(bytes, Ordering::Relaxed);
+                Err(device_error(&format!("no memory for {bytes} bytes"), "use a smaller batch"))
+            }
         }
     }
 
