@@ -1,4 +1,4 @@
-//! What was typed: clap only, no files touched.
+//! What was typed: clap only, no files touched. One file, because commands share groups of options, and help is read as a whole.
 
 mod endpoint;
 mod serving;

@@ -108,6 +108,7 @@ pub struct RoundingDrift {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct BenchRecord {
     /// Format of this record.
+    #[serde(deserialize_with = "lowbit_checkpoint::provenance::known_schema::<_, { crate::SCHEMA }>")]
     pub schema: u32,
     /// Where it came from.
     pub provenance: Provenance,

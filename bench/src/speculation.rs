@@ -30,6 +30,7 @@ pub struct Answer {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct SpeculationRecord {
     /// Format of this record.
+    #[serde(deserialize_with = "lowbit_checkpoint::provenance::known_schema::<_, SCHEMA>")]
     pub schema: u32,
     /// Where it came from; the reference is the draft.
     pub provenance: Provenance,

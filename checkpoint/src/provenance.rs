@@ -2,7 +2,19 @@
 
 use std::collections::BTreeMap;
 
-use serde::{Deserialize, Serialize};
+use serde::de::Error;
+use serde::{Deserialize, Deserializer, Serialize};
+
+/// Reads the `schema` of a record of which this program knows the versions up to `NEWEST`. Older ones lack fields, which have defaults; a
+/// newer one may say what this program would not understand.
+pub fn known_schema<'de, D: Deserializer<'de>, const NEWEST: u32>(from: D) -> Result<u32, D::Error> {
+    match u32::deserialize(from)? {
+        found if found > NEWEST => {
+            Err(D::Error::custom(format!("written by a newer lowbit: schema {found}, this one reads up to {NEWEST}")))
+        }
+        found => Ok(found),
+    }
+}
 
 /// Provenance every record carries.
 #[derive(Clone, Debug, Default, Serialize, Deserialize, PartialEq)]

@@ -130,10 +130,14 @@ pub struct ItemFiles {
     pub answers: Option<ItemFile>,
 }
 
+/// Format of `eval.json`.
+pub const SCHEMA: u32 = 3;
+
 /// `eval.json`. Everything but `provenance` and `seconds` is the same for the same models and options.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct EvalRecord {
-    /// Format of this record: 3.
+    /// Format of this record.
+    #[serde(deserialize_with = "lowbit_checkpoint::provenance::known_schema::<_, SCHEMA>")]
     pub schema: u32,
     /// Where it came from.
     pub provenance: Provenance,

@@ -470,7 +470,7 @@ fn assemble(
     }
     let quantized = linears.len();
     let record = PlanRecord {
-        schema: 1,
+        schema: crate::record::PLAN_SCHEMA,
         provenance: Provenance::default(),
         before_bytes: tensors.iter().map(|t| t.before_bytes).sum(),
         after_bytes: tensors.iter().map(|t| t.after_bytes).sum(),

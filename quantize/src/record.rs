@@ -37,10 +37,16 @@ pub struct PlannedTensor {
     pub after_bytes: u64,
 }
 
+/// Format of `plan.json`.
+pub const PLAN_SCHEMA: u32 = 1;
+/// Format of `quantize.json`.
+pub const SCHEMA: u32 = 1;
+
 /// `plan.json`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct PlanRecord {
     /// Format of this record.
+    #[serde(deserialize_with = "lowbit_checkpoint::provenance::known_schema::<_, PLAN_SCHEMA>")]
     pub schema: u32,
     /// Where it came from.
     pub provenance: Provenance,
@@ -98,6 +104,7 @@ pub struct LayerRecord {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct QuantizeRecord {
     /// Format of this record.
+    #[serde(deserialize_with = "lowbit_checkpoint::provenance::known_schema::<_, SCHEMA>")]
     pub schema: u32,
     /// Where it came from.
     pub provenance: Provenance,

@@ -191,7 +191,7 @@ pub fn eval(ctx: &Context, args: &EvalArgs) -> Result<()> {
         options.insert("judge".into(), judge.described());
     }
     let mut record = EvalRecord {
-        schema: 3,
+        schema: lowbit_eval::record::SCHEMA,
         provenance: origin(ctx, own.as_ref(), other.as_ref(), local.as_ref(), options)?,
         bits,
         shard: job.shard,

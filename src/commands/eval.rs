@@ -229,7 +229,7 @@ fn measure(ctx: &Context, models: &Models, request: &Request) -> Result<EvalReco
     ctx.progress.clear();
     ctx.check_stop()?;
     Ok(EvalRecord {
-        schema: 3,
+        schema: lowbit_eval::record::SCHEMA,
         provenance: provenance::gather(
             ctx,
             Purpose::Accuracy,

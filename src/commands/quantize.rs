@@ -187,7 +187,7 @@ pub fn execute(
         }
     }
     let record = QuantizeRecord {
-        schema: 1,
+        schema: lowbit_quantize::record::SCHEMA,
         provenance: made.record.provenance.clone(),
         scheme: made.options.scheme.full_name(),
         method: made.options.method.name().into(),

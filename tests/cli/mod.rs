@@ -18,6 +18,7 @@ mod hardship;
 mod load;
 mod mistakes;
 mod pipeline;
+mod records;
 mod scores;
 mod serve;
 mod serve_scripts;
@@ -25,6 +26,7 @@ mod shell;
 mod snapshots;
 mod standin;
 mod suite;
+mod supply;
 mod tasks;
 
 /// The repository.

@@ -71,6 +71,7 @@ pub const SCHEMA: u32 = 1;
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct CapacityRecord {
     /// Format of this record.
+    #[serde(deserialize_with = "lowbit_checkpoint::provenance::known_schema::<_, SCHEMA>")]
     pub schema: u32,
     /// Where it came from.
     pub provenance: Provenance,

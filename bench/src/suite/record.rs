@@ -91,6 +91,7 @@ pub struct Left {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct SuiteRecord {
     /// Format of this record.
+    #[serde(deserialize_with = "lowbit_checkpoint::provenance::known_schema::<_, { super::SCHEMA }>")]
     pub schema: u32,
     /// Where it came from.
     pub provenance: Provenance,

@@ -99,6 +99,7 @@ impl Threshold {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct GateRecord {
     /// Format.
+    #[serde(deserialize_with = "lowbit_checkpoint::provenance::known_schema::<_, SCHEMA>")]
     pub schema: u32,
     /// `pass`, `regression`, `inconclusive`.
     pub verdict: Verdict,

@@ -7,6 +7,8 @@
 //! Results do not depend on the rest of the batch, with limits: a product of more than eight tokens, one of more than 32, and
 //! attention in a call of more than single tokens, may round differently from smaller ones; so may products of different
 //! numbers of tokens from 33 on in [`Arithmetic::Half`].
+//!
+//! One file, because it is one implementation of a trait, a method an operation; launchers are in `ops_*`.
 
 pub mod device;
 #[cfg(feature = "cuda")]

@@ -3,6 +3,7 @@
 
 use super::device::{Arg, Device, Launch, Memory};
 use super::ops_elementwise::{flat, floats, product};
+use super::ops_norm::norm_args;
 use super::ops_rope::CacheView;
 use super::rows::{RowTable, size};
 use super::weights::{DeviceWeight, Layout, dtype_code};
@@ -87,16 +88,10 @@ pub fn rms_norm(
     eps: f32,
     offset: f32,
 ) -> Result<()> {
-    let n = product("norm", rows, width)?;
-    floats("norm input", x, n)?;
-    floats("norm weight", weight, width)?;
-    floats("norm", y, n)?;
-    if n == 0 {
-        return Ok(());
+    match norm_args(x, weight, y, rows, width, eps, offset)? {
+        Some(args) => d.launch("rms_norm_reproducible", rows_launch(rows, 1)?, &args),
+        None => Ok(()),
     }
-    let (rows_arg, width) = (Arg::I32(size("rows", rows)?), Arg::I32(size("width", width)?));
-    let args = [Arg::In(x), Arg::In(weight), Arg::Out(y), rows_arg, width, Arg::F32(eps), Arg::F32(offset)];
-    d.launch("rms_norm_reproducible", rows_launch(rows, 1)?, &args)
 }
 
 /// Cosines and sines `[tokens, half]` of a call's rows, made on the host as the CPU backend makes them.
