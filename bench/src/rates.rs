@@ -31,6 +31,7 @@ impl Test {
         prefill.into_iter().chain(decode.map(|&batch| Test::Decode { tokens, batch, depth })).collect()
     }
 
+    /// As llama-bench names it: `pp512`, `tg128`, `tg128 @ d512`.
     pub fn name(self) -> String {
         match self {
             Test::Prefill { tokens } => format!("pp{tokens}"),
@@ -39,6 +40,7 @@ impl Test {
         }
     }
 
+    /// Sequences at a time.
     pub fn batch(self) -> usize {
         match self {
             Test::Prefill { .. } => 1,

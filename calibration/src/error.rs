@@ -117,9 +117,9 @@ impl CalibrationError {
             Self::TooFewWindows { available: 0, tokens, .. } => {
                 Some(format!("--seq-len {tokens} --samples 1 fits; otherwise give a longer corpus"))
             }
-            Self::TooFewWindows { available, .. } => {
-                Some(format!("--samples {available} fits, and so do more with a smaller --seq-len; otherwise give a longer corpus"))
-            }
+            Self::TooFewWindows { available, .. } => Some(format!(
+                "--samples {available} fits, and so do more with a smaller --seq-len; otherwise give a longer corpus"
+            )),
             Self::Parquet { .. } => {
                 Some("snappy and uncompressed columns are read; convert other files to .jsonl".to_string())
             }

@@ -19,6 +19,7 @@ pub struct RopeConfig {
 }
 
 /// Context extension (Hugging Face `rope_scaling` / `rope_parameters`).
+#[expect(missing_docs, reason = "the fields are Hugging Face's, by their names there")]
 #[derive(Clone, Debug, PartialEq)]
 pub enum RopeScaling {
     /// None.

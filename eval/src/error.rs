@@ -7,6 +7,7 @@ use lowbit_kernels::KernelError;
 use lowbit_model::ModelError;
 
 /// What can go wrong while scoring a model.
+#[expect(missing_docs, reason = "the messages say what the fields are")]
 #[derive(Debug, thiserror::Error)]
 pub enum EvalError {
     /// The model failed.

@@ -72,7 +72,16 @@ impl FloatType {
 #[derive(Clone)]
 pub enum HostWeight {
     /// `[out, in]` floats, little-endian.
-    Dense { dtype: FloatType, out_features: usize, in_features: usize, data: Bytes },
+    Dense {
+        /// Element type.
+        dtype: FloatType,
+        /// Rows.
+        out_features: usize,
+        /// Columns.
+        in_features: usize,
+        /// All elements, row by row.
+        data: Bytes,
+    },
     /// Packed integers in compressed-tensors row order.
     Packed(PackedWeight),
 }

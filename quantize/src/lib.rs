@@ -1,4 +1,17 @@
 //! How weights change: the plan, one pure file per algorithm, and the driver that streams a model through them.
+//!
+//! ```
+//! use lowbit_checkpoint::Checkpoint;
+//! use lowbit_kernels::{GroupSize, Scheme};
+//! use lowbit_quantize::{QuantizeOptions, plan};
+//!
+//! # let folder = std::path::Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../assets/demo"));
+//! let options = QuantizeOptions::new(Scheme::parse("w4a16", GroupSize::Cols(64), true)?);
+//! let plan = plan::make(&Checkpoint::open(folder)?, &options, None, 128 * 512)?;
+//! // Exact, and before any work.
+//! assert!(plan.record.after_bytes < plan.record.before_bytes / 2);
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
 
 pub mod descent;
 pub mod driver;

@@ -10,8 +10,6 @@
 //! The page fetches nothing: styles and charts are inline, and a content security policy forbids
 //! the rest. Whatever comes from a record is escaped.
 
-#![warn(missing_docs)]
-
 mod chart_kl;
 mod chart_layers;
 mod chart_lines;

@@ -59,6 +59,7 @@ impl Format {
 }
 
 /// An operation and its shape.
+#[expect(missing_docs, reason = "the comments name the fields by their shapes")]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kernel {
     /// `x · Wᵀ`, x `[tokens, cols]`, W `[out, cols]`.

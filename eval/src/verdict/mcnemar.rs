@@ -6,6 +6,14 @@
 use statrs::distribution::{Binomial, DiscreteCDF};
 
 /// P(at least `losses` of `losses + gains` fair coins): small where more was lost than chance explains.
+///
+/// ```
+/// use lowbit_eval::verdict::mcnemar;
+///
+/// // Eight items lost and none gained: a coin falls so once in 256.
+/// assert!((mcnemar::loss(8, 0) - 1.0 / 256.0).abs() < 1e-12);
+/// assert_eq!(mcnemar::loss(0, 8), 1.0);
+/// ```
 pub fn loss(losses: u64, gains: u64) -> f64 {
     match (losses, Binomial::new(0.5, losses + gains)) {
         (0, _) | (_, Err(_)) => 1.0,

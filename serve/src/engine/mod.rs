@@ -135,9 +135,19 @@ pub enum Event {
     /// The prompt's log-probabilities, where asked for; comes first.
     Prompt(Vec<TokenLog>),
     /// Text (possibly empty, while a character or a stop string is incomplete) and the tokens since the last event.
-    Piece { text: String, tokens: Vec<TokenLog> },
+    Piece {
+        /// What is said.
+        text: String,
+        /// Its tokens.
+        tokens: Vec<TokenLog>,
+    },
     /// The end.
-    Done { finish: Finish, usage: Usage },
+    Done {
+        /// Why.
+        finish: Finish,
+        /// Tokens read and made.
+        usage: Usage,
+    },
     /// The end, by a fault.
     Failed(String),
 }
