@@ -27,12 +27,14 @@ pub struct Global {
     /// Where to compute: auto, cpu, cuda, cuda:N, emulated (the CUDA kernels on the host), scalar (the slow reference).
     #[arg(long, global = true, default_value = "auto", value_parser = parse_device)]
     pub device: Device,
-    /// Keep activations in f32: on the CPU, where decode would round them to 15 bits before packed weights; on a GPU as --arithmetic fast.
+    /// Keep f32: on the CPU, where prompts and calibration would round factors to 16 bits, and decode activations to 15 before packed
+    /// weights (`bench` shows the KL); on a GPU as --arithmetic fast.
     #[arg(long, global = true)]
     pub exact: bool,
     /// How the GPU kernels compute products: `half` reads activations rounded to bf16, as 16-bit engines do; `fast` has f32 accuracy on
     /// tensor cores; `reproducible` takes the CPU's order of sums, bit for bit, so that calibration gives the same codes. Default on
-    /// cuda: half where speed is the aim (bench, serve, generate, suite), fast elsewhere; on emulated: reproducible. The CPU has one way.
+    /// cuda: half where speed is the aim (bench, serve, generate, suite), fast elsewhere; on emulated: reproducible. On
+    /// the CPU `reproducible` is --exact, and the others change nothing.
     #[arg(long, global = true, value_enum)]
     pub arithmetic: Option<ArithmeticArg>,
     /// On a GPU, submit every operation of a decode step by itself instead of repeating a recorded one.

@@ -90,7 +90,7 @@ impl Context {
         let usual = self.backend_for(purpose)?;
         match (kv, usual.name()) {
             (KvCacheArg::Float, _) => Ok(usual),
-            (KvCacheArg::Int8, "cpu") => Ok(Arc::new(self.on_cpu(purpose).with_kv(KvFormat::Int8))),
+            (KvCacheArg::Int8, "cpu") => Ok(Arc::new(self.on_cpu().with_kv(KvFormat::Int8))),
             (_, other) => bail!("--kv-cache int8 is there on the CPU only, not on {other}\nhint: --device cpu"),
         }
     }
@@ -111,8 +111,8 @@ impl Context {
         let gpu = self.gpu()?;
         Ok(match (gpu, self.kernels(Purpose::Accuracy)?) {
             (gpu, Some(kernels)) => format!("{} {kernels}", gpu.unwrap_or_default()),
-            _ if self.exact => "f32".into(),
-            _ => "f32, 15-bit activations in decode".into(),
+            _ if self.in_f32() => "f32".into(),
+            _ => "16-bit fixed point in prefill, 15-bit activations in decode".into(),
         })
     }
 
@@ -156,12 +156,16 @@ impl Context {
         Arc::new(GpuBackend::new(device).with_arithmetic(arithmetic).with_recorded_steps(self.graphs))
     }
 
-    fn on_cpu(&self, purpose: Purpose) -> CpuBackend {
-        let cpu = CpuBackend::new().exact(self.exact);
-        if purpose == Purpose::Speed { cpu.for_speed() } else { cpu }
+    /// Whether the CPU keeps f32 where it would round to fixed point.
+    fn in_f32(&self) -> bool {
+        self.exact || self.arithmetic == Some(Arithmetic::Reproducible)
     }
 
-    /// The CPU with prompts rounded as decode does, or the same device in half arithmetic, unless one was asked for or the usual one is
+    fn on_cpu(&self) -> CpuBackend {
+        CpuBackend::new().exact(self.in_f32())
+    }
+
+    /// The same device, in half arithmetic unless one was asked for or the usual one is
     /// reproducible.
     fn for_speed(&self, accurate: &Opened) -> Opened {
         let (mut backend, mut kernels) = (accurate.backend.clone(), accurate.kernels.clone());
@@ -170,9 +174,6 @@ impl Context {
         {
             backend = self.on_gpu(device.clone(), Arithmetic::Half);
             kernels = Some((Arithmetic::Half, image.clone()));
-        }
-        if backend.name() == "cpu" {
-            backend = Arc::new(self.on_cpu(Purpose::Speed));
         }
         Opened { backend, device: accurate.device.clone(), gpu: accurate.gpu.clone(), kernels }
     }
@@ -190,7 +191,7 @@ impl Context {
         };
         let gpu = |ordinal: usize| on(gpu::Device::cuda(ordinal, &device_options())?, Arithmetic::Fast);
         match self.device {
-            Device::Cpu => host(Arc::new(self.on_cpu(Purpose::Accuracy))),
+            Device::Cpu => host(Arc::new(self.on_cpu())),
             Device::Scalar => host(Arc::new(ScalarBackend::new())),
             Device::Emulated => on(gpu::Device::emulated(self.threads)?, Arithmetic::Reproducible),
             Device::Cuda(n) => gpu(n),
@@ -200,7 +201,7 @@ impl Context {
                     if !self.quiet {
                         exit::talk(&format!("device: cpu ({e})"));
                     }
-                    host(Arc::new(self.on_cpu(Purpose::Accuracy)))
+                    host(Arc::new(self.on_cpu()))
                 }
             },
         }

@@ -15,7 +15,7 @@ use lowbit_kernels::cuda::{Arithmetic, Device, GpuBackend};
 fn same(case: &str, run: impl Fn(&dyn Backend) -> Vec<f32>) {
     let device = Arc::new(Device::emulated(2).unwrap());
     let gpu = GpuBackend::new(device).with_arithmetic(Arithmetic::Reproducible);
-    let (got, want) = (run(&gpu), run(&CpuBackend::new()));
+    let (got, want) = (run(&gpu), run(&CpuBackend::new().exact(true)));
     assert_eq!(got.len(), want.len(), "{case}");
     for (i, (g, w)) in got.iter().zip(&want).enumerate() {
         assert!(g.to_bits() == w.to_bits(), "{case}: element {i}: {g:?} against the CPU's {w:?}");

@@ -7,7 +7,7 @@ use super::{demo, json, lowbit, ok, root};
 fn run(tmp: &Path, device: &str) -> std::path::PathBuf {
     let out = tmp.join(device);
     let mut c = lowbit(tmp);
-    c.args(["--quiet", "--device", device, "run"]).arg(demo()).arg("-o").arg(&out);
+    c.args(["--quiet", "--device", device, "--arithmetic", "reproducible", "run"]).arg(demo()).arg("-o").arg(&out);
     c.args(["--calib", "self", "--samples", "4", "--seq-len", "48", "--group-size", "64", "--no-bench"]);
     c.arg("--eval-text").arg(root().join("assets/demo-text/evaluation.txt"));
     ok(c.args(["--protocol", "gptq-128", "--limit", "1", "--kl-windows", "1"]));

@@ -1,14 +1,59 @@
-//! `h += xᵀ x`, upper triangle: panels of sixteen columns against those on and right of the diagonal, about half the work of the full
-//! product. Each element is one chain over the tokens of the call, added to `h` at its end (see [`super::product`]).
+//! `h += xᵀ x`, upper triangle: panels of columns against those on and right of the diagonal, about half the work of the full
+//! product. Each element is one chain over the tokens of the call, added to `h` at its end: in fixed point ([`super::fixed`]) or in f32
+//! ([`super::product`]).
 
 use rayon::prelude::*;
 
+use super::fixed::{self, Columns};
 use super::product::{Left, Panel, Strip, WIDTH, strip};
 use super::simd::Simd;
 use crate::error::Result;
 
-/// Block rows of one task.
-const ROWS: usize = 3 * WIDTH;
+/// The columns of x `[t, n]` in panels, as left and right factor.
+enum Sides {
+    Fixed(Columns),
+    F32 { panels: Vec<f32>, t: usize },
+}
+
+impl Sides {
+    fn new(simd: Simd, x: &[f32], n: usize, exact: bool) -> Self {
+        let t = x.len() / n.max(1);
+        if exact { Sides::F32 { panels: side_by_side(x, n, t), t } } else { Sides::Fixed(Columns::new(simd, x, n)) }
+    }
+
+    /// Columns of a panel.
+    fn width(&self) -> usize {
+        match self {
+            Sides::Fixed(_) => fixed::WIDTH,
+            Sides::F32 { .. } => WIDTH,
+        }
+    }
+
+    /// `tile [rows, width] = (panel left)ᵀ · (panel right of other)`; both sides are of one kind.
+    fn product(
+        &self,
+        simd: Simd,
+        left: usize,
+        other: &Self,
+        right: usize,
+        rows: usize,
+        tile: &mut [f32],
+    ) -> Result<()> {
+        match (self, other) {
+            (Sides::F32 { panels, t }, Sides::F32 { panels: others, .. }) => {
+                let left = Left { data: &panels[left * t * WIDTH..(left + 1) * t * WIDTH], row: 1, step: WIDTH };
+                let panel = Panel { data: &others[right * t * WIDTH..(right + 1) * t * WIDTH], stride: WIDTH };
+                let (columns, stride) = (WIDTH, WIDTH);
+                strip(simd, Strip { left, panel, rows, inner: *t, columns, keep: false, stride, out: tile })
+            }
+            (Sides::Fixed(a), Sides::Fixed(b)) => {
+                let out = fixed::Out { keep: false, columns: fixed::WIDTH, stride: fixed::WIDTH, data: tile };
+                fixed::strip(simd, a.left(left), b.panel(right), rows, out)
+            }
+            _ => Ok(()),
+        }
+    }
+}
 
 /// Sixteen columns of x `[t, n]` side by side, `[panel][t, 16]`: both factors then read memory in order. Missing columns are zero.
 fn side_by_side(x: &[f32], n: usize, t: usize) -> Vec<f32> {
@@ -23,30 +68,23 @@ fn side_by_side(x: &[f32], n: usize, t: usize) -> Vec<f32> {
 }
 
 /// h `[n, n]`, x `[t, n]`.
-pub fn update(simd: Simd, h: &mut [f32], x: &[f32], n: usize) -> Result<()> {
-    let t = x.len() / n.max(1);
-    let panels = side_by_side(x, n, t);
-    h.par_chunks_mut(ROWS * n).enumerate().try_for_each_init(
-        || vec![0f32; ROWS * WIDTH],
-        |tile, (task, rows)| {
-            for (sub, rows) in rows.chunks_mut(WIDTH * n).enumerate() {
-                let top = task * (ROWS / WIDTH) + sub;
-                let left = Left { data: &panels[top * t * WIDTH..(top + 1) * t * WIDTH], row: 1, step: WIDTH };
-                let count = rows.len() / n;
-                for right in top..n.div_ceil(WIDTH) {
-                    let data = &panels[right * t * WIDTH..(right + 1) * t * WIDTH];
-                    let panel = Panel { data, stride: WIDTH };
-                    let tile = &mut tile[..count * WIDTH];
-                    let (columns, stride) = (WIDTH, WIDTH);
-                    let out = &mut *tile;
-                    strip(simd, Strip { left, panel, rows: count, inner: t, columns, keep: false, stride, out })?;
-                    for (i, (row, sums)) in rows.chunks_exact_mut(n).zip(tile.as_chunks::<WIDTH>().0).enumerate() {
-                        // On the diagonal's block, from the diagonal on.
-                        let skip = if right == top { i } else { 0 };
-                        let end = n.min((right + 1) * WIDTH);
-                        let from = right * WIDTH + skip;
-                        row[from..end].iter_mut().zip(&sums[skip..]).for_each(|(h, s)| *h += s);
-                    }
+pub fn update(simd: Simd, h: &mut [f32], x: &[f32], n: usize, exact: bool) -> Result<()> {
+    if h.is_empty() || x.is_empty() {
+        return Ok(());
+    }
+    let sides = Sides::new(simd, x, n, exact);
+    let width = sides.width();
+    h.par_chunks_mut(width * n).enumerate().try_for_each_init(
+        || vec![0f32; width * width],
+        |tile, (top, rows)| {
+            let count = rows.len() / n;
+            for right in top..n.div_ceil(width) {
+                sides.product(simd, top, &sides, right, count, &mut tile[..count * width])?;
+                for (i, (row, sums)) in rows.chunks_exact_mut(n).zip(tile.chunks_exact(width)).enumerate() {
+                    // On the diagonal's block, from the diagonal on.
+                    let skip = if right == top { i } else { 0 };
+                    let columns = right * width + skip..n.min((right + 1) * width);
+                    row[columns].iter_mut().zip(&sums[skip..]).for_each(|(h, s)| *h += s);
                 }
             }
             Ok(())
@@ -55,22 +93,24 @@ pub fn update(simd: Simd, h: &mut [f32], x: &[f32], n: usize) -> Result<()> {
 }
 
 /// `h += xᵀ y`, the whole matrix: h `[m, n]`, x `[t, m]`, y `[t, n]`; the order of additions is [`update`]'s.
-pub fn cross(simd: Simd, h: &mut [f32], x: &[f32], y: &[f32], m: usize, n: usize) -> Result<()> {
-    let t = x.len() / m.max(1);
-    let (left, right) = (side_by_side(x, m, t), side_by_side(y, n, t));
-    h.par_chunks_mut((WIDTH * n).max(1)).enumerate().try_for_each(|(top, rows)| {
-        let a = Left { data: &left[top * t * WIDTH..(top + 1) * t * WIDTH], row: 1, step: WIDTH };
-        let count = rows.len() / n;
-        let mut tile = vec![0f32; count * WIDTH];
-        for p in 0..n.div_ceil(WIDTH) {
-            let panel = Panel { data: &right[p * t * WIDTH..(p + 1) * t * WIDTH], stride: WIDTH };
-            let (columns, stride, out) = (WIDTH, WIDTH, &mut tile[..]);
-            strip(simd, Strip { left: a, panel, rows: count, inner: t, columns, keep: false, stride, out })?;
-            let columns = p * WIDTH..n.min((p + 1) * WIDTH);
-            for (row, sums) in rows.chunks_exact_mut(n).zip(tile.as_chunks::<WIDTH>().0) {
-                row[columns.clone()].iter_mut().zip(sums).for_each(|(h, s)| *h += s);
+pub fn cross(simd: Simd, h: &mut [f32], x: &[f32], y: &[f32], (m, n): (usize, usize), exact: bool) -> Result<()> {
+    if h.is_empty() || x.is_empty() {
+        return Ok(());
+    }
+    let (left, right) = (Sides::new(simd, x, m, exact), Sides::new(simd, y, n, exact));
+    let width = left.width();
+    h.par_chunks_mut(width * n).enumerate().try_for_each_init(
+        || vec![0f32; width * width],
+        |tile, (top, rows)| {
+            let count = rows.len() / n;
+            for p in 0..n.div_ceil(width) {
+                left.product(simd, top, &right, p, count, &mut tile[..count * width])?;
+                let columns = p * width..n.min((p + 1) * width);
+                for (row, sums) in rows.chunks_exact_mut(n).zip(tile.chunks_exact(width)) {
+                    row[columns.clone()].iter_mut().zip(sums).for_each(|(h, s)| *h += s);
+                }
             }
-        }
-        Ok(())
-    })
+            Ok(())
+        },
+    )
 }

@@ -2,9 +2,9 @@
 //! with).
 //!
 //! Results never depend on the number of threads or on the rest of the batch. What they do depend on is the phase: prefill
-//! keeps one order of additions for any number of tokens (see `product.rs`); decode ([`Backend::decode_phase`]) has loops that read each
-//! weight once from memory, and there packed weights meet activations rounded to fifteen bits (`rounded.rs`) unless the backend is
-//! [`CpuBackend::exact`].
+//! keeps one order of additions for any number of tokens, in fixed point of sixteen bits (`fixed.rs`) or in f32 (`product.rs`); decode
+//! ([`Backend::decode_phase`]) has loops that read each weight once from memory, and there packed weights meet activations rounded to
+//! fifteen bits (`rounded.rs`). [`CpuBackend::exact`] keeps f32 in both.
 
 mod attention;
 mod bandwidth;
@@ -12,6 +12,7 @@ pub(crate) mod checks;
 mod cross;
 mod dense;
 mod elementwise;
+mod fixed;
 mod gemv;
 mod hessian;
 mod integer;
@@ -53,8 +54,6 @@ pub struct CpuBackend {
     simd: Simd,
     pool: Arc<Pool>,
     exact: bool,
-    /// Whether prompts meet packed weights in decode's arithmetic, too.
-    rounds_prompts: bool,
     kv: KvFormat,
     /// The same backend in its decode phase; `None` inside that one.
     decode: Option<Box<CpuBackend>>,
@@ -84,25 +83,18 @@ impl CpuBackend {
     pub fn with_level(most: Level) -> Self {
         let (simd, pool) = (Simd::up_to(most), Arc::new(Pool::new(rayon::current_num_threads())));
         let kv = KvFormat::Float;
-        let decode = Self { simd, pool: pool.clone(), exact: false, rounds_prompts: false, kv, decode: None };
-        Self { simd, pool, exact: false, rounds_prompts: false, kv, decode: Some(Box::new(decode)) }
+        let decode = Self { simd, pool: pool.clone(), exact: false, kv, decode: None };
+        Self { simd, pool, exact: false, kv, decode: Some(Box::new(decode)) }
     }
 
-    /// Decodes packed weights by prefill's arithmetic, in f32 and slower, where it would round activations to fifteen bits.
+    /// Keeps f32, slower, where products would round: to fixed point in prefill and calibration, activations to fifteen bits in decode
+    /// of packed weights.
     #[must_use]
     pub fn exact(mut self, exact: bool) -> Self {
         self.exact = exact;
         if let Some(decode) = &mut self.decode {
             decode.exact = exact;
         }
-        self
-    }
-
-    /// Takes prompts through packed weights in decode's arithmetic where that is faster (AVX-512 VNNI): for serving and its timing.
-    /// Scoring keeps prefill's.
-    #[must_use]
-    pub fn for_speed(mut self) -> Self {
-        self.rounds_prompts = self.simd.level() == Level::Vnni;
         self
     }
 
@@ -122,8 +114,32 @@ impl CpuBackend {
 
     /// Whether products with these weights read each weight once ([`gemv`]) instead of making panels.
     fn reads_once(&self, weights: &[&Weight]) -> bool {
-        let rounds = self.rounds_prompts && weights.iter().all(|w| matches!(w, Weight::Packed(_)));
-        (self.decodes() || rounds) && gemv::takes(self.exact, weights)
+        self.decodes() && gemv::takes(self.exact, weights)
+    }
+
+    /// Prefill's product: `ys[i] = x Wᵢᵀ` for x `[t, k]`, by panels. Activations are rounded once for all of the weights.
+    fn panels(&self, weights: &[&Weight], x: &[f32], t: usize, ys: &mut [Vec<f32>]) -> Result<()> {
+        let mut rounded = None;
+        for (w, y) in weights.iter().zip(ys) {
+            let fixed = !self.exact
+                && match w {
+                    Weight::Dense(w) => w.has_fixed(),
+                    Weight::Packed(w) => w.has_fixed(),
+                };
+            if fixed {
+                let x = rounded.get_or_insert_with(|| fixed::Rows::new(self.simd, x, x.len() / t.max(1)));
+                match w {
+                    Weight::Dense(w) => w.fixed(self.simd, x, y)?,
+                    Weight::Packed(w) => w.fixed(self.simd, x, y)?,
+                }
+            } else {
+                match w {
+                    Weight::Dense(w) => w.panels(self.simd, x, t, y)?,
+                    Weight::Packed(w) => w.panels(self.simd, x, t, y)?,
+                }
+            }
+        }
+        Ok(())
     }
 
     /// The instruction set in use.
@@ -211,10 +227,7 @@ impl Backend for CpuBackend {
             gemv::gemv(self.simd, &self.pool, x, t, &[inner], &mut ys);
             [y] = ys;
         } else {
-            match inner {
-                Weight::Dense(w) => w.panels(self.simd, x, t, &mut y)?,
-                Weight::Packed(w) => w.panels(self.simd, x, t, &mut y)?,
-            }
+            self.panels(&[inner], x, t, std::slice::from_mut(&mut y))?;
         }
         if let Some(bias) = bias {
             let bias = host(NAME, bias)?;
@@ -229,12 +242,16 @@ impl Backend for CpuBackend {
         let t = checks::rows("linear input", x.len, first.in_features)?;
         let inner = weights.iter().map(|(w, _)| weight(w)).collect::<Result<Vec<_>>>()?;
         let alike = weights.iter().all(|(w, bias)| bias.is_none() && w.in_features == first.in_features);
-        if t == 0 || !alike || !self.reads_once(&inner) {
+        if t == 0 || !alike {
             return weights.iter().map(|(w, bias)| self.linear(x, w, *bias)).collect();
         }
         let lengths = weights.iter().map(|(w, _)| checks::product("linear output", t, w.out_features));
         let mut ys = lengths.map(|n| n.map(|n| vec![0f32; n])).collect::<Result<Vec<_>>>()?;
-        gemv::gemv(self.simd, &self.pool, host(NAME, x)?, t, &inner, &mut ys);
+        if self.reads_once(&inner) {
+            gemv::gemv(self.simd, &self.pool, host(NAME, x)?, t, &inner, &mut ys);
+        } else {
+            self.panels(&inner, host(NAME, x)?, t, &mut ys)?;
+        }
         Ok(ys.into_iter().map(buffer).collect())
     }
 
@@ -347,7 +364,7 @@ impl Backend for CpuBackend {
         let (h, x) = (host_mut(NAME, h)?, host(NAME, x)?);
         checks::rows("hessian input", x.len(), n)?;
         check_len("hessian", checks::product("hessian", n, n)?, h.len())?;
-        hessian::update(self.simd, h, x, n)
+        hessian::update(self.simd, h, x, n, self.exact)
     }
 
     fn cross_update(&self, h: &mut Buffer, x: &Buffer, y: &Buffer, m: usize, n: usize) -> Result<()> {
@@ -355,7 +372,7 @@ impl Backend for CpuBackend {
         let t = checks::rows("cross input", x.len(), m)?;
         check_len("cross input", checks::product("cross input", t, n)?, y.len())?;
         check_len("cross product", checks::product("cross product", m, n)?, h.len())?;
-        if h.is_empty() || t == 0 { Ok(()) } else { hessian::cross(self.simd, h, x, y, m, n) }
+        hessian::cross(self.simd, h, x, y, (m, n), self.exact)
     }
 
     fn subtract(&self, x: &Buffer, y: &Buffer) -> Result<Buffer> {

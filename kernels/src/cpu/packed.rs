@@ -1,10 +1,11 @@
 //! Integer weights: re-laid out once, at upload, in tiles of sixteen rows ([`super::tiles`]).
 //!
-//! Decode multiplies codes with rounded activations ([`super::integer`]); prefill dequantizes panels of sixteen rows, which
-//! are the tiles, and multiplies in f32 ([`super::product`]).
+//! Decode multiplies codes with rounded activations ([`super::integer`]); prefill makes panels of tiles: of their codes, multiplied in
+//! fixed point ([`super::fixed`]), or dequantized and multiplied in f32 ([`super::product`]).
 
 use std::ops::Range;
 
+use super::fixed::{self, PanelBuffer};
 use super::integer::{self, Matrix, Scales};
 use super::product::{self, WIDTH};
 use super::rounded::{Rounded, block_of};
@@ -81,7 +82,26 @@ impl PackedMatrix {
         (row / TILE_ROWS * self.groups + group) * TILE_ROWS + row % TILE_ROWS
     }
 
-    /// `y = x Wᵀ` for many tokens: x `[t, cols]`, y `[t, rows]`.
+    /// Whether a block of fixed point lies within a group.
+    pub fn has_fixed(&self) -> bool {
+        matches!(self.columns, Columns::Plain { group_cols } if group_cols.is_multiple_of(fixed::BLOCK))
+    }
+
+    /// `y = x Wᵀ` for many tokens in fixed point, which holds codes exactly: x `[t, cols]`, y `[t, rows]`; only where
+    /// [`Self::has_fixed`].
+    pub fn fixed(&self, simd: Simd, x: &fixed::Rows, y: &mut [f32]) -> Result<()> {
+        fixed::linear(simd, y, x, self.rows, |rows, panel| {
+            let tile = rows.start / TILE_ROWS;
+            match self.tiles.bits {
+                8 => simd.run(FixedTiles::<8> { m: self, tile, panel }),
+                4 => simd.run(FixedTiles::<4> { m: self, tile, panel }),
+                3 => simd.run(FixedTiles::<3> { m: self, tile, panel }),
+                _ => simd.run(FixedTiles::<2> { m: self, tile, panel }),
+            }
+        })
+    }
+
+    /// `y = x Wᵀ` for many tokens in f32: x `[t, cols]`, y `[t, rows]`.
     pub fn panels(&self, simd: Simd, x: &[f32], t: usize, y: &mut [f32]) -> Result<()> {
         check_len("x", t * self.cols, x.len())?;
         product::linear(simd, y, x, (t, self.rows, self.cols), |rows, panel| {
@@ -236,6 +256,47 @@ impl<const BITS: usize> Kernel for WidenTile<'_, BITS> {
                     let out = &mut panel[m.columns.of(c)];
                     for r in 0..TILE_ROWS {
                         out[r] = ((words[r] >> shift & 255) as i32 as f32 - zeros[r]) * scales[r];
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Two tiles as a panel of codes less their zeros.
+struct FixedTiles<'a, const BITS: usize> {
+    m: &'a PackedMatrix,
+    tile: usize,
+    panel: &'a mut PanelBuffer,
+}
+
+impl<const BITS: usize> Kernel for FixedTiles<'_, BITS> {
+    type Output = ();
+    #[inline(always)]
+    unsafe fn run<L: Lanes>(self) {
+        let Self { m, tile, panel } = self;
+        let group_cols = m.columns.group_cols().unwrap_or(fixed::BLOCK);
+        if (tile + 2) * TILE_ROWS > m.rows.next_multiple_of(TILE_ROWS) {
+            panel.pairs.fill(0);
+            panel.scales.fill(0.0);
+        }
+        for (half, tile) in (tile..(tile + 2).min(m.rows.div_ceil(TILE_ROWS))).enumerate() {
+            let columns = half * TILE_ROWS..(half + 1) * TILE_ROWS;
+            let slabs =
+                m.tiles.tile(tile).chunks_exact(BITS).zip(panel.pairs.chunks_exact_mut(SLAB / 2 * fixed::WIDTH));
+            for (s, ((slab, pairs), scales)) in slabs.zip(panel.scales.chunks_exact_mut(fixed::WIDTH)).enumerate() {
+                let cell = m.cell(tile * TILE_ROWS, s * SLAB / group_cols);
+                let mut zeros = [0i32; TILE_ROWS];
+                for (r, scale) in scales[columns.clone()].iter_mut().enumerate() {
+                    (*scale, zeros[r]) = (m.scales.at(cell + r), i32::from(m.zero(cell + r)));
+                }
+                for (q, pairs) in pairs.chunks_exact_mut(QUAD / 2 * fixed::WIDTH).enumerate() {
+                    let words = quad::<BITS>(slab, q);
+                    for (p, pairs) in pairs.chunks_exact_mut(fixed::WIDTH).enumerate() {
+                        for (r, pair) in pairs[columns.clone()].iter_mut().enumerate() {
+                            let code = |j: usize| (words[r] >> (8 * (2 * p + j)) & 255) as i32 - zeros[r];
+                            *pair = fixed::pair(code(0), code(1));
+                        }
                     }
                 }
             }

@@ -111,6 +111,18 @@ pub unsafe trait Lanes {
         let _ = p;
     }
 
+    /// `block[r][c]` and `block[c][r]` change places.
+    /// # Safety
+    /// See the trait.
+    #[inline(always)]
+    unsafe fn transpose(block: &mut [[u32; 16]; 16]) {
+        for r in 0..16 {
+            for c in 0..r {
+                (block[r][c], block[c][r]) = (block[c][r], block[r][c]);
+            }
+        }
+    }
+
     /// Sum of the lanes, as a binary tree (the same order on every machine of equal `N`).
     /// # Safety
     /// See the trait.
@@ -175,7 +187,7 @@ unsafe impl Lanes for Portable {
 }
 
 #[cfg(target_arch = "x86_64")]
-mod x86 {
+pub(super) mod x86 {
     use std::arch::x86_64::*;
 
     use super::{Kernel, Lanes};
@@ -275,6 +287,41 @@ mod x86 {
     unsafe impl Lanes for Avx512 {
         type V = __m512;
         const N: usize = 16;
+        #[inline]
+        #[target_feature(enable = "avx512f,avx2,fma,f16c")]
+        unsafe fn transpose(block: &mut [[u32; 16]; 16]) {
+            // Four rounds, each of which brings elements 1, 2, 4 and 8 rows apart side by side.
+            let mut a = [_mm512_setzero_si512(); 16];
+            for (a, row) in a.iter_mut().zip(block.iter()) {
+                // SAFETY: a row is sixteen u32.
+                *a = unsafe { _mm512_loadu_si512(row.as_ptr().cast()) };
+            }
+            let mut b = a;
+            for i in 0..8 {
+                b[2 * i] = _mm512_unpacklo_epi32(a[2 * i], a[2 * i + 1]);
+                b[2 * i + 1] = _mm512_unpackhi_epi32(a[2 * i], a[2 * i + 1]);
+            }
+            for i in 0..4 {
+                for h in 0..2 {
+                    a[4 * i + 2 * h] = _mm512_unpacklo_epi64(b[4 * i + h], b[4 * i + 2 + h]);
+                    a[4 * i + 2 * h + 1] = _mm512_unpackhi_epi64(b[4 * i + h], b[4 * i + 2 + h]);
+                }
+            }
+            // a[4 i + j] holds, of rows 4 i .. 4 i + 4, columns j, 4 + j, 8 + j, 12 + j.
+            for j in 0..4 {
+                let even = |x, y| _mm512_shuffle_i32x4::<0b10_00_10_00>(x, y);
+                let odd = |x, y| _mm512_shuffle_i32x4::<0b11_01_11_01>(x, y);
+                let (low, high) = ((a[j], a[4 + j]), (a[8 + j], a[12 + j]));
+                let (e, f) = (even(low.0, low.1), even(high.0, high.1));
+                let (g, h) = (odd(low.0, low.1), odd(high.0, high.1));
+                (b[j], b[8 + j]) = (even(e, f), odd(e, f));
+                (b[4 + j], b[12 + j]) = (even(g, h), odd(g, h));
+            }
+            for (row, b) in block.iter_mut().zip(b) {
+                // SAFETY: a row is sixteen u32.
+                unsafe { _mm512_storeu_si512(row.as_mut_ptr().cast(), b) };
+            }
+        }
         #[inline(always)]
         fn prefetch(p: *const u8) {
             // SAFETY: a prefetch reads nothing; SSE is part of x86-64.
@@ -326,6 +373,33 @@ mod x86 {
         unsafe fn load_f16(p: *const u8) -> __m512 {
             // SAFETY: the caller vouches for thirty-two bytes at `p`.
             _mm512_cvtph_ps(unsafe { _mm256_loadu_si256(p.cast()) })
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct Transpose<'a>(&'a mut [[u32; 16]; 16]);
+
+    impl Kernel for Transpose<'_> {
+        type Output = ();
+        #[inline(always)]
+        unsafe fn run<L: Lanes>(self) {
+            // SAFETY: the caller vouches for the instruction set.
+            unsafe { L::transpose(self.0) };
+        }
+    }
+
+    #[test]
+    fn rows_become_columns() {
+        for level in [Level::Portable, Level::Avx2, Level::Avx512] {
+            let mut block: [[u32; 16]; 16] = std::array::from_fn(|r| std::array::from_fn(|c| (100 * r + c) as u32));
+            Simd::up_to(level).run(Transpose(&mut block));
+            for (r, row) in block.iter().enumerate() {
+                assert!(row.iter().enumerate().all(|(c, v)| *v as usize == 100 * c + r), "{level:?} {block:?}");
+            }
         }
     }
 }

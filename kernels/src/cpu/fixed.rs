@@ -1,0 +1,941 @@
+//! The matrix product in fixed point: both factors rounded to sixteen bits, the products of 32 inner steps summed as exact integers.
+//!
+//! For every element, over the blocks of [`BLOCK`] inner steps in ascending order, in f32:
+//! `y ← fma(Σ x·w, s_x · s_w, y)`, where Σ is an exact i32 and each factor has a scale a row and block, as large as the sum's
+//! range needs ([`step`]). So the result is the same on every instruction set, for any number of threads and any batch, and the only
+//! approximation is the rounding of the factors: a step is 1/32767 of a block's largest value or 1/46330 of its Euclidean norm. An
+//! instruction that multiplies pairs of i16 does twice the work of an f32 one (AVX-512 VNNI, AVX2).
+//!
+//! Rows of the left factor are activations ([`Rows`]); the right factor comes in panels of [`WIDTH`] columns ([`Panel`]).
+
+use std::ops::Range;
+
+use rayon::prelude::*;
+
+use super::simd::{Kernel, Lanes, Level, Portable, Simd};
+use crate::error::{KernelError, Result};
+
+/// Columns of a panel.
+pub const WIDTH: usize = 32;
+/// Inner steps that share a scale.
+pub const BLOCK: usize = 32;
+/// Pairs of a block: what one instruction multiplies and adds in a lane.
+const PAIRS: usize = BLOCK / 2;
+/// Largest rounded magnitude: an i16, and two products fit in an i32.
+const MOST: f32 = 32767.0;
+/// Largest Euclidean norm of a block before rounding, which adds at most √32 / 2: no sum of products of two blocks, whole or in parts,
+/// reaches 46340² < 2³¹ (Cauchy and Schwarz).
+const NORM: f32 = 46330.0;
+/// Rows of a weight that are rounded side by side.
+const ROWS: usize = 16;
+/// Rows of a register tile, at most.
+const TILE: usize = 6;
+/// Blocks between two visits of a result's tile: a panel's part (24 KiB) stays in the first-level cache.
+const DEPTH: usize = 12;
+/// Rows that one task rounds.
+const ROUNDED_ROWS: usize = 16;
+
+/// Blocks of `k` inner steps; the last is filled up with zeros.
+pub fn blocks_of(k: usize) -> usize {
+    k.div_ceil(BLOCK)
+}
+
+/// Two rounded values, the first in the low half.
+#[inline(always)]
+pub fn pair(a: i32, b: i32) -> u32 {
+    (a as u32 & 0xffff) | (b as u32) << 16
+}
+
+/// `v` rounded half to even, for |v| < 2²²: adding 1.5 · 2²³ leaves no place for a fraction. One addition on every instruction set.
+#[inline(always)]
+fn rounded(v: f32) -> i32 {
+    const MAGIC: f32 = 12_582_912.0;
+    (v + MAGIC).to_bits() as i32 - MAGIC.to_bits() as i32
+}
+
+/// A power of two that brings a largest magnitude, given by its bits, near one: squares then neither overflow nor vanish.
+#[inline(always)]
+fn unit(top: u32) -> f32 {
+    f32::from_bits(((254 << 23) - (top & 0x7f80_0000).min(253 << 23)).min(253 << 23))
+}
+
+/// The step that keeps values of a block within [`MOST`] and their Euclidean norm within [`NORM`], from the largest magnitude's bits
+/// and the sum of squares of the values times [`unit`]. Not finite where `top` is not, so that it reaches the result.
+#[inline(always)]
+fn step(top: u32, squares: f32) -> f32 {
+    let (magnitude, unit) = (f32::from_bits(top), unit(top));
+    // Where the top is infinite or NaN its unit is 2⁻¹²⁶, and the first product is not finite.
+    let by_norm = squares.sqrt() * (1.0 / NORM) / unit;
+    let by_top = magnitude * (1.0 / MOST);
+    if by_norm > by_top { by_norm } else { by_top }
+}
+
+/// What values are multiplied with to be in steps; zero where that is no number.
+#[inline(always)]
+fn inverse(step: f32) -> f32 {
+    if step >= f32::MIN_POSITIVE && step <= f32::MAX { 1.0 / step } else { 0.0 }
+}
+
+/// The power of two at or above a step: a bf16 value within a factor of 64 (f16: 8) of the block's largest is then mostly kept exactly.
+#[inline(always)]
+fn binary(step: f32) -> f32 {
+    // Neither it nor its inverse leaves the normal numbers; the bits of infinity and NaN stay beyond them.
+    let up = step.to_bits() + 0x7f_ffff & 0xff80_0000;
+    f32::from_bits(up.max(1 << 23))
+}
+
+/// Sum of the squares of values times `unit`, in one order on every instruction set.
+///
+/// # Safety
+/// The instruction set of `L` is available.
+#[inline(always)]
+unsafe fn squares<L: Lanes>(x: &[f32; BLOCK], unit: f32) -> f32 {
+    // SAFETY: `i + N ≤ 32` for all loads; the caller vouches for the instruction set.
+    unsafe {
+        let (zero, unit) = (L::splat(0.0), L::splat(unit));
+        let square = |i: usize| {
+            let v = L::fmadd(L::load(x.as_ptr().add(i)), unit, zero);
+            L::fmadd(v, v, zero)
+        };
+        // Sixteen lanes, in one register or two.
+        let lanes = |i: usize| L::add(square(i), square(i + BLOCK / 2));
+        L::sum(if L::N == 16 { lanes(0) } else { L::add(lanes(0), lanes(8)) })
+    }
+}
+
+/// The largest magnitude's bits, which order as magnitudes do, NaN above infinity.
+#[inline(always)]
+fn top(x: &[f32; BLOCK]) -> u32 {
+    x.iter().fold(0u32, |m, v| m.max(v.to_bits() & 0x7fff_ffff))
+}
+
+/// `v · inverse`, rounded and within range.
+#[expect(clippy::manual_clamp, reason = "`clamp` keeps NaN, which has no integer")]
+#[inline(always)]
+fn word(v: f32, inverse: f32) -> i32 {
+    rounded((v * inverse).max(-MOST).min(MOST))
+}
+
+/// Rounds a block of sixteen rows, element `(step, row)` by its bits, to binary steps; `put(pair, rows)` takes the pairs.
+#[inline(always)]
+fn round_lanes(bits: &[[u32; ROWS]], steps: &mut [f32; ROWS], mut put: impl FnMut(usize, &[u32; ROWS])) {
+    let mut tops = [0u32; ROWS];
+    for row in bits {
+        for r in 0..ROWS {
+            tops[r] = tops[r].max(row[r] & 0x7fff_ffff);
+        }
+    }
+    let (mut units, mut sums, mut inverses) = ([0f32; ROWS], [0f32; ROWS], [0f32; ROWS]);
+    for r in 0..ROWS {
+        units[r] = unit(tops[r]);
+    }
+    for row in bits {
+        for r in 0..ROWS {
+            let v = f32::from_bits(row[r]) * units[r];
+            sums[r] += v * v;
+        }
+    }
+    for r in 0..ROWS {
+        steps[r] = binary(step(tops[r], sums[r]));
+        inverses[r] = inverse(steps[r]);
+    }
+    for (p, rows) in bits.as_chunks::<2>().0.iter().enumerate() {
+        let mut lanes = [0u32; ROWS];
+        for r in 0..ROWS {
+            let value = |i: usize| word(f32::from_bits(rows[i][r]), inverses[r]);
+            lanes[r] = pair(value(0), value(1));
+        }
+        put(p, &lanes);
+    }
+}
+
+/// Rows of the left factor, rounded.
+pub struct Rows {
+    /// `[rows, blocks · 16]`.
+    pairs: Vec<u32>,
+    /// `[rows, blocks]`.
+    scales: Vec<f32>,
+    rows: usize,
+    k: usize,
+}
+
+impl Rows {
+    /// Rounds x `[t, k]`.
+    pub fn new(simd: Simd, x: &[f32], k: usize) -> Self {
+        let (t, blocks) = (x.len().checked_div(k).unwrap_or(0), blocks_of(k));
+        let mut r = Self { pairs: vec![0; t * blocks * PAIRS], scales: vec![0.0; t * blocks], rows: t, k };
+        let to = r.pairs.par_chunks_mut((ROUNDED_ROWS * blocks * PAIRS).max(1));
+        let scales = r.scales.par_chunks_mut((ROUNDED_ROWS * blocks).max(1));
+        to.zip(scales).zip(x.par_chunks((ROUNDED_ROWS * k).max(1))).for_each(|((pairs, scales), x)| {
+            simd.run(Round { x, k, pairs, scales });
+        });
+        r
+    }
+
+    fn left(&self) -> Left<'_> {
+        let blocks = blocks_of(self.k);
+        Left {
+            pairs: &self.pairs,
+            row: blocks * PAIRS,
+            step: 1,
+            scales: &self.scales,
+            scale_row: blocks,
+            scale_step: 1,
+        }
+    }
+}
+
+/// Columns of x `[t, n]`, rounded along the tokens: both factors of `xᵀ x`.
+pub struct Columns {
+    /// `[panels, blocks · 16, 32]`.
+    pairs: Vec<u32>,
+    /// `[panels, blocks, 32]`.
+    scales: Vec<f32>,
+    blocks: usize,
+}
+
+impl Columns {
+    /// Rounds x `[t, n]`.
+    pub fn new(simd: Simd, x: &[f32], n: usize) -> Self {
+        let (blocks, panels) = (blocks_of(x.len().checked_div(n).unwrap_or(0)), n.div_ceil(WIDTH));
+        let mut c = Self {
+            pairs: vec![0; panels * blocks * PAIRS * WIDTH],
+            scales: vec![0.0; panels * blocks * WIDTH],
+            blocks,
+        };
+        let pairs = c.pairs.par_chunks_mut((blocks * PAIRS * WIDTH).max(1));
+        pairs.zip(c.scales.par_chunks_mut((blocks * WIDTH).max(1))).enumerate().for_each(|(p, (pairs, scales))| {
+            simd.run(RoundColumns { x, n, first: p * WIDTH, pairs, scales });
+        });
+        c
+    }
+
+    fn part(&self, p: usize) -> Panel<'_> {
+        let (pairs, scales) = (self.blocks * PAIRS * WIDTH, self.blocks * WIDTH);
+        Panel { pairs: &self.pairs[p * pairs..(p + 1) * pairs], scales: &self.scales[p * scales..(p + 1) * scales] }
+    }
+
+    /// Columns `32 p ..` as rows of the left factor.
+    pub fn left(&self, p: usize) -> Left<'_> {
+        let Panel { pairs, scales } = self.part(p);
+        Left { pairs, row: 1, step: WIDTH, scales, scale_row: 1, scale_step: WIDTH }
+    }
+
+    /// Columns `32 p ..` as a panel.
+    pub fn panel(&self, p: usize) -> Panel<'_> {
+        self.part(p)
+    }
+}
+
+struct RoundColumns<'a> {
+    x: &'a [f32],
+    n: usize,
+    first: usize,
+    pairs: &'a mut [u32],
+    scales: &'a mut [f32],
+}
+
+impl Kernel for RoundColumns<'_> {
+    type Output = ();
+    #[inline(always)]
+    unsafe fn run<L: Lanes>(self) {
+        let Self { x, n, first, pairs, scales } = self;
+        let columns = first..n.min(first + WIDTH);
+        let blocks =
+            x.chunks(BLOCK * n).zip(pairs.chunks_exact_mut(PAIRS * WIDTH)).zip(scales.as_chunks_mut::<WIDTH>().0);
+        for ((x, pairs), scales) in blocks {
+            let mut values = [[0f32; WIDTH]; BLOCK];
+            for (to, row) in values.iter_mut().zip(x.chunks_exact(n)) {
+                to[..columns.len()].copy_from_slice(&row[columns.clone()]);
+            }
+            let mut tops = [0u32; WIDTH];
+            for row in &values {
+                for c in 0..WIDTH {
+                    tops[c] = tops[c].max(row[c].to_bits() & 0x7fff_ffff);
+                }
+            }
+            let (mut inverses, mut squares) = (tops.map(unit), [0f32; WIDTH]);
+            for row in &values {
+                for c in 0..WIDTH {
+                    squares[c] += (row[c] * inverses[c]) * (row[c] * inverses[c]);
+                }
+            }
+            for c in 0..WIDTH {
+                scales[c] = step(tops[c], squares[c]);
+                inverses[c] = inverse(scales[c]);
+            }
+            for (to, rows) in pairs.as_chunks_mut::<WIDTH>().0.iter_mut().zip(values.as_chunks::<2>().0) {
+                for c in 0..WIDTH {
+                    to[c] = pair(word(rows[0][c], inverses[c]), word(rows[1][c], inverses[c]));
+                }
+            }
+        }
+    }
+}
+
+struct Round<'a> {
+    x: &'a [f32],
+    k: usize,
+    pairs: &'a mut [u32],
+    scales: &'a mut [f32],
+}
+
+impl Kernel for Round<'_> {
+    type Output = ();
+    #[inline(always)]
+    unsafe fn run<L: Lanes>(self) {
+        let blocks = blocks_of(self.k);
+        let rows = self.x.chunks_exact(self.k).zip(self.pairs.chunks_exact_mut(blocks * PAIRS));
+        for ((x, pairs), scales) in rows.zip(self.scales.chunks_exact_mut(blocks)) {
+            let (whole, rest) = x.as_chunks::<BLOCK>();
+            let (to, _) = pairs.as_chunks_mut::<PAIRS>();
+            for ((x, to), scale) in whole.iter().zip(&mut *to).zip(&mut *scales) {
+                // SAFETY: the caller vouches for the instruction set.
+                *scale = unsafe { round_block::<L>(x, to) };
+            }
+            if let (false, Some(to), Some(scale)) = (rest.is_empty(), to.last_mut(), scales.last_mut()) {
+                let mut block = [0f32; BLOCK];
+                block[..rest.len()].copy_from_slice(rest);
+                // SAFETY: as above.
+                *scale = unsafe { round_block::<L>(&block, to) };
+            }
+        }
+    }
+}
+
+/// # Safety
+/// The instruction set of `L` is available.
+#[inline(always)]
+unsafe fn round_block<L: Lanes>(x: &[f32; BLOCK], to: &mut [u32; PAIRS]) -> f32 {
+    let top = top(x);
+    // SAFETY: the caller's contract.
+    let scale = step(top, unsafe { squares::<L>(x, unit(top)) });
+    to_pairs(x, inverse(scale), to);
+    scale
+}
+
+#[inline(always)]
+fn to_pairs(x: &[f32; BLOCK], inverse: f32, to: &mut [u32; PAIRS]) {
+    let mut words = [0i16; BLOCK];
+    for (w, v) in words.iter_mut().zip(x) {
+        *w = word(*v, inverse) as i16;
+    }
+    for (p, w) in to.iter_mut().zip(words.as_chunks::<2>().0) {
+        *p = pair(w[0].into(), w[1].into());
+    }
+}
+
+/// Sixteen-bit pairs of a left factor: `(row, pair)` is `pairs[row · row + pair · step]`, the scale of `(row, block)` likewise.
+#[derive(Clone, Copy)]
+pub struct Left<'a> {
+    pub pairs: &'a [u32],
+    pub row: usize,
+    pub step: usize,
+    pub scales: &'a [f32],
+    pub scale_row: usize,
+    pub scale_step: usize,
+}
+
+/// [`WIDTH`] columns of the right factor: pairs `[blocks · 16, 32]`, scales `[blocks, 32]`.
+#[derive(Clone, Copy)]
+pub struct Panel<'a> {
+    pub pairs: &'a [u32],
+    pub scales: &'a [f32],
+}
+
+/// A panel in the making; missing columns are zero.
+pub struct PanelBuffer {
+    /// `[blocks · 16, 32]`.
+    pub pairs: Vec<u32>,
+    /// `[blocks, 32]`.
+    pub scales: Vec<f32>,
+}
+
+impl PanelBuffer {
+    /// For `k` inner steps.
+    pub fn new(k: usize) -> Self {
+        let blocks = blocks_of(k);
+        Self { pairs: vec![0; blocks * PAIRS * WIDTH], scales: vec![0.0; blocks * WIDTH] }
+    }
+
+    /// Fills it with `rows` rows of a weight: `block(r, b)` has row `r`'s block `b`, zero beyond `k`, whose scale will be a power of two.
+    ///
+    /// # Safety
+    /// The instruction set of `L` is available.
+    #[inline(always)]
+    pub unsafe fn fill_by_rows<L: Lanes>(&mut self, rows: usize, block: impl Fn(usize, usize) -> [f32; BLOCK]) {
+        let blocks = self.pairs.chunks_exact_mut(PAIRS * WIDTH).zip(self.scales.as_chunks_mut::<WIDTH>().0);
+        for (b, (pairs, scales)) in blocks.enumerate() {
+            for half in 0..WIDTH / ROWS {
+                // Steps 0 .. 16 and 16 .. 32 of sixteen rows, turned so that what follows works on a row a lane.
+                let mut squares = [[[0u32; ROWS]; ROWS]; 2];
+                for r in 0..ROWS.min(rows.saturating_sub(half * ROWS)) {
+                    let values = block(half * ROWS + r, b).map(f32::to_bits);
+                    squares[0][r].copy_from_slice(&values[..ROWS]);
+                    squares[1][r].copy_from_slice(&values[ROWS..]);
+                }
+                for square in &mut squares {
+                    // SAFETY: the caller's contract.
+                    unsafe { L::transpose(square) };
+                }
+                let columns = half * ROWS..(half + 1) * ROWS;
+                let mut steps = [0f32; ROWS];
+                round_lanes(squares.as_flattened(), &mut steps, |p, lanes| {
+                    pairs[p * WIDTH..][columns.clone()].copy_from_slice(lanes);
+                });
+                scales[columns].copy_from_slice(&steps);
+            }
+        }
+    }
+
+    /// To read.
+    pub fn panel(&self) -> Panel<'_> {
+        Panel { pairs: &self.pairs, scales: &self.scales }
+    }
+}
+
+/// A strip's result: rows `stride` apart, the first `columns` written; `keep` continues the chains that are there.
+pub struct Out<'a> {
+    pub keep: bool,
+    pub columns: usize,
+    pub stride: usize,
+    pub data: &'a mut [f32],
+}
+
+fn span(a: usize, rows: usize, b: usize, cols: usize) -> usize {
+    if rows == 0 || cols == 0 { 0 } else { (rows - 1) * a + (cols - 1) * b + 1 }
+}
+
+fn check(what: &'static str, need: usize, have: usize) -> Result<()> {
+    if need <= have { Ok(()) } else { Err(KernelError::Length { what, expected: need, found: have }) }
+}
+
+/// All of a panel's blocks times `rows` rows, on the calling thread.
+pub fn strip(simd: Simd, left: Left<'_>, panel: Panel<'_>, rows: usize, out: Out<'_>) -> Result<()> {
+    let blocks = panel.scales.len() / WIDTH;
+    check("panel", blocks * PAIRS * WIDTH, panel.pairs.len())?;
+    check("left factor", span(left.row, rows, left.step, blocks * PAIRS), left.pairs.len())?;
+    check("left scales", span(left.scale_row, rows, left.scale_step, blocks), left.scales.len())?;
+    check("columns", out.columns, WIDTH)?;
+    check("product", span(out.stride, rows, 1, out.columns), out.data.len())?;
+    let Out { keep, columns, stride, data } = out;
+    Raw { left, panel, rows, blocks: 0..blocks, keep, columns, stride, out: data.as_mut_ptr() }.passes(simd);
+    Ok(())
+}
+
+/// `y = x Wᵀ` for x's rows, y `[t, n]`; `fill(rows, panel)` writes at most 32 rows of W.
+pub fn linear<F>(simd: Simd, y: &mut [f32], x: &Rows, n: usize, fill: F) -> Result<()>
+where
+    F: Fn(Range<usize>, &mut PanelBuffer) + Sync,
+{
+    check("y", x.rows.saturating_mul(n), y.len())?;
+    let blocks = blocks_of(x.k);
+    let stripes = Stripes(y.as_mut_ptr());
+    let stripes = &stripes;
+    (0..n.div_ceil(WIDTH)).into_par_iter().for_each_init(
+        || PanelBuffer::new(x.k),
+        |buffer, p| {
+            let first = p * WIDTH;
+            let columns = WIDTH.min(n - first);
+            fill(first..first + columns, buffer);
+            // Both factors have `blocks` blocks by their making; the strip's columns `first .. first + columns` of y are this
+            // task's alone.
+            let (left, panel, out) = (x.left(), buffer.panel(), stripes.0.wrapping_add(first));
+            Raw { left, panel, rows: x.rows, blocks: 0..blocks, keep: false, columns, stride: n, out }.passes(simd);
+        },
+    );
+    if blocks == 0 {
+        y.fill(0.0);
+    }
+    Ok(())
+}
+
+/// Start of `y`, shared by tasks that each write their own columns.
+struct Stripes(*mut f32);
+// SAFETY: the pointer is only used inside `linear`, where tasks write disjoint columns of a live `&mut` slice.
+unsafe impl Send for Stripes {}
+// SAFETY: as above.
+unsafe impl Sync for Stripes {}
+
+/// A strip whose extents were checked.
+struct Raw<'a> {
+    left: Left<'a>,
+    panel: Panel<'a>,
+    rows: usize,
+    blocks: Range<usize>,
+    keep: bool,
+    columns: usize,
+    stride: usize,
+    out: *mut f32,
+}
+
+impl Raw<'_> {
+    /// A part of the panel at a time for all rows.
+    fn passes(mut self, simd: Simd) {
+        let all = self.blocks.clone();
+        for from in all.clone().step_by(DEPTH) {
+            self.blocks = from..all.end.min(from + DEPTH);
+            self.dispatch(simd);
+            self.keep = true;
+        }
+    }
+
+    fn dispatch(&self, simd: Simd) {
+        // SAFETY: a `Simd` holds only levels that this machine has; whoever made this `Raw` checked its extents.
+        unsafe {
+            match simd.level() {
+                #[cfg(target_arch = "x86_64")]
+                Level::Vnni => x86::run_vnni(self),
+                #[cfg(target_arch = "x86_64")]
+                Level::Avx2 | Level::Avx512 => x86::run_avx2(self),
+                _ => self.run::<Portable, 4>(2),
+            }
+        }
+    }
+
+    /// Tiles of up to `most` rows, V registers wide.
+    ///
+    /// # Safety
+    /// The instruction set of `P`; the extents were checked; V · N is [`WIDTH`].
+    #[inline(always)]
+    unsafe fn run<P: Pairs, const V: usize>(&self, most: usize) {
+        let mut r = 0;
+        while r < self.rows {
+            let m = match (self.rows - r).min(most) {
+                6.. => 6,
+                4..6 => 4,
+                3 => 3,
+                2 => 2,
+                _ => 1,
+            };
+            // SAFETY: `r + m ≤ rows`; a narrow strip goes through `part`, which holds `m · 32`.
+            unsafe {
+                let out = self.out.add(r * self.stride);
+                if self.columns == WIDTH {
+                    self.tile::<P, V>(m, r, out, self.stride);
+                } else {
+                    let mut part = [0f32; TILE * WIDTH];
+                    for (row, c) in (0..m).flat_map(|row| (0..self.columns).map(move |c| (row, c))) {
+                        if self.keep {
+                            part[row * WIDTH + c] = *out.add(row * self.stride + c);
+                        }
+                    }
+                    self.tile::<P, V>(m, r, part.as_mut_ptr(), WIDTH);
+                    for (row, c) in (0..m).flat_map(|row| (0..self.columns).map(move |c| (row, c))) {
+                        *out.add(row * self.stride + c) = part[row * WIDTH + c];
+                    }
+                }
+            }
+            r += m;
+        }
+    }
+
+    /// # Safety
+    /// As [`Self::run`]; rows `r .. r + m` exist and `out` holds m rows of 32, `stride` apart.
+    #[inline(always)]
+    unsafe fn tile<P: Pairs, const V: usize>(&self, m: usize, r: usize, out: *mut f32, stride: usize) {
+        // SAFETY: the caller's contract.
+        unsafe {
+            match m {
+                6 => self.chains::<P, 6, V>(r, out, stride),
+                4 => self.chains::<P, 4, V>(r, out, stride),
+                3 => self.chains::<P, 3, V>(r, out, stride),
+                2 => self.chains::<P, 2, V>(r, out, stride),
+                _ => self.chains::<P, 1, V>(r, out, stride),
+            }
+        }
+    }
+
+    /// # Safety
+    /// As [`Self::tile`] with m = M.
+    #[inline(always)]
+    unsafe fn chains<P: Pairs, const M: usize, const V: usize>(&self, r: usize, out: *mut f32, stride: usize) {
+        // SAFETY: the offsets are those of pairs and scales of rows `r .. r + M` and of the panel's blocks, and of M rows of `out`.
+        unsafe {
+            let n = P::L::N;
+            let mut acc = [[P::L::splat(0.0); V]; M];
+            if self.keep {
+                for m in 0..M {
+                    for v in 0..V {
+                        acc[m][v] = P::L::load(out.add(m * stride + v * n));
+                    }
+                }
+            }
+            let l = &self.left;
+            for b in self.blocks.clone() {
+                let w = self.panel.pairs.as_ptr().add(b * PAIRS * WIDTH);
+                let mut a = [l.pairs.as_ptr(); M];
+                for m in 0..M {
+                    a[m] = a[m].add((r + m) * l.row + b * PAIRS * l.step);
+                }
+                let mut sums = [[P::zero(); V]; M];
+                for p in 0..PAIRS {
+                    let mut columns = [P::zero(); V];
+                    for v in 0..V {
+                        columns[v] = P::load(w.add(p * WIDTH + v * n));
+                    }
+                    for m in 0..M {
+                        let x = P::splat(a[m].add(p * l.step));
+                        for v in 0..V {
+                            sums[m][v] = P::accumulate(sums[m][v], x, columns[v]);
+                        }
+                    }
+                }
+                let mut scales = [P::L::splat(0.0); V];
+                for v in 0..V {
+                    scales[v] = P::L::load(self.panel.scales.as_ptr().add(b * WIDTH + v * n));
+                }
+                for m in 0..M {
+                    let s = P::L::splat(*l.scales.as_ptr().add((r + m) * l.scale_row + b * l.scale_step));
+                    for v in 0..V {
+                        acc[m][v] = P::fused(P::float(sums[m][v]), P::times(scales[v], s), acc[m][v]);
+                    }
+                }
+            }
+            for m in 0..M {
+                for v in 0..V {
+                    P::L::store(out.add(m * stride + v * n), acc[m][v]);
+                }
+            }
+        }
+    }
+}
+
+/// Lanes of i32 sums beside as many f32.
+///
+/// # Safety
+/// As [`Lanes`]: every method requires its instruction set, the pointer ones also that what they name is readable.
+unsafe trait Pairs {
+    /// The floats.
+    type L: Lanes;
+    /// The register of sums, `L::N` of them.
+    type I: Copy;
+    /// # Safety
+    /// See the trait.
+    unsafe fn zero() -> Self::I;
+    /// `N` pairs from `p`.
+    /// # Safety
+    /// See the trait.
+    unsafe fn load(p: *const u32) -> Self::I;
+    /// The pair at `p` in all lanes.
+    /// # Safety
+    /// See the trait.
+    unsafe fn splat(p: *const u32) -> Self::I;
+    /// `acc + x₀·w₀ + x₁·w₁` in each lane.
+    /// # Safety
+    /// See the trait.
+    unsafe fn accumulate(acc: Self::I, x: Self::I, w: Self::I) -> Self::I;
+    /// Nearest f32, half to even.
+    /// # Safety
+    /// See the trait.
+    unsafe fn float(v: Self::I) -> <Self::L as Lanes>::V;
+    /// `a · b`.
+    /// # Safety
+    /// See the trait.
+    unsafe fn times(a: <Self::L as Lanes>::V, b: <Self::L as Lanes>::V) -> <Self::L as Lanes>::V;
+    /// `a · b + c`, rounded once on every machine.
+    /// # Safety
+    /// See the trait.
+    unsafe fn fused(
+        a: <Self::L as Lanes>::V,
+        b: <Self::L as Lanes>::V,
+        c: <Self::L as Lanes>::V,
+    ) -> <Self::L as Lanes>::V;
+}
+
+// SAFETY: eight lanes in arrays; the pointers are read as the contract says. This is the scalar twin.
+unsafe impl Pairs for Portable {
+    type L = Portable;
+    type I = [i32; 8];
+    #[inline(always)]
+    unsafe fn zero() -> [i32; 8] {
+        [0; 8]
+    }
+    #[inline(always)]
+    unsafe fn load(p: *const u32) -> [i32; 8] {
+        // SAFETY: the caller vouches for eight pairs at `p`.
+        unsafe { p.cast::<[i32; 8]>().read_unaligned() }
+    }
+    #[inline(always)]
+    unsafe fn splat(p: *const u32) -> [i32; 8] {
+        // SAFETY: the caller vouches for `p`.
+        [unsafe { p.read_unaligned() } as i32; 8]
+    }
+    #[inline(always)]
+    unsafe fn accumulate(acc: [i32; 8], x: [i32; 8], w: [i32; 8]) -> [i32; 8] {
+        let halves = |v: i32| (i32::from(v as i16), v >> 16);
+        std::array::from_fn(|i| {
+            let ((x0, x1), (w0, w1)) = (halves(x[i]), halves(w[i]));
+            acc[i] + x0 * w0 + x1 * w1
+        })
+    }
+    #[inline(always)]
+    unsafe fn float(v: [i32; 8]) -> [f32; 8] {
+        v.map(|v| v as f32)
+    }
+    #[inline(always)]
+    unsafe fn times(a: [f32; 8], b: [f32; 8]) -> [f32; 8] {
+        std::array::from_fn(|i| a[i] * b[i])
+    }
+    #[inline(always)]
+    unsafe fn fused(a: [f32; 8], b: [f32; 8], c: [f32; 8]) -> [f32; 8] {
+        std::array::from_fn(|i| a[i].mul_add(b[i], c[i]))
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use std::arch::x86_64::*;
+
+    use super::super::simd::x86::{Avx2, Avx512};
+    use super::{Pairs, Raw, TILE};
+
+    /// # Safety
+    /// AVX-512F, BW and VNNI are available, and as [`Raw::run`].
+    #[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx2,fma,f16c")]
+    pub unsafe fn run_vnni(raw: &Raw<'_>) {
+        // SAFETY: this function enables what `Vnni` needs; the rest is the caller's.
+        unsafe { raw.run::<Vnni, 2>(TILE) }
+    }
+
+    /// # Safety
+    /// AVX2 and FMA are available, and as [`Raw::run`].
+    #[target_feature(enable = "avx2,fma,f16c")]
+    pub unsafe fn run_avx2(raw: &Raw<'_>) {
+        // SAFETY: this function enables what `Avx2` needs; the rest is the caller's.
+        unsafe { raw.run::<Avx2, 4>(TILE / 2) }
+    }
+
+    /// Sixteen lanes.
+    struct Vnni;
+
+    // SAFETY: sixteen i32 and f32; the pointers are read as the contract says.
+    unsafe impl Pairs for Vnni {
+        type L = Avx512;
+        type I = __m512i;
+        #[inline]
+        #[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx2,fma,f16c")]
+        unsafe fn zero() -> __m512i {
+            _mm512_setzero_si512()
+        }
+        #[inline]
+        #[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx2,fma,f16c")]
+        unsafe fn load(p: *const u32) -> __m512i {
+            // SAFETY: the caller vouches for sixteen pairs at `p`.
+            unsafe { _mm512_loadu_si512(p.cast()) }
+        }
+        #[inline]
+        #[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx2,fma,f16c")]
+        unsafe fn splat(p: *const u32) -> __m512i {
+            // SAFETY: the caller vouches for `p`.
+            _mm512_set1_epi32(unsafe { p.read_unaligned() } as i32)
+        }
+        #[inline]
+        #[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx2,fma,f16c")]
+        unsafe fn accumulate(acc: __m512i, x: __m512i, w: __m512i) -> __m512i {
+            _mm512_dpwssd_epi32(acc, x, w)
+        }
+        #[inline]
+        #[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx2,fma,f16c")]
+        unsafe fn float(v: __m512i) -> __m512 {
+            _mm512_cvtepi32_ps(v)
+        }
+        #[inline]
+        #[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx2,fma,f16c")]
+        unsafe fn times(a: __m512, b: __m512) -> __m512 {
+            _mm512_mul_ps(a, b)
+        }
+        #[inline]
+        #[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx2,fma,f16c")]
+        unsafe fn fused(a: __m512, b: __m512, c: __m512) -> __m512 {
+            _mm512_fmadd_ps(a, b, c)
+        }
+    }
+
+    // SAFETY: eight i32 and f32; the pointers are read as the contract says.
+    unsafe impl Pairs for Avx2 {
+        type L = Avx2;
+        type I = __m256i;
+        #[inline]
+        #[target_feature(enable = "avx2,fma,f16c")]
+        unsafe fn zero() -> __m256i {
+            _mm256_setzero_si256()
+        }
+        #[inline]
+        #[target_feature(enable = "avx2,fma,f16c")]
+        unsafe fn load(p: *const u32) -> __m256i {
+            // SAFETY: the caller vouches for eight pairs at `p`.
+            unsafe { _mm256_loadu_si256(p.cast()) }
+        }
+        #[inline]
+        #[target_feature(enable = "avx2,fma,f16c")]
+        unsafe fn splat(p: *const u32) -> __m256i {
+            // SAFETY: the caller vouches for `p`.
+            _mm256_set1_epi32(unsafe { p.read_unaligned() } as i32)
+        }
+        #[inline]
+        #[target_feature(enable = "avx2,fma,f16c")]
+        unsafe fn accumulate(acc: __m256i, x: __m256i, w: __m256i) -> __m256i {
+            // A pair's sum is at most 2 · 8191², far from what the instruction cannot hold.
+            _mm256_add_epi32(acc, _mm256_madd_epi16(x, w))
+        }
+        #[inline]
+        #[target_feature(enable = "avx2,fma,f16c")]
+        unsafe fn float(v: __m256i) -> __m256 {
+            _mm256_cvtepi32_ps(v)
+        }
+        #[inline]
+        #[target_feature(enable = "avx2,fma,f16c")]
+        unsafe fn times(a: __m256, b: __m256) -> __m256 {
+            _mm256_mul_ps(a, b)
+        }
+        #[inline]
+        #[target_feature(enable = "avx2,fma,f16c")]
+        unsafe fn fused(a: __m256, b: __m256, c: __m256) -> __m256 {
+            _mm256_fmadd_ps(a, b, c)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn noise(len: usize, mut seed: u64) -> Vec<f32> {
+        let mut next = || {
+            seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (seed >> 40) as f32 / (1 << 23) as f32 - 1.0
+        };
+        (0..len).map(|_| next()).collect()
+    }
+
+    struct Fill<'a> {
+        w: &'a [f32],
+        k: usize,
+        panel: &'a mut PanelBuffer,
+    }
+
+    impl Kernel for Fill<'_> {
+        type Output = ();
+        #[inline(always)]
+        unsafe fn run<L: Lanes>(self) {
+            let block = |r: usize, b: usize| {
+                let row = &self.w[r * self.k..(r + 1) * self.k];
+                std::array::from_fn(|i| row.get(b * BLOCK + i).copied().unwrap_or(0.0))
+            };
+            // SAFETY: the caller vouches for the instruction set.
+            unsafe { self.panel.fill_by_rows::<L>(self.w.len() / self.k, block) };
+        }
+    }
+
+    fn product(simd: Simd, x: &[f32], w: &[f32], (t, n, k): (usize, usize, usize)) -> Vec<f32> {
+        let mut y = vec![f32::NAN; t * n];
+        linear(simd, &mut y, &Rows::new(simd, x, k), n, |rows, panel| {
+            simd.run(Fill { w: &w[rows.start * k..rows.end * k], k, panel });
+        })
+        .unwrap();
+        y
+    }
+
+    const SHAPES: [(usize, usize, usize); 7] =
+        [(1, 1, 1), (5, 16, 7), (6, 33, 256), (7, 31, 257), (13, 65, 600), (64, 96, 32), (3, 32, 992)];
+
+    #[test]
+    fn every_instruction_set_gives_the_same_bits_within_the_bound() {
+        for (t, n, k) in SHAPES {
+            let (x, w) = (noise(t * k, 1), noise(n * k, 2));
+            let want = product(Simd::up_to(Level::Portable), &x, &w, (t, n, k));
+            for level in [Level::Avx2, Level::Avx512, Level::Vnni] {
+                assert_eq!(product(Simd::up_to(level), &x, &w, (t, n, k)), want, "{level:?} {t} {n} {k}");
+            }
+            for (i, y) in want.iter().enumerate() {
+                let (r, c) = (i / n, i % n);
+                let exact: f64 = (0..k).map(|j| f64::from(x[r * k + j]) * f64::from(w[c * k + j])).sum();
+                // Each of k products is off by at most half a step of either factor (of norm ≤ √32, the weight's up to twice that), times at
+                // most one of the other.
+                let bound = k as f64 * 1.5 * 32f64.sqrt() / 46330.0 + 1e-6 * k as f64;
+                assert!((f64::from(*y) - exact).abs() <= bound, "{t} {n} {k}: {y} against {exact}");
+            }
+        }
+    }
+
+    #[test]
+    fn the_largest_sums_do_not_overflow() {
+        // Equal values have the largest sum for their norm; one or two large ones the largest products.
+        let few = |n: usize| [vec![1.0; n], vec![0.0; 64 - n]].concat();
+        for x in [few(64), few(1), few(2), few(3), few(5), few(33)] {
+            let exact: f32 = x.iter().sum();
+            for w in [1.0, 255.0 / 128.0, 1.4140625, -1.5] {
+                let w: Vec<f32> = x.iter().map(|v| v * w).collect();
+                for level in [Level::Portable, Level::Avx2, Level::Vnni] {
+                    let y = product(Simd::up_to(level), &x, &w, (1, 1, 64));
+                    assert!((y[0] / (exact * w[0]) - 1.0).abs() < 1e-4, "{level:?} {y:?} {exact} {}", w[0]);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_row_does_not_depend_on_the_others() {
+        let (t, n, k) = (13, 40, 100);
+        let (x, w) = (noise(t * k, 3), noise(n * k, 4));
+        let simd = Simd::up_to(Level::Vnni);
+        let all = product(simd, &x, &w, (t, n, k));
+        for r in 0..t {
+            assert_eq!(product(simd, &x[r * k..(r + 1) * k], &w, (1, n, k)), all[r * n..(r + 1) * n]);
+        }
+    }
+
+    #[test]
+    fn what_is_not_finite_stays_visible() {
+        for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            for in_x in [true, false] {
+                let (mut x, mut w) = (vec![1f32; 64], vec![1f32; 64]);
+                if in_x {
+                    x[40] = bad
+                } else {
+                    w[40] = bad
+                }
+                let y = product(Simd::up_to(Level::Vnni), &x, &w, (1, 1, 64));
+                assert!(!y[0].is_finite(), "{bad} {in_x} {y:?}");
+            }
+        }
+        // Zeros and the smallest numbers are no trouble.
+        let y = product(Simd::up_to(Level::Vnni), &[0.0, 1e-45, 1e-38, 0.0], &[1e-45, 0.0, 1.0, 1e38], (1, 1, 4));
+        assert!(y[0].is_finite());
+    }
+
+    #[test]
+    fn steps_keep_values_and_norms_in_range() {
+        let odd = noise(BLOCK, 9);
+        for scale in [0.0, 1e-45, 1e-39, 1.2e-38, 0.3, 1.0, 1e30, 3e38] {
+            for x in [vec![1.0; BLOCK], odd.clone(), [vec![1.0], vec![0.0; BLOCK - 1]].concat()] {
+                let x: [f32; BLOCK] = std::array::from_fn(|i| x[i] * scale);
+                let top = top(&x);
+                // SAFETY: portable code.
+                let exact = step(top, unsafe { squares::<Portable>(&x, unit(top)) });
+                for s in [exact, binary(exact)] {
+                    let words: Vec<f64> = x.iter().map(|v| word(*v, inverse(s)).into()).collect();
+                    assert!(words.iter().all(|w| w.abs() <= 32767.0));
+                    assert!(words.iter().map(|w| w * w).sum::<f64>() < 46340.0 * 46340.0, "{scale} {words:?}");
+                    for (w, v) in words.iter().zip(&x) {
+                        assert!((w * f64::from(s) - f64::from(*v)).abs() <= f64::from(s) * 0.51 + 2e-38, "{scale} {v}");
+                    }
+                }
+                assert_eq!(binary(exact).to_bits() & 0x7f_ffff, 0);
+            }
+        }
+        assert!([f32::INFINITY, f32::NAN].iter().all(|v| !binary(*v).is_finite() && inverse(binary(*v)) == 0.0));
+    }
+
+    #[test]
+    fn extents_are_checked() {
+        let simd = Simd::up_to(Level::Vnni);
+        let (pairs, scales) = (vec![0; 16 * 32], vec![0.0; 32]);
+        let left = Left { pairs: &[0; 31], row: 16, step: 1, scales: &[0.0; 2], scale_row: 1, scale_step: 1 };
+        let panel = Panel { pairs: &pairs, scales: &scales };
+        let out = Out { keep: false, columns: 32, stride: 32, data: &mut [0.0; 64] };
+        let e = strip(simd, left, panel, 2, out);
+        assert!(matches!(e, Err(KernelError::Length { what: "left factor", expected: 32, found: 31 })));
+    }
+}
