@@ -265,7 +265,8 @@ impl<'a> SequentialPass<'a> {
 
     pub(crate) fn sums(&self, block: &Block, group: LinearGroup) -> Result<Accumulator<'a>> {
         let shape = block.shapes().iter().find(|s| s.group == group);
-        let (n, out) = shape.map_or((0, 0), |s| (s.in_features, s.out_features));
+        // Without a shared expert no linear reads a sparse MLP's input, but starved experts need its sums.
+        let (n, out) = shape.map_or((block.hidden_size(), 0), |s| (s.in_features, s.out_features));
         if !self.options.float_stream {
             return Accumulator::new(self.backend, n);
         }
