@@ -41,14 +41,18 @@ fn windows() -> Windows {
     Windows::new((0..16).map(|_| (0..24).map(|_| token()).collect()).collect(), "random", 0)
 }
 
-/// A checkpoint in which a token goes to expert [`STARVED`] only when the others' logits are below zero (DeepSeek-V3: never).
+/// A checkpoint in which hardly a token goes to expert [`STARVED`] (DeepSeek-V3: none). Column 0 of the residual stream starts at 8 for
+/// every token, which after the norm is some 5; the others' logits differ by 1.2, and this pulls the expert's down by 3.
 fn original(dir: &Path, family: &str) -> Value {
     let json = weights::config_of(family);
     let mut tensors = weights::tensors(&json);
     for (name, t) in &mut tensors {
-        if name.ends_with("gate.weight") && t.shape[0] > 1 {
-            let n = t.shape[1];
-            t.values[STARVED * n..(STARVED + 1) * n].fill(0.0);
+        let n = t.shape.last().copied().unwrap_or(1);
+        if name.ends_with("embed_tokens.weight") {
+            t.values.iter_mut().step_by(n).for_each(|v| *v = 8.0);
+        } else if name.ends_with("gate.weight") && t.shape[0] > 1 {
+            t.values.iter_mut().step_by(n).for_each(|v| *v = 0.0);
+            t.values[STARVED * n] = -0.6;
         } else if name.ends_with("e_score_correction_bias") {
             t.values[STARVED] = -10.0;
         }
@@ -137,13 +141,14 @@ fn every_expert_is_calibrated_and_the_starved_are_reported() {
         let sparse: Vec<usize> = (0..config.num_layers).filter(|i| experts.sparse[*i]).collect();
         assert_eq!(record.experts.iter().map(|e| e.block).collect::<Vec<_>>(), sparse, "{family}");
         assert_eq!(record.experts[0].tokens, routed(&from, &json, sparse[0], experts.count), "{family}");
+        let first = &record.experts[0];
+        assert!(first.tokens[STARVED] < first.needed, "{family}: {:?}", first.tokens);
         let mut events = 0;
         for c in &record.experts {
             assert_eq!(c.tokens.iter().sum::<u64>(), total * experts.per_token as u64, "{family}");
             assert_eq!((c.needed, c.min), (needed(&json), *c.tokens.iter().min().unwrap()), "{family}");
             assert_eq!(c.starved, c.tokens.iter().filter(|n| **n < c.needed).count(), "{family}");
             assert_eq!(c.dead, c.tokens.iter().filter(|n| **n == 0).count(), "{family}");
-            assert!(c.tokens[STARVED] < c.needed, "{family}: {:?}", c.tokens);
             assert!(family != "deepseek_v3" || c.tokens[STARVED] == 0);
             for (e, n) in c.tokens.iter().enumerate() {
                 let of = format!("model.layers.{}.{}.experts.{e}.", c.block, experts.names.mlp);
@@ -172,9 +177,10 @@ fn every_expert_is_calibrated_and_the_starved_are_reported() {
         }
         let gate = format!("model.layers.{}.mlp.shared_expert_gate", sparse[0]);
         assert_eq!(ignored.contains(&gate), family == "qwen2_moe");
-        // Four bits in groups of eight change a weight by some 7 % of its group's largest, and a few layers add up.
+        // Four bits in groups of eight change a weight by some 7 % of its group's largest; a few layers add up, and a token that goes to
+        // another expert differs by more.
         let d = distance(&logits(&to), &logits(&from));
-        assert!(d > 0.0 && d < 0.25, "{family}: {d}");
+        assert!(d > 0.0 && d < 0.5, "{family}: {d}");
     }
 }
 
@@ -194,7 +200,7 @@ fn passes_over_the_experts_and_offloading_change_no_byte() {
         let one = QuantizeOptions { expert_bytes: 1, offload: Some(tmp.path().join("disk")), ..options(method) };
         assert!(whole == at("one by one", &one), "{family}");
         let d = distance(&logits(&tmp.path().join("whole")), &logits(&from));
-        assert!(d > 0.0 && d < 0.3, "{family}: {d}");
+        assert!(d > 0.0 && d < 0.5, "{family}: {d}");
     }
 }
 
