@@ -23,16 +23,17 @@ fn kv_bytes(layers: u64, kv_heads: u64, head_dim: u64, element: u64) -> Result<u
 /// Bytes of weights and KV one decode step of `batch` sequences reads, on average over `steps` steps from a cache of
 /// `depth` tokens each: step i attends to depth + i + 1 tokens. Weights are read once for all sequences.
 pub fn bytes_per_decode_step(model: &Model, batch: usize, depth: usize, steps: usize) -> Result<u64> {
-    step_bytes(model.decode_weight_bytes(), kv_bytes_per_token(model)?, batch, depth, steps)
+    step_bytes(model.decode_weight_bytes(batch), kv_bytes_per_token(model)?, batch, depth, steps)
 }
 
-/// Flops of the maths of a prompt of `tokens`: every linear of the blocks for each token, the head for the last, and two
+/// Flops of the maths of a prompt of `tokens`: every linear of the blocks that it goes through for each token, the head for the last, and two
 /// products of causal attention, a multiplication and an addition each.
 pub fn flops_of_prefill(model: &Model, tokens: usize) -> Result<u64> {
     let c = model.config();
-    let (blocks, head) = model.linear_elements();
+    let (blocks, head) = model.active_elements();
     let pairs = tokens as u128 * (tokens as u128 + 1) / 2;
-    let attention = 2 * pairs * (c.num_layers * c.num_heads * c.head_dim) as u128;
+    let widths = c.latent.as_ref().map_or(2 * c.head_dim, |l| l.key() + l.value);
+    let attention = pairs * (c.num_layers * c.num_heads * widths) as u128;
     let flops = 2 * (u128::from(blocks) * tokens as u128 + u128::from(head) + attention);
     u64::try_from(flops).map_err(|_| BenchError::Overflow("the flops of a prompt"))
 }

@@ -3,6 +3,7 @@
 pub mod carried;
 pub mod corpus;
 pub mod error;
+pub mod experts;
 pub mod sequential;
 pub mod stats;
 pub mod windows;
@@ -10,5 +11,5 @@ pub mod windows;
 pub use corpus::{Source, load_texts};
 pub use error::{CalibrationError, Result};
 pub use sequential::{PassOptions, SequentialPass};
-pub use stats::{Drift, InputStats};
+pub use stats::{Blend, Drift, InputStats};
 pub use windows::{WindowOrder, Windows, build_windows};

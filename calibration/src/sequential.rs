@@ -1,7 +1,7 @@
 //! The block-by-block pass: the inputs of the next block come from the quantized block, and within a block the groups
-//! q/k/v → o → gate/up → down see the quantized outputs of the groups before them.
+//! q/k/v → o → gate/up → down see the quantized outputs of the groups before them. Sparse blocks: see [`crate::experts`].
 //!
-//! Every operation of the forward pass runs once: the pass that produces the quantized outputs feeds the next block.
+//! Every operation of the forward pass of a dense block runs once: the pass that produces the quantized outputs feeds the next block.
 //! With [`PassOptions::float_stream`] the same windows also run through the original blocks, stage by stage beside the
 //! quantized ones, so that a solver can aim at the float model's outputs: twice the forward pass and two more sums.
 //!
@@ -17,28 +17,37 @@ use lowbit_model::{Embedding, ModelError};
 
 use crate::carried::Carried;
 use crate::error::{CalibrationError, Result};
+use crate::experts::HESSIAN_BYTES;
 use crate::stats::{Accumulator, FloatSide, InputStats};
 
 /// Tokens per call: enough rows for the matrix products, few enough for the cache.
 const CHUNK_TOKENS: usize = 2048;
 
 /// What a pass gathers beside the Hessians.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PassOptions {
     /// Run the float model beside the quantized one and gather [`crate::Drift`].
     pub float_stream: bool,
     /// Weight tokens of o and down by 1 / rms of the residual their output is added to: the next norm divides by it,
     /// so an error on a token with a large residual hurts less.
     pub token_weights: bool,
+    /// Most bytes of experts' Hessians at once; does not change the result.
+    pub expert_bytes: u64,
+}
+
+impl Default for PassOptions {
+    fn default() -> Self {
+        Self { float_stream: false, token_weights: false, expert_bytes: HESSIAN_BYTES }
+    }
 }
 
 /// Activations carried from block to block.
 pub struct SequentialPass<'a> {
-    backend: &'a dyn Backend,
-    options: PassOptions,
-    x: Carried<'a>,
+    pub(crate) backend: &'a dyn Backend,
+    pub(crate) options: PassOptions,
+    pub(crate) x: Carried<'a>,
     /// The float stream; unused without it.
-    float: Carried<'a>,
+    pub(crate) float: Carried<'a>,
     /// Rows of each chunk's windows.
     segments: Vec<Vec<Segment>>,
     window_tokens: usize,
@@ -97,7 +106,8 @@ impl<'a> SequentialPass<'a> {
             (false, _) => None,
         };
         let chunks = self.segments.len();
-        let carry = |name| Carried::new(b, chunks, name, self.offload.as_deref());
+        let offload = self.offload.clone();
+        let carry = |name| Carried::new(b, chunks, name, offload.as_deref());
         let (mut attended, mut float_attended) = (carry("attended"), carry("float-attended"));
 
         let mut sums = self.sums(block, LinearGroup::Attention)?;
@@ -117,6 +127,7 @@ impl<'a> SequentialPass<'a> {
             tick()?;
         }
         on_group(LinearGroup::Attention, sums.finish()?, block)?;
+        self.run_latents(block, original, on_group)?;
 
         let mut sums = self.sums(block, LinearGroup::Output)?;
         for i in 0..chunks {
@@ -159,6 +170,9 @@ impl<'a> SequentialPass<'a> {
             tick()?;
         }
         drop((attended, float_attended));
+        if block.experts().is_some() {
+            return self.run_experts(block, original, sums.finish()?, on_group, tick);
+        }
         on_group(LinearGroup::Mlp, sums.finish()?, block)?;
 
         let mut sums = self.sums(block, LinearGroup::Down)?;
@@ -197,23 +211,76 @@ impl<'a> SequentialPass<'a> {
         Ok(())
     }
 
+    /// What expands the latent vectors of queries, and of keys and values, where attention is latent.
+    fn run_latents<E: From<CalibrationError>>(
+        &mut self,
+        block: &mut Block,
+        original: Option<&Block>,
+        on_group: &mut dyn FnMut(LinearGroup, InputStats, &mut Block) -> std::result::Result<(), E>,
+    ) -> std::result::Result<(), E> {
+        let b = self.backend;
+        let mut sums: Vec<(LinearGroup, Accumulator<'a>)> = Vec::new();
+        for group in [LinearGroup::Query, LinearGroup::KeyValue] {
+            if block.shapes().iter().any(|s| s.group == group) {
+                sums.push((group, self.sums(block, group)?));
+            }
+        }
+        if sums.is_empty() {
+            return Ok(());
+        }
+        // In the order of the groups: queries have a latent vector or not, keys with values always.
+        let latents = |block: &Block, x: &Buffer| -> Result<Vec<Buffer>> {
+            let found = block.latents(b, &block.attention_input(b, x)?)?;
+            Ok(found.map_or_else(Vec::new, |(q, kv)| q.into_iter().chain([kv]).collect()))
+        };
+        for i in 0..self.chunks() {
+            let x = self.x.load(i)?;
+            let ys = latents(block, &x)?;
+            self.x.restore(i, x)?;
+            let yfs = match original {
+                Some(o) => {
+                    let xf = self.float.load(i)?;
+                    let found = latents(o, &xf)?;
+                    self.float.restore(i, xf)?;
+                    found
+                }
+                None => Vec::new(),
+            };
+            for (at, ((_, sum), y)) in sums.iter_mut().zip(&ys).enumerate() {
+                let side = yfs.get(at).map(|input| FloatSide { input, residuals: None });
+                sum.update(y, side.as_ref(), None)?;
+            }
+        }
+        sums.into_iter().try_for_each(|(group, sum)| on_group(group, sum.finish()?, block))
+    }
+
+    pub(crate) fn chunks(&self) -> usize {
+        self.segments.len()
+    }
+
     /// Calls of `tick` one block makes.
     pub fn ticks_per_block(&self) -> u64 {
         4 * self.segments.len() as u64
     }
 
-    fn sums(&self, block: &Block, group: LinearGroup) -> Result<Accumulator<'a>> {
+    pub(crate) fn sums(&self, block: &Block, group: LinearGroup) -> Result<Accumulator<'a>> {
         let shape = block.shapes().iter().find(|s| s.group == group);
-        let (n, out) = shape.map_or((0, 0), |s| (s.in_features, s.out_features));
+        // Without a shared expert no linear reads a sparse MLP's input, but starved experts need its sums.
+        let (n, out) = shape.map_or((block.hidden_size(), 0), |s| (s.in_features, s.out_features));
         if !self.options.float_stream {
             return Accumulator::new(self.backend, n);
         }
-        let added = matches!(group, LinearGroup::Output | LinearGroup::Down) && block.adds_output_directly();
+        // Beside experts, a shared expert's output is only a part of what is added.
+        let added = match group {
+            LinearGroup::Output => block.adds_output_directly(),
+            LinearGroup::Down => block.adds_output_directly() && block.experts().is_none(),
+            _ => false,
+        };
         Accumulator::with_float(self.backend, n, added.then_some(out))
     }
 
     /// 1 / rms of each row of the residual x; a row of zeros weighs 1.
-    fn weights(&self, block: &Block, x: &Buffer) -> Result<Option<Vec<f32>>> {
+    pub(crate) fn weights(&self, block: &Block, x: &Buffer) -> Result<Option<Vec<f32>>> {
         if !self.options.token_weights || !block.adds_output_directly() {
             return Ok(None);
         }
@@ -233,6 +300,6 @@ fn activate(b: &dyn Backend, block: &Block, x: &Buffer) -> Result<Buffer> {
     Ok(block.mlp_activation(b, &block.mlp_input(b, x)?)?)
 }
 
-fn wrap(e: ModelError) -> CalibrationError {
+pub(crate) fn wrap(e: ModelError) -> CalibrationError {
     e.into()
 }

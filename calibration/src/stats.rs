@@ -18,6 +18,39 @@ pub struct InputStats {
     pub tokens: u64,
     /// Largest |x|, unweighted.
     pub abs_max: f32,
+    /// What was mixed in, where the input saw too few tokens of its own.
+    pub blend: Option<Blend>,
+}
+
+/// Statistics of a starved expert's input, filled up with those of the whole layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Blend {
+    /// Tokens the expert should have seen.
+    pub needed: u64,
+    /// Tokens of the whole layer.
+    pub layer: u64,
+}
+
+impl InputStats {
+    /// An expert's own statistics where it saw `needed` tokens or more. With n fewer,
+    /// `H = (n · H_own + (needed − n) · H_all) / needed`: as if the missing tokens had been ordinary tokens of the layer. So a
+    /// direction that its few tokens happened not to use is not free to be rounded away, what they did use keeps its weight, nothing
+    /// jumps at the threshold, and an expert without a token is calibrated on the layer's. Drift is mixed alike.
+    #[must_use]
+    pub fn blended(mut self, all: &InputStats, needed: u64) -> Self {
+        if self.tokens >= needed {
+            return self;
+        }
+        let own = self.tokens as f32 / needed.max(1) as f32;
+        let mix = |a: &mut [f32], b: &[f32]| a.iter_mut().zip(b).for_each(|(a, b)| *a = own * *a + (1.0 - own) * b);
+        mix(&mut self.hessian, &all.hessian);
+        if let (Some(a), Some(b)) = (&mut self.drift, &all.drift) {
+            mix(&mut a.input, &b.input);
+        }
+        self.abs_max = self.abs_max.max(all.abs_max);
+        self.blend = Some(Blend { needed, layer: all.tokens });
+        self
+    }
 }
 
 /// How far the quantized model has moved from the float one at an input, seen through the quantized input x_q.
@@ -122,7 +155,7 @@ impl<'a> Accumulator<'a> {
             }),
             None => None,
         };
-        Ok(InputStats { n, hessian: h, drift, tokens: self.tokens, abs_max: self.abs_max })
+        Ok(InputStats { n, hessian: h, drift, tokens: self.tokens, abs_max: self.abs_max, blend: None })
     }
 }
 
@@ -135,6 +168,26 @@ mod tests {
     use lowbit_kernels::cpu::ScalarBackend;
 
     use super::*;
+
+    #[test]
+    fn a_starved_input_is_filled_up_to_the_tokens_it_needs() {
+        let stats = |h: f32, tokens| InputStats {
+            n: 1,
+            hessian: vec![h],
+            drift: Some(Drift { input: vec![-h], residual: None }),
+            tokens,
+            abs_max: h,
+            blend: None,
+        };
+        let all = stats(8.0, 100);
+        let mixed = stats(4.0, 6).blended(&all, 24);
+        // Six tokens of 4 and eighteen of 8.
+        assert_eq!((mixed.hessian[0], mixed.tokens, mixed.abs_max), (7.0, 6, 8.0));
+        assert_eq!((mixed.drift.unwrap().input[0], mixed.blend), (-7.0, Some(Blend { needed: 24, layer: 100 })));
+        assert_eq!(stats(0.0, 0).blended(&all, 24).hessian, [8.0]);
+        let enough = stats(4.0, 24).blended(&all, 24);
+        assert_eq!((enough.hessian[0], enough.blend), (4.0, None));
+    }
 
     #[test]
     fn equals_the_definition_with_weights() {

@@ -45,7 +45,10 @@ impl Checkpoint {
             _ if external.exists() => Some(QuantConfig::parse(&external, &read_json(&external)?)?),
             _ => None,
         };
-        let store = TensorStore::open(dir)?;
+        let mut store = TensorStore::open(dir)?;
+        if let Some(experts) = &config.experts {
+            store.split_experts(experts, config.hidden_size)?;
+        }
         Ok(Self { dir: dir.to_path_buf(), config, raw_config, quantization, store })
     }
 

@@ -1,9 +1,15 @@
-//! `config.json` of the Llama, Mistral, Qwen2, Qwen3, Gemma 3 (text) and Phi-3 families as one description.
+//! `config.json` of the Llama, Mistral, Qwen2, Qwen3, Gemma 3 (text) and Phi-3 families, of Mixtral, Qwen2-MoE, Qwen3-MoE, DeepSeek-V2
+//! and DeepSeek-V3 as one description.
 //!
 //! An unknown architecture is an error that names it, and so is a key that changes the maths and that the graph does not use.
 
+mod experts;
+mod latent;
+
 use std::path::Path;
 
+pub use experts::{ExpertGroups, ExpertNames, ExpertsConfig, GroupScore, Scoring};
+pub use latent::LatentConfig;
 use lowbit_kernels::backend::Activation;
 use serde_json::Value;
 
@@ -48,7 +54,7 @@ pub struct ModelConfig {
     pub family: String,
     /// Width of the residual stream.
     pub hidden_size: usize,
-    /// Width of the MLP.
+    /// Width of the dense MLP.
     pub intermediate_size: usize,
     /// Decoder blocks.
     pub num_layers: usize,
@@ -56,7 +62,7 @@ pub struct ModelConfig {
     pub num_heads: usize,
     /// Key/value heads.
     pub num_kv_heads: usize,
-    /// Width of a head.
+    /// Width of a head; with latent attention that of the cache, in which keys and values are padded to one width.
     pub head_dim: usize,
     /// Rows of the embedding.
     pub vocab_size: usize,
@@ -94,9 +100,36 @@ pub struct ModelConfig {
     pub embed_scale: f32,
     /// Multiplies q·k.
     pub attention_scale: f32,
+    /// Mixture of experts, where some layers have one.
+    pub experts: Option<ExpertsConfig>,
+    /// Latent attention (DeepSeek), in place of q, k and v from the residual stream.
+    pub latent: Option<LatentConfig>,
 }
 
-/// Keys that change the maths in some family and that this graph does not use: any value but null, false, 0 or 1.0 is refused.
+impl ModelConfig {
+    /// The experts of a layer; `None` where its MLP is dense.
+    pub fn experts_of(&self, layer: usize) -> Option<&ExpertsConfig> {
+        self.experts.as_ref().filter(|e| e.sparse.get(layer) == Some(&true))
+    }
+}
+
+/// Families the graph computes.
+const FAMILIES: &[&str] = &[
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma3_text",
+    "phi3",
+    "mixtral",
+    "qwen2_moe",
+    "qwen3_moe",
+    "deepseek_v2",
+    "deepseek_v3",
+];
+
+/// Keys that change the maths in some family and that this graph does not use: any value but null, false, 0 or 1.0 is refused, unless the
+/// family is one that [`read_by`] names.
 const REFUSED: &[&str] = &[
     "num_local_experts",
     "num_experts",
@@ -121,6 +154,46 @@ const REFUSED: &[&str] = &[
     "use_bidirectional_attention",
 ];
 
+/// Whether a family computes with a key that others may not have.
+fn read_by(family: &str, key: &str) -> bool {
+    match family {
+        "mixtral" | "qwen2_moe" | "qwen3_moe" => matches!(key, "num_local_experts" | "num_experts"),
+        "deepseek_v2" | "deepseek_v3" => {
+            matches!(key, "num_local_experts" | "num_experts" | "n_routed_experts" | "kv_lora_rank" | "q_lora_rank")
+        }
+        _ => false,
+    }
+}
+
+/// A whole number of `c`; `None` where the key is absent or null.
+fn whole(path: &Path, c: &Value, key: &str) -> Result<Option<usize>> {
+    match c.get(key) {
+        None | Some(Value::Null) => Ok(None),
+        Some(v) => match v.as_u64() {
+            Some(n) if n < 1 << 32 => Ok(Some(n as usize)),
+            _ => Err(CheckpointError::invalid(path, format!("`{key}`: expected a whole number, found {v}"))),
+        },
+    }
+}
+
+/// A whole number from 1 to `most` that must be there.
+fn needed(path: &Path, c: &Value, key: &str, most: usize) -> Result<usize> {
+    match whole(path, c, key)? {
+        Some(0) => Err(CheckpointError::invalid(path, format!("`{key}` is 0"))),
+        Some(n) if n > most => Err(CheckpointError::invalid(path, too_many(key, n, most))),
+        Some(n) => Ok(n),
+        None => Err(CheckpointError::invalid(path, format!("`{key}` is missing"))),
+    }
+}
+
+fn too_many(key: &str, n: usize, most: usize) -> String {
+    format!("`{key}` is {n}, more than the {most} that a model may have")
+}
+
+fn unsupported(path: &Path, what: String) -> CheckpointError {
+    CheckpointError::Unsupported { what: format!("{}: {what}", path.display()), hint: None }
+}
+
 /// Parses `config.json`.
 pub fn parse(path: &Path, root: &Value) -> Result<ModelConfig> {
     // Gemma 3 checkpoints with vision keep the decoder under `text_config`.
@@ -131,14 +204,14 @@ pub fn parse(path: &Path, root: &Value) -> Result<ModelConfig> {
     let bad = |problem: String| CheckpointError::invalid(path, problem);
     let family =
         c.get("model_type").or_else(|| root.get("model_type")).and_then(Value::as_str).unwrap_or_default().to_string();
-    if !matches!(family.as_str(), "llama" | "mistral" | "qwen2" | "qwen3" | "gemma3_text" | "phi3") {
+    if !FAMILIES.contains(&family.as_str()) {
         let arch = root.get("architectures").map(Value::to_string).unwrap_or_default();
         return Err(CheckpointError::Unsupported {
             what: format!("{}: architecture `{family}` {arch} is not supported", path.display()),
-            hint: Some("supported: llama, mistral, qwen2, qwen3, gemma3_text, phi3".into()),
+            hint: Some(format!("supported: {}", FAMILIES.join(", "))),
         });
     }
-    for key in REFUSED {
+    for key in REFUSED.iter().filter(|k| !read_by(&family, k)) {
         let neutral = match c.get(*key) {
             None | Some(Value::Null) | Some(Value::Bool(false)) => true,
             Some(Value::Number(n)) => n.as_f64() == Some(0.0) || n.as_f64() == Some(1.0),
@@ -146,37 +219,23 @@ pub fn parse(path: &Path, root: &Value) -> Result<ModelConfig> {
             Some(_) => false,
         };
         if !neutral {
-            return Err(CheckpointError::Unsupported {
-                what: format!("{}: `{key}` = {} changes the maths and is not supported", path.display(), c[*key]),
-                hint: None,
-            });
+            return Err(unsupported(path, format!("`{key}` = {} changes the maths and is not supported", c[*key])));
         }
     }
-    let int = |key: &str| -> Result<Option<usize>> {
-        match c.get(key) {
-            None | Some(Value::Null) => Ok(None),
-            Some(v) => match v.as_u64() {
-                Some(n) if n < 1 << 32 => Ok(Some(n as usize)),
-                _ => Err(bad(format!("`{key}`: expected a whole number, found {v}"))),
-            },
-        }
-    };
-    let need = |key: &str| -> Result<usize> {
-        match int(key)? {
-            Some(n) if n > 0 => Ok(n),
-            Some(_) => Err(bad(format!("`{key}` is 0"))),
-            None => Err(bad(format!("`{key}` is missing"))),
-        }
-    };
+    let int = |key: &str| whole(path, c, key);
+    let need = |key: &str| needed(path, c, key, usize::MAX);
     let float = |key: &str| c.get(key).and_then(Value::as_f64);
     let gemma = family == "gemma3_text";
     let hidden_size = need("hidden_size")?;
     let num_heads = need("num_attention_heads")?;
-    let num_kv_heads = int("num_key_value_heads")?.unwrap_or(num_heads);
-    let head_dim = match int("head_dim")? {
-        Some(d) => d,
-        None if gemma => 256,
-        None => hidden_size / num_heads,
+    let latent = latent::parse(path, c, &family)?;
+    // Every head has keys and values of its own once they are out of the latent space.
+    let num_kv_heads = if latent.is_some() { num_heads } else { int("num_key_value_heads")?.unwrap_or(num_heads) };
+    let head_dim = match (&latent, int("head_dim")?) {
+        (Some(l), _) => l.cache_width(),
+        (None, Some(d)) => d,
+        (None, None) if gemma => 256,
+        (None, None) => hidden_size / num_heads,
     };
     if num_kv_heads == 0 || !num_heads.is_multiple_of(num_kv_heads) {
         return Err(bad(format!("{num_heads} attention heads are not a multiple of {num_kv_heads} key/value heads")));
@@ -195,7 +254,7 @@ pub fn parse(path: &Path, root: &Value) -> Result<ModelConfig> {
         ("vocab_size", need("vocab_size")?, 1 << 28),
     ] {
         if n > most {
-            return Err(bad(format!("`{key}` is {n}, more than the {most} that a model may have")));
+            return Err(bad(too_many(key, n, most)));
         }
     }
     let act_name = c
@@ -209,13 +268,17 @@ pub fn parse(path: &Path, root: &Value) -> Result<ModelConfig> {
         "gelu" => Activation::Gelu,
         other => return Err(bad(format!("activation `{other}` is not supported"))),
     };
-    let rope = parse_rope(path, c, "rope_theta", gemma)?;
+    let rope = parse_rope(path, c, if gemma || family == "mixtral" { 1_000_000.0 } else { 10_000.0 })?;
     let rope_local = if gemma { Some(parse_local_rope(path, c)?) } else { None };
     let partial_rotary_factor = float("partial_rotary_factor")
         .or_else(|| c.get("rope_parameters").and_then(|r| r.get("partial_rotary_factor")).and_then(Value::as_f64))
         .unwrap_or(1.0);
     let sliding_window = match (family.as_str(), c.get("use_sliding_window").and_then(Value::as_bool)) {
-        ("qwen2" | "qwen3", None | Some(false)) => None,
+        ("qwen2" | "qwen3" | "qwen2_moe" | "qwen3_moe", None | Some(false)) => None,
+        ("qwen2_moe" | "qwen3_moe", Some(true)) => {
+            return Err(unsupported(path, format!("`use_sliding_window` of `{family}` is not supported")));
+        }
+        ("deepseek_v2" | "deepseek_v3", _) => None,
         _ => int("sliding_window")?.filter(|w| *w > 0),
     };
     let layer_slides = layer_slides(
@@ -228,14 +291,20 @@ pub fn parse(path: &Path, root: &Value) -> Result<ModelConfig> {
         int("sliding_window_pattern")?,
     )?;
     let scalar = float("query_pre_attn_scalar").unwrap_or(if gemma { 256.0 } else { head_dim as f64 });
+    let attention_scale = match &latent {
+        Some(l) => l.attention_scale(&rope.scaling),
+        None => (1.0 / scalar.sqrt()) as f32,
+    };
     Ok(ModelConfig {
-        qk_norm: matches!(family.as_str(), "qwen3" | "gemma3_text"),
+        qk_norm: matches!(family.as_str(), "qwen3" | "qwen3_moe" | "gemma3_text"),
         post_norms: gemma,
         fused_projections: family == "phi3",
         norm_offset: if gemma { 1.0 } else { 0.0 },
         // Gemma multiplies by √hidden rounded to the checkpoint's bf16.
         embed_scale: if gemma { half::bf16::from_f64((hidden_size as f64).sqrt()).to_f32() } else { 1.0 },
-        attention_scale: (1.0 / scalar.sqrt()) as f32,
+        attention_scale,
+        experts: experts::parse(path, c, &family, num_layers)?,
+        latent,
         hidden_size,
         intermediate_size: need("intermediate_size")?,
         num_layers,
@@ -244,7 +313,7 @@ pub fn parse(path: &Path, root: &Value) -> Result<ModelConfig> {
         head_dim,
         vocab_size: need("vocab_size")?,
         max_position_embeddings: int("max_position_embeddings")?.unwrap_or(2048),
-        rms_norm_eps: float("rms_norm_eps").unwrap_or(1e-6) as f32,
+        rms_norm_eps: float("rms_norm_eps").unwrap_or(if family == "mixtral" { 1e-5 } else { 1e-6 }) as f32,
         tie_word_embeddings: c
             .get("tie_word_embeddings")
             .or_else(|| root.get("tie_word_embeddings"))
@@ -308,13 +377,12 @@ fn parse_local_rope(path: &Path, c: &Value) -> Result<RopeConfig> {
     })
 }
 
-fn parse_rope(path: &Path, c: &Value, theta_key: &str, gemma: bool) -> Result<RopeConfig> {
-    let default_theta = if gemma { 1_000_000.0 } else { 10_000.0 };
+fn parse_rope(path: &Path, c: &Value, default_theta: f64) -> Result<RopeConfig> {
     let new = c.get("rope_parameters").filter(|v| v.is_object());
     let new = new.map(|r| r.get("full_attention").unwrap_or(r));
     let theta = new
         .and_then(|r| r.get("rope_theta"))
-        .or_else(|| c.get(theta_key))
+        .or_else(|| c.get("rope_theta"))
         .and_then(Value::as_f64)
         .unwrap_or(default_theta);
     let scaling = match new.or_else(|| c.get("rope_scaling").filter(|v| v.is_object())) {

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use lowbit_kernels::backend::{Bytes, FloatType};
 use safetensors::{Dtype, SafeTensors};
 
+use crate::config::ExpertsConfig;
 use crate::error::{CheckpointError, Result};
 use crate::mapped::Mapped;
 
@@ -146,6 +147,51 @@ impl TensorStore {
     /// All of them, sorted by name.
     pub fn iter(&self) -> impl Iterator<Item = (&str, &StoredTensor)> {
         self.tensors.iter().map(|(n, t)| (n.as_str(), t))
+    }
+
+    /// Experts that are stored as one tensor a layer, `experts.gate_up_proj` `[experts, 2 · width, hidden]` and `experts.down_proj`
+    /// `[experts, hidden, width]`, become a matrix each under the names that the family's checkpoints have otherwise: the bytes
+    /// are the same, since a matrix lies in one piece. transformers writes such tensors when it is asked not to keep the
+    /// original layout.
+    pub(crate) fn split_experts(&mut self, e: &ExpertsConfig, hidden: usize) -> Result<()> {
+        let fused =
+            |name: &str| name.ends_with(".mlp.experts.gate_up_proj") || name.ends_with(".mlp.experts.down_proj");
+        let found: Vec<String> = self.tensors.keys().filter(|n| fused(n)).cloned().collect();
+        let width = e.intermediate_size;
+        for name in &found {
+            let both = name.ends_with("gate_up_proj");
+            let shape = if both { [e.count, 2 * width, hidden] } else { [e.count, hidden, width] };
+            let Some(t) = self.tensors.get(name).filter(|t| t.shape == shape) else {
+                let found = self.tensors.get(name).map_or(String::new(), |t| format!("{:?}", t.shape));
+                return Err(self.mismatch(name, format!("shape {shape:?}"), found));
+            };
+            let parts: &[&str] = if both { &[e.names.gate, e.names.up] } else { &[e.names.down] };
+            let rows = shape[1] / parts.len();
+            let size = t.data.as_slice().len() / (e.count * parts.len()).max(1);
+            let block = name.split(".mlp.experts.").next().unwrap_or_default().to_string();
+            let mut split = Vec::with_capacity(e.count * parts.len());
+            for i in 0..e.count * parts.len() {
+                let (expert, part) = (i / parts.len(), parts[i % parts.len()]);
+                let Some(data) = t.data.part(i * size..(i + 1) * size) else {
+                    return Err(self.mismatch(name, format!("{} bytes", size * e.count * parts.len()), "fewer".into()));
+                };
+                let tensor = StoredTensor { dtype: t.dtype, shape: vec![rows, shape[2]], data };
+                split.push((format!("{block}.{}.experts.{expert}.{part}.weight", e.names.mlp), tensor));
+            }
+            self.tensors.remove(name);
+            self.tensors.extend(split);
+        }
+        // The router's module moves with them where the family calls its MLP otherwise.
+        if e.names.mlp != "mlp" && !found.is_empty() {
+            let routers: Vec<String> =
+                self.tensors.keys().filter(|n| n.ends_with(".mlp.gate.weight")).cloned().collect();
+            for name in routers {
+                if let Some(t) = self.tensors.remove(&name) {
+                    self.tensors.insert(name.replace(".mlp.gate.", &format!(".{}.gate.", e.names.mlp)), t);
+                }
+            }
+        }
+        Ok(())
     }
 
     /// A vector of floats of a known length.

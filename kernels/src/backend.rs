@@ -8,7 +8,7 @@ use std::any::Any;
 use std::ops::Range;
 use std::sync::Arc;
 
-use crate::cpu::checks;
+use crate::cpu::{checks, rows};
 use crate::error::{KernelError, Result, check_len};
 use crate::random::RandomWeight;
 use crate::scheme::Scheme;
@@ -39,6 +39,13 @@ impl Bytes {
     pub fn from_vec(v: Vec<u8>) -> Self {
         let range = 0..v.len();
         Self { owner: Arc::new(v), range }
+    }
+
+    /// A view of `range` of these bytes; `None` when the range is outside.
+    pub fn part(&self, range: Range<usize>) -> Option<Self> {
+        self.as_slice().get(range.clone())?;
+        let start = self.range.start;
+        Some(Self { owner: self.owner.clone(), range: start + range.start..start + range.end })
     }
 
     /// The bytes.
@@ -187,6 +194,25 @@ pub enum Activation {
     GeluTanh,
     /// GELU through erf.
     Gelu,
+}
+
+/// Where a column of a new row comes from: column `column` of buffer `part`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Column {
+    /// Which buffer.
+    pub part: usize,
+    /// Which of its columns.
+    pub column: usize,
+}
+
+/// Rows of `x` that are added, weighted, to rows of another buffer ([`Backend::add_weighted_rows`]).
+pub struct WeightedRows<'a> {
+    /// `[rows.len(), width]`.
+    pub x: &'a Buffer,
+    /// The row each is added to.
+    pub rows: &'a [u32],
+    /// What each is multiplied by.
+    pub factors: &'a [f32],
 }
 
 /// Result of scoring one position against a target.
@@ -352,6 +378,23 @@ pub trait Backend: Send + Sync {
         }
         *x = self.upload(&values)?;
         Ok(())
+    }
+    /// Part by part in their order: row `rows[i]` of y `[T, width]` gains `factors[i]` times row i of the part, the product rounded
+    /// before it is added. Default: through the host.
+    fn add_weighted_rows(&self, y: &mut Buffer, width: usize, parts: &[WeightedRows<'_>]) -> Result<()> {
+        let mut sum = self.download(y)?;
+        for p in parts {
+            rows::add_weighted(self.name(), &mut sum, width, &self.download(p.x)?, p.rows, p.factors)?;
+        }
+        *y = self.upload(&sum)?;
+        Ok(())
+    }
+    /// Rows put together from columns of the same row of each part `(x [T, width], width)`; `None` is 0. Result
+    /// `[T, columns.len()]`. Default: through the host.
+    fn assemble_columns(&self, parts: &[(&Buffer, usize)], columns: &[Option<Column>]) -> Result<Buffer> {
+        let held = parts.iter().map(|(x, w)| Ok((self.download(x)?, *w))).collect::<Result<Vec<_>>>()?;
+        let views: Vec<(&[f32], usize)> = held.iter().map(|(x, w)| (x.as_slice(), *w)).collect();
+        self.upload(&rows::assemble(self.name(), &views, columns)?)
     }
     /// Mean of the squares of each row of x `[T, width]`, summed in f64. Default: on the host.
     fn mean_squares(&self, x: &Buffer, width: usize) -> Result<Vec<f32>> {

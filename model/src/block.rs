@@ -1,14 +1,23 @@
 //! One decoder block as a sequence of stages.
 //!
 //! The stages are what calibration needs: each ends where a group of linears that share an input begins
-//! (q/k/v → o → gate/up → down), so quantizing one group and going on costs no second pass.
+//! (q/k/v → o → gate/up → down), so quantizing one group and going on costs no second pass. A sparse block has experts in
+//! place of the dense MLP, or beside a shared expert that takes the dense MLP's place; latent attention has two stages more.
 
 use lowbit_checkpoint::config::ModelConfig;
-use lowbit_kernels::backend::{AttentionShape, Backend, Buffer, HostWeight, KvBuffer, Segment, WeightHandle};
+use lowbit_kernels::backend::{
+    AttentionShape, Backend, Buffer, HostWeight, KvBuffer, Segment, WeightHandle, WeightedRows,
+};
 
 use crate::error::{At, ModelError, Result};
+use crate::experts::{Experts, Routing};
+use crate::latent::Latent;
 use crate::rope::Rope;
+pub use crate::shapes::{LinearGroup, LinearShape, linear_shapes, router_modules};
 use crate::source::Source;
+
+/// Rows of experts' outputs that are held before they are added up: few enough for memory, many enough for one step of the device.
+const HELD_ROWS: usize = 16 << 10;
 
 /// A linear on the device.
 pub struct Linear {
@@ -41,63 +50,6 @@ impl Linear {
     }
 }
 
-/// The four groups of linears that share an input, in the order of the forward pass.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum LinearGroup {
-    /// q, k, v (or the fused qkv).
-    Attention,
-    /// o.
-    Output,
-    /// gate, up (or fused).
-    Mlp,
-    /// down.
-    Down,
-}
-
-impl LinearGroup {
-    /// All, in order.
-    pub const ALL: [LinearGroup; 4] =
-        [LinearGroup::Attention, LinearGroup::Output, LinearGroup::Mlp, LinearGroup::Down];
-}
-
-/// Name, rows and columns of a linear of a block.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct LinearShape {
-    /// Suffix within the block: `self_attn.q_proj`.
-    pub suffix: &'static str,
-    /// Group.
-    pub group: LinearGroup,
-    /// Rows.
-    pub out_features: usize,
-    /// Columns.
-    pub in_features: usize,
-}
-
-/// The linears of a block, in graph order.
-pub fn linear_shapes(c: &ModelConfig) -> Vec<LinearShape> {
-    let (q, kv) = (c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim);
-    let (h, m) = (c.hidden_size, c.intermediate_size);
-    let s = |suffix, group, out_features, in_features| LinearShape { suffix, group, out_features, in_features };
-    let mut v = if c.fused_projections {
-        vec![s("self_attn.qkv_proj", LinearGroup::Attention, q + 2 * kv, h)]
-    } else {
-        vec![
-            s("self_attn.q_proj", LinearGroup::Attention, q, h),
-            s("self_attn.k_proj", LinearGroup::Attention, kv, h),
-            s("self_attn.v_proj", LinearGroup::Attention, kv, h),
-        ]
-    };
-    v.push(s("self_attn.o_proj", LinearGroup::Output, h, q));
-    if c.fused_projections {
-        v.push(s("mlp.gate_up_proj", LinearGroup::Mlp, 2 * m, h));
-    } else {
-        v.push(s("mlp.gate_proj", LinearGroup::Mlp, m, h));
-        v.push(s("mlp.up_proj", LinearGroup::Mlp, m, h));
-    }
-    v.push(s("mlp.down_proj", LinearGroup::Down, h, m));
-    v
-}
-
 /// Called with the full name of a linear and its input `[T, in]`.
 pub type Tap<'a> = dyn FnMut(&str, &Buffer) -> Result<()> + 'a;
 
@@ -108,6 +60,12 @@ pub struct Block {
     /// Linears in the order of [`linear_shapes`].
     pub linears: Vec<Linear>,
     shapes: Vec<LinearShape>,
+    /// First linear of the dense MLP or the shared expert.
+    mlp_at: Option<usize>,
+    /// First linear of expert 0; gate, up, down of each follow.
+    experts_at: usize,
+    experts: Option<Experts>,
+    latent: Option<Latent>,
     input_norm: Buffer,
     pre_mlp_norm: Buffer,
     post_attention_norm: Option<Buffer>,
@@ -123,7 +81,7 @@ impl Block {
     /// Loads block `index`; `prefix` is `model.layers.N`.
     pub fn load(from: &dyn Source, backend: &dyn Backend, prefix: &str, index: usize) -> Result<Self> {
         let c = from.config();
-        let shapes = linear_shapes(c);
+        let shapes = linear_shapes(c, index);
         let linears = shapes
             .iter()
             .map(|s| Linear::load(from, backend, &format!("{prefix}.{}", s.suffix), s.out_features, s.in_features))
@@ -140,10 +98,18 @@ impl Block {
             _ => &c.rope,
         };
         // An even number of rotated elements, as transformers truncates head_dim · factor.
-        let rotated = ((c.head_dim as f64 * c.partial_rotary_factor) as usize) & !1;
+        let rotated = match &c.latent {
+            Some(l) => l.rope,
+            None => ((c.head_dim as f64 * c.partial_rotary_factor) as usize) & !1,
+        };
+        let first = |group| shapes.iter().position(|s| s.group == group);
         Ok(Self {
             index,
             linears,
+            mlp_at: first(LinearGroup::Mlp),
+            experts_at: first(LinearGroup::Expert(0)).unwrap_or(shapes.len()),
+            experts: c.experts_of(index).map(|e| Experts::load(from, backend, prefix, e)).transpose()?,
+            latent: c.latent.as_ref().map(|l| Latent::load(from, backend, prefix, l)).transpose()?,
             shapes,
             input_norm: norm("input_layernorm", h)?,
             pre_mlp_norm: norm(if c.post_norms { "pre_feedforward_layernorm" } else { "post_attention_layernorm" }, h)?,
@@ -179,9 +145,29 @@ impl Block {
         self.config.hidden_size
     }
 
-    /// Whether the outputs of o and down are added to the residual stream as they are, without a norm between.
+    /// Whether the outputs of o and of a dense MLP's down are added to the residual stream as they are, without a norm between.
     pub fn adds_output_directly(&self) -> bool {
         !self.config.post_norms
+    }
+
+    /// The experts, in a sparse block.
+    pub fn experts(&self) -> Option<&Experts> {
+        self.experts.as_ref()
+    }
+
+    /// Whether there is a dense MLP or a shared expert.
+    pub fn has_mlp(&self) -> bool {
+        self.mlp_at.is_some()
+    }
+
+    /// Sum of `of` over the linears that a step of `tokens` reads: every one outside the experts, and of the experts those that
+    /// some token chooses, on average if each chose at random: `1 − (1 − per_token / count)^tokens` of them.
+    pub(crate) fn read_by(&self, tokens: usize, of: impl Fn(&Linear) -> usize) -> u64 {
+        let sum = |l: &[Linear]| l.iter().map(&of).sum::<usize>() as u64;
+        let (always, experts) = self.linears.split_at(self.experts_at.min(self.linears.len()));
+        let Some(c) = self.experts.as_ref().map(Experts::config) else { return sum(always) };
+        let left_out = 1.0 - c.per_token as f64 / c.count.max(1) as f64;
+        sum(always) + (sum(experts) as f64 * (1.0 - left_out.powf(tokens as f64))).round() as u64
     }
 
     /// Shapes of the linears, in the order of `linears`.
@@ -195,9 +181,12 @@ impl Block {
             .ok_or_else(|| ModelError::Argument(format!("block {} has no `{suffix}`", self.index)))
     }
 
+    fn linear_at(&self, i: usize) -> Result<&Linear> {
+        self.linears.get(i).ok_or_else(|| ModelError::Argument(format!("block {} has no linear {i}", self.index)))
+    }
+
     /// Linears that read the same input, in one call.
-    fn apply_all<const N: usize>(&self, b: &dyn Backend, suffixes: [&str; N], x: &Buffer) -> Result<[Buffer; N]> {
-        let linears = suffixes.iter().map(|s| self.linear(s)).collect::<Result<Vec<_>>>()?;
+    fn apply_all<const N: usize>(&self, b: &dyn Backend, linears: [&Linear; N], x: &Buffer) -> Result<[Buffer; N]> {
         let weights: Vec<_> = linears.iter().map(|l| (&l.weight, l.bias.as_ref())).collect();
         let place = linears.first().map_or("", |l| l.module.as_str());
         let ys = b.linears(x, &weights).at(place)?;
@@ -214,6 +203,30 @@ impl Block {
         self.norm(b, x, &self.input_norm, self.config.hidden_size, "input_layernorm")
     }
 
+    /// Latent attention: the inputs of what expands queries (`None` where they have no latent vector) and keys with values.
+    pub fn latents(&self, b: &dyn Backend, input: &Buffer) -> Result<Option<(Option<Buffer>, Buffer)>> {
+        let Some(latent) = &self.latent else { return Ok(None) };
+        let [q, compressed] = self.compress(b, input)?;
+        Ok(Some((latent.query_latent(b, &q)?, latent.key_value_latent(b, &compressed)?)))
+    }
+
+    fn compress(&self, b: &dyn Backend, input: &Buffer) -> Result<[Buffer; 2]> {
+        self.apply_all(b, [self.linear_at(0)?, self.linear_at(1)?], input)
+    }
+
+    /// q, k and v by latent attention.
+    fn latent_heads(&self, b: &dyn Backend, latent: &Latent, input: &Buffer, tap: &mut Tap<'_>) -> Result<[Buffer; 3]> {
+        let [mut q, compressed] = self.compress(b, input)?;
+        if let Some(vector) = latent.query_latent(b, &q)? {
+            self.show(LinearGroup::Query, &vector, tap)?;
+            q = self.linear("self_attn.q_b_proj")?.apply(b, &vector)?;
+        }
+        let vector = latent.key_value_latent(b, &compressed)?;
+        self.show(LinearGroup::KeyValue, &vector, tap)?;
+        let expanded = self.linear("self_attn.kv_b_proj")?.apply(b, &vector)?;
+        latent.heads(b, self.config.num_heads, &q, &compressed, &expanded)
+    }
+
     /// Stage 2: q, k, v, rotation, cache, attention: the input of o.
     pub fn attend(
         &self,
@@ -222,16 +235,28 @@ impl Block {
         segments: &[Segment],
         cache: &mut KvBuffer,
     ) -> Result<Buffer> {
+        self.attend_tapped(b, input, segments, cache, &mut |_, _| Ok(()))
+    }
+
+    fn attend_tapped(
+        &self,
+        b: &dyn Backend,
+        input: &Buffer,
+        segments: &[Segment],
+        cache: &mut KvBuffer,
+        tap: &mut Tap<'_>,
+    ) -> Result<Buffer> {
         let c = &self.config;
         let (qw, kw) = (c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim);
-        let (mut q, mut k, v) = if c.fused_projections {
+        let (mut q, mut k, v) = if let Some(latent) = &self.latent {
+            self.latent_heads(b, latent, input, tap)?.into()
+        } else if c.fused_projections {
             let all = self.linear("self_attn.qkv_proj")?.apply(b, input)?;
             let w = qw + 2 * kw;
             let part = |r: std::ops::Range<usize>| b.slice_columns(&all, w, r).at("qkv_proj");
             (part(0..qw)?, part(qw..qw + kw)?, part(qw + kw..w)?)
         } else {
-            let [q, k, v] = self.apply_all(b, ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], input)?;
-            (q, k, v)
+            self.apply_all(b, [self.linear_at(0)?, self.linear_at(1)?, self.linear_at(2)?], input)?.into()
         };
         if let Some(w) = &self.q_norm {
             q = self.norm(b, &q, w, c.head_dim, "q_norm")?;
@@ -241,7 +266,11 @@ impl Block {
         }
         let Rope { inv_freq, mscale } = &self.rope;
         b.rope_append(cache, &mut q, &mut k, &v, c.num_heads, c.head_dim, inv_freq, *mscale, segments).at("rope")?;
-        b.attention(&q, cache, &self.shape, segments).at("attention")
+        let attended = b.attention(&q, cache, &self.shape, segments).at("attention")?;
+        match &self.latent {
+            Some(latent) => latent.output(b, &attended),
+            None => Ok(attended),
+        }
     }
 
     /// o, and its norm where there is one: what is added to the residual stream.
@@ -263,20 +292,82 @@ impl Block {
         self.norm(b, x, &self.pre_mlp_norm, self.config.hidden_size, "mlp norm")
     }
 
-    /// Stage 5: gate, up, activation: the input of down.
+    /// Stage 5: gate, up, activation of the dense MLP or the shared expert: the input of its down.
     pub fn mlp_activation(&self, b: &dyn Backend, input: &Buffer) -> Result<Buffer> {
-        let m = self.config.intermediate_size;
-        let (gate, up) = if self.config.fused_projections {
-            let all = self.linear("mlp.gate_up_proj")?.apply(b, input)?;
-            (b.slice_columns(&all, 2 * m, 0..m).at("gate")?, b.slice_columns(&all, 2 * m, m..2 * m).at("up")?)
-        } else {
-            let [gate, up] = self.apply_all(b, ["mlp.gate_proj", "mlp.up_proj"], input)?;
-            (gate, up)
-        };
+        let at = self.mlp_at.unwrap_or(self.linears.len());
+        if self.config.fused_projections {
+            let m = self.config.intermediate_size;
+            let all = self.linear_at(at)?.apply(b, input)?;
+            let (gate, up) =
+                (b.slice_columns(&all, 2 * m, 0..m).at("gate")?, b.slice_columns(&all, 2 * m, m..2 * m).at("up")?);
+            return b.activation_mul(&gate, &up, self.config.activation).at("activation");
+        }
+        self.gated(b, at, input)
+    }
+
+    /// `act(gate · x) ∘ (up · x)`, gate being linear `at` and up the next.
+    fn gated(&self, b: &dyn Backend, at: usize, input: &Buffer) -> Result<Buffer> {
+        let [gate, up] = self.apply_all(b, [self.linear_at(at)?, self.linear_at(at + 1)?], input)?;
         b.activation_mul(&gate, &up, self.config.activation).at("activation")
     }
 
-    /// down, and its norm where there is one: what is added to the residual stream.
+    /// gate, up, activation of expert `e` on some rows of stage 4's result: the input of its down.
+    pub fn expert_activation(&self, b: &dyn Backend, e: usize, rows: &Buffer) -> Result<Buffer> {
+        self.gated(b, self.experts_at + 3 * e, rows)
+    }
+
+    /// What experts give for stage 4's result, the shared one included: what is added to the residual stream. Each token's
+    /// experts are added by rising number, so that its sum depends on no other token.
+    pub fn experts_output(&self, b: &dyn Backend, input: &Buffer, routing: &Routing) -> Result<Buffer> {
+        self.experts_tapped(b, input, routing, &mut |_, _| Ok(()))
+    }
+
+    fn experts_tapped(&self, b: &dyn Backend, input: &Buffer, routing: &Routing, tap: &mut Tap<'_>) -> Result<Buffer> {
+        let h = self.config.hidden_size;
+        let mut y = b.zeros(input.len).at("experts")?;
+        let (mut held, mut held_rows) = (Vec::new(), 0);
+        let mut add = |held: &mut Vec<(usize, Buffer)>| -> Result<()> {
+            let parts: Vec<WeightedRows<'_>> = held
+                .iter()
+                .filter_map(|(e, x)| {
+                    routing.experts.get(*e).map(|r| WeightedRows { x, rows: &r.rows, factors: &r.weights })
+                })
+                .collect();
+            b.add_weighted_rows(&mut y, h, &parts).at("experts")?;
+            held.clear();
+            Ok(())
+        };
+        for (e, routed) in routing.experts.iter().enumerate().filter(|(_, r)| !r.rows.is_empty()) {
+            let x = b.gather_rows(input, h, &routed.indices()).at("experts")?;
+            let [gate, up, down] = [0, 1, 2].map(|i| self.linear_at(self.experts_at + 3 * e + i));
+            let (gate, up, down) = (gate?, up?, down?);
+            tap(&gate.module, &x)?;
+            tap(&up.module, &x)?;
+            let activated = self.expert_activation(b, e, &x)?;
+            tap(&down.module, &activated)?;
+            held.push((e, down.apply(b, &activated)?));
+            held_rows += routed.rows.len();
+            if held_rows >= HELD_ROWS {
+                add(&mut held)?;
+                held_rows = 0;
+            }
+        }
+        add(&mut held)?;
+        if let Some(at) = self.mlp_at {
+            self.show(LinearGroup::Mlp, input, tap)?;
+            let activated = self.mlp_activation(b, input)?;
+            self.show(LinearGroup::Down, &activated, tap)?;
+            let mut shared = self.linear_at(at + 2)?.apply(b, &activated)?;
+            let factors = self.experts.as_ref().map(|e| e.shared_factors(b, input)).transpose()?.flatten();
+            if let Some(factors) = factors {
+                b.scale_rows(&mut shared, h, &factors).at("shared expert")?;
+            }
+            b.add_assign(&mut y, &shared).at("shared expert")?;
+        }
+        Ok(y)
+    }
+
+    /// down of a dense MLP, and its norm where there is one: what is added to the residual stream.
     fn mlp_output(&self, b: &dyn Backend, activated: &Buffer) -> Result<Buffer> {
         let y = self.linear("mlp.down_proj")?.apply(b, activated)?;
         match &self.post_mlp_norm {
@@ -285,7 +376,7 @@ impl Block {
         }
     }
 
-    /// Stage 6: down and the residual.
+    /// Stage 6 of a dense block: down and the residual.
     pub fn mlp_residual(&self, b: &dyn Backend, x: &mut Buffer, activated: &Buffer) -> Result<()> {
         b.add_assign(x, &self.mlp_output(b, activated)?).at("residual")
     }
@@ -315,9 +406,14 @@ impl Block {
         tap: &mut Tap<'_>,
     ) -> Result<Buffer> {
         self.show(LinearGroup::Attention, input, tap)?;
-        let attended = self.attend(b, input, segments, cache)?;
+        let attended = self.attend_tapped(b, input, segments, cache, tap)?;
         self.show(LinearGroup::Output, &attended, tap)?;
         let input = self.add_norm(b, x, &self.attention_output(b, &attended)?, &self.pre_mlp_norm)?;
+        if let Some(experts) = &self.experts {
+            let routing = experts.route(b, &input)?;
+            let y = self.experts_tapped(b, &input, &routing, tap)?;
+            return self.add_norm(b, x, &y, next);
+        }
         self.show(LinearGroup::Mlp, &input, tap)?;
         let activated = self.mlp_activation(b, &input)?;
         self.show(LinearGroup::Down, &activated, tap)?;

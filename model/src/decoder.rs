@@ -8,6 +8,7 @@ use lowbit_kernels::random::normals;
 
 use crate::block::{Block, Linear, Tap};
 use crate::error::{At, ModelError, Result};
+use crate::experts::Experts;
 use crate::source::Source;
 use crate::step::{ModelId, Recordings};
 
@@ -143,6 +144,10 @@ pub enum Part {
     },
     /// All linears of a block; norms stay.
     Block(usize),
+}
+
+fn elements(l: &Linear) -> usize {
+    l.weight.out_features * l.weight.in_features
 }
 
 /// A loaded model.
@@ -310,26 +315,35 @@ impl Model {
 
     /// Bytes of all weights as stored; a tied matrix counts once.
     pub fn weight_bytes(&self) -> u64 {
-        let embedding = if self.config.tie_word_embeddings { 0 } else { self.embedding.table.stored_bytes as u64 };
-        self.decode_weight_bytes() + embedding
+        let embedding = if self.config.tie_word_embeddings { 0 } else { self.embedding.table.stored_bytes };
+        let routers: usize = self.blocks.iter().filter_map(|b| b.experts()).map(Experts::stored_bytes).sum();
+        let linears: usize = self.blocks.iter().flat_map(|b| &b.linears).map(|l| l.weight.stored_bytes).sum();
+        (linears + routers + self.head.head.weight.stored_bytes + embedding) as u64
     }
 
     /// Elements of all matrices; a head that is the embedding counts once.
     pub fn parameters(&self) -> u64 {
-        let (blocks, head) = self.linear_elements();
+        let blocks: usize = self.blocks.iter().flat_map(|b| &b.linears).map(elements).sum();
         let c = &self.config;
-        blocks + head + if c.tie_word_embeddings { 0 } else { (c.vocab_size * c.hidden_size) as u64 }
+        (blocks + elements(&self.head.head)) as u64
+            + if c.tie_word_embeddings { 0 } else { (c.vocab_size * c.hidden_size) as u64 }
     }
 
-    /// Elements of the blocks' linears, and of the head.
-    pub fn linear_elements(&self) -> (u64, u64) {
-        let of = |l: &Linear| l.weight.out_features as u64 * l.weight.in_features as u64;
-        (self.blocks.iter().flat_map(|b| &b.linears).map(of).sum(), of(&self.head.head))
+    /// Elements of the blocks' linears that a token goes through, and of the head.
+    pub fn active_elements(&self) -> (u64, u64) {
+        (self.blocks.iter().map(|b| b.read_by(1, elements)).sum(), elements(&self.head.head) as u64)
     }
 
-    /// Bytes of weights one decode step reads: every linear and the head (of the embedding one row, not counted).
-    pub fn decode_weight_bytes(&self) -> u64 {
-        let linears: usize = self.blocks.iter().flat_map(|b| &b.linears).map(|l| l.weight.stored_bytes).sum();
-        (linears + self.head.head.weight.stored_bytes) as u64
+    /// Bytes of weights one decode step of `batch` sequences reads: every linear, of experts those that are chosen (on average), and the head
+    /// (of the embedding one row, not counted).
+    pub fn decode_weight_bytes(&self, batch: usize) -> u64 {
+        let router = |b: &Block| b.experts().map_or(0, Experts::stored_bytes) as u64;
+        let block = |b: &Block| b.read_by(batch, |l| l.weight.stored_bytes) + router(b);
+        self.blocks.iter().map(block).sum::<u64>() + self.head.head.weight.stored_bytes as u64
+    }
+
+    /// Whether a step makes copies to and from the host, so that it cannot be recorded: routing, and heads put together.
+    pub(crate) fn steps_through_host(&self) -> bool {
+        self.config.latent.is_some() || self.blocks.iter().any(|b| b.experts().is_some())
     }
 }

@@ -21,9 +21,12 @@
 pub mod block;
 pub mod decoder;
 pub mod error;
+pub mod experts;
 pub mod generate;
+mod latent;
 pub mod rope;
 pub mod sampling;
+mod shapes;
 pub mod source;
 mod step;
 pub mod synthetic;

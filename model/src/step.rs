@@ -42,7 +42,7 @@ impl Model {
     /// on the same sizes, so the same bits.
     pub fn decode_step(&self, ids: &[u32], segments: &[Segment], cache: &mut KvCache) -> Result<Arc<Buffer>> {
         self.check(ids, segments, cache)?;
-        let kept = if is_step(ids, segments) { self.recordings(cache)? } else { None };
+        let kept = if is_step(ids, segments) && !self.steps_through_host() { self.recordings(cache)? } else { None };
         let Some(mut kept) = kept else {
             let hidden = self.forward_decode(ids, segments, cache)?;
             return Ok(Arc::new(self.next_logits(&hidden)?));

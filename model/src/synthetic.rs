@@ -150,7 +150,8 @@ mod tests {
         // Parameters of the blocks and the head, from the models' cards (total less the embedding).
         let bytes = |name: &str| {
             let c = config::parse(Path::new(name), &config_json(name).unwrap()).unwrap();
-            let linears: usize = crate::block::linear_shapes(&c).iter().map(|s| s.out_features * s.in_features).sum();
+            let linears: usize =
+                crate::block::linear_shapes(&c, 0).iter().map(|s| s.out_features * s.in_features).sum();
             c.num_layers * linears + c.vocab_size * c.hidden_size
         };
         assert_eq!(bytes("llama-3.1-8b"), 7_504_658_432);

@@ -5,6 +5,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
+use lowbit_calibration::experts::tokens_needed;
 use lowbit_calibration::{InputStats, PassOptions, SequentialPass, Windows};
 use lowbit_checkpoint::quant_config::PackFormat;
 use lowbit_checkpoint::writer::CheckpointWriter;
@@ -15,9 +16,10 @@ use lowbit_model::block::{Block, Linear, LinearGroup};
 use lowbit_model::{Embedding, decoder};
 
 use crate::error::{QuantizeError, Result};
+use crate::experts::starved;
 use crate::factor::SolveError;
 use crate::plan::{Method, Plan, PlannedLinear};
-use crate::record::{CalibrationRecord, LayerRecord};
+use crate::record::{CalibrationRecord, ExpertCoverage, LayerRecord};
 use crate::rtn::quantize_rtn;
 use crate::scale_search::SolverOptions;
 use crate::solve::{Shared, solve_linear};
@@ -43,8 +45,10 @@ impl Progress for Silent {
 
 /// What a run produced, for the record.
 pub struct Outcome {
-    /// One per linear, in graph order.
+    /// One per linear, in the order they were made.
     pub layers: Vec<LayerRecord>,
+    /// One per block with experts, where they were calibrated.
+    pub experts: Vec<ExpertCoverage>,
     /// Which data was used.
     pub calibration: Option<CalibrationRecord>,
     /// Seconds by stage.
@@ -56,6 +60,7 @@ struct Run<'a> {
     plan: &'a Plan,
     writer: CheckpointWriter,
     layers: Vec<LayerRecord>,
+    experts: Vec<ExpertCoverage>,
     stage_seconds: BTreeMap<String, f64>,
     stop: &'a AtomicBool,
 }
@@ -75,7 +80,8 @@ pub fn quantize(
     stop: &AtomicBool,
 ) -> Result<(Outcome, CheckpointWriter)> {
     let writer = CheckpointWriter::create(target, plan.declared.clone(), plan.options.shard_bytes, force)?;
-    let mut run = Run { ckpt, plan, writer, layers: Vec::new(), stage_seconds: BTreeMap::new(), stop };
+    let mut run =
+        Run { ckpt, plan, writer, layers: Vec::new(), experts: Vec::new(), stage_seconds: BTreeMap::new(), stop };
     run.copy(progress)?;
     let calibration = match (plan.options.method, windows) {
         (Method::Rtn, _) => {
@@ -113,7 +119,10 @@ pub fn quantize(
     }
     run.check_stop()?;
     ckpt.store.unchanged()?;
-    Ok((Outcome { layers: run.layers, calibration, stage_seconds: run.stage_seconds }, run.writer))
+    Ok((
+        Outcome { layers: run.layers, experts: run.experts, calibration, stage_seconds: run.stage_seconds },
+        run.writer,
+    ))
 }
 
 impl Run<'_> {
@@ -152,7 +161,11 @@ impl Run<'_> {
         let prefix = decoder::prefix(self.ckpt)?;
         let embedding = Embedding::load(self.ckpt, backend)?;
         let recipe = self.plan.options.method.recipe();
-        let options = PassOptions { float_stream: recipe.float_stream(), token_weights: recipe.token_weights };
+        let options = PassOptions {
+            float_stream: recipe.float_stream(),
+            token_weights: recipe.token_weights,
+            expert_bytes: self.plan.options.expert_bytes,
+        };
         let offload = self.plan.options.offload.as_deref();
         let mut pass = SequentialPass::start(backend, &embedding, &windows.tokens, options, offload)?;
         drop(embedding);
@@ -166,10 +179,14 @@ impl Run<'_> {
             let mut block = Block::load(self.ckpt, backend, &name, index)?;
             let original = options.float_stream.then(|| Block::load(self.ckpt, backend, &name, index)).transpose()?;
             let stop = self.stop;
+            let mut routed = Vec::new();
             pass.run_block(
                 &mut block,
                 original.as_ref(),
                 &mut |group, stats, block| {
+                    if matches!(group, LinearGroup::Expert(_)) {
+                        routed.push(stats.tokens);
+                    }
                     let start = Instant::now();
                     let done = self.solve_group(backend, index, group, &stats, block);
                     solving += start.elapsed().as_secs_f64();
@@ -180,6 +197,10 @@ impl Run<'_> {
                     if stop.load(Ordering::Relaxed) { Err(QuantizeError::Interrupted) } else { Ok(()) }
                 },
             )?;
+            if let Some(e) = self.ckpt.config.experts_of(index) {
+                let needed = tokens_needed(self.ckpt.config.hidden_size, e.intermediate_size);
+                self.experts.push(ExpertCoverage::new(index, routed, needed));
+            }
         }
         self.stage_seconds.insert("solve".into(), solving);
         self.stage_seconds.insert("forward and statistics".into(), whole.elapsed().as_secs_f64() - solving);
@@ -232,7 +253,7 @@ impl Run<'_> {
                 input_abs_max: stats.abs_max,
                 dead_columns: f.dead.len(),
                 damp_frac: f.damp_frac,
-                events: f.events.clone(),
+                events: starved(stats).into_iter().chain(f.events.clone()).collect(),
             };
             self.keep(planned, &q, record)?;
             let bias = self.ckpt.bias(&module, planned.out_features)?;

@@ -16,6 +16,7 @@
 pub mod descent;
 pub mod driver;
 pub mod error;
+mod experts;
 pub mod factor;
 pub mod gptq;
 pub mod loss;

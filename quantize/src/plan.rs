@@ -1,20 +1,22 @@
 //! Before any work: what happens to every tensor, why, and how many bytes come out. Impossible plans are refused here,
 //! with all offenders listed.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
+use lowbit_calibration::experts::HESSIAN_BYTES;
 use lowbit_checkpoint::provenance::Provenance;
 use lowbit_checkpoint::quant_config::{Layout, PackFormat, WrittenGroup, write_compressed_tensors, write_gptq};
 use lowbit_checkpoint::writer::{DEFAULT_SHARD_BYTES, Declared};
 use lowbit_checkpoint::{Checkpoint, linear};
 use lowbit_kernels::backend::FloatType;
 use lowbit_kernels::{GroupSize, ScaleType, Scheme};
-use lowbit_model::block::linear_shapes;
+use lowbit_model::block::{LinearGroup, linear_shapes, router_modules};
 use lowbit_model::decoder;
 use serde_json::Value;
 
 use crate::error::{QuantizeError, Result};
+use crate::experts::expert_plan;
 use crate::record::{ComponentSize, PlanRecord, PlannedTensor};
 use crate::room;
 use crate::scale_search::{ScaleSearch, SolverOptions};
@@ -108,6 +110,8 @@ pub struct QuantizeOptions {
     pub shard_bytes: u64,
     /// Folder for the carried activations; in memory when absent. Does not change the result.
     pub offload: Option<PathBuf>,
+    /// Most bytes of experts' Hessians at once. Does not change the result.
+    pub expert_bytes: u64,
 }
 
 impl QuantizeOptions {
@@ -127,6 +131,7 @@ impl QuantizeOptions {
             strict: false,
             shard_bytes: DEFAULT_SHARD_BYTES,
             offload: None,
+            expert_bytes: HESSIAN_BYTES,
         }
     }
 
@@ -205,14 +210,16 @@ pub struct Plan {
     pub record: PlanRecord,
 }
 
-/// `embedding`, `attention`, `mlp`, `norms`, `lm_head` or `other`.
+/// `embedding`, `attention`, `experts`, `mlp`, `norms`, `lm_head` or `other`.
 pub fn component(name: &str) -> &'static str {
     let rules = [
         ("embed_tokens", "embedding"),
         ("lm_head", "lm_head"),
         ("norm", "norms"),
         ("self_attn", "attention"),
+        (".experts.", "experts"),
         (".mlp.", "mlp"),
+        (".block_sparse_moe.", "mlp"),
     ];
     rules.iter().find(|(k, _)| name.contains(k)).map_or("other", |(_, c)| c)
 }
@@ -269,13 +276,16 @@ pub fn make(
     let mut ignore = Ignore::new(&options.ignore)?;
     let mut reasons: BTreeMap<String, String> = BTreeMap::new();
     let mut linears = Vec::new();
-    let mut offenders: BTreeMap<(usize, &'static str), Vec<usize>> = BTreeMap::new();
+    let mut offenders: BTreeMap<(usize, String), Vec<usize>> = BTreeMap::new();
     let mut fused_split = Vec::new();
     for block in 0..c.num_layers {
         let mut kept_by_group: BTreeMap<String, (usize, usize)> = BTreeMap::new();
-        for s in linear_shapes(c) {
+        for s in linear_shapes(c, block) {
             let module = format!("{prefix}.layers.{block}.{}", s.suffix);
-            let fused = format!("{:?}", s.group);
+            let fused = match s.group {
+                LinearGroup::Expert(_) | LinearGroup::ExpertDown(_) => "experts".to_string(),
+                group => format!("{group:?}"),
+            };
             let entry = kept_by_group.entry(fused).or_default();
             entry.1 += 1;
             if let Some(rule) = ignore.hit(&module) {
@@ -284,7 +294,7 @@ pub fn make(
                 continue;
             }
             if options.scheme.groups(s.in_features).is_err() {
-                offenders.entry((s.in_features, s.suffix)).or_default().push(block);
+                offenders.entry((s.in_features, s.kind())).or_default().push(block);
                 continue;
             }
             linears.push(PlannedLinear {
@@ -305,7 +315,8 @@ pub fn make(
     refuse_widths(&offenders, options.scheme, c.num_layers)?;
     if !fused_split.is_empty() {
         return Err(QuantizeError::Plan {
-            summary: "engines fuse q/k/v and gate/up: a set must be quantized or ignored as a whole".into(),
+            summary: "engines fuse q/k/v, gate/up and a block's experts: a set must be quantized or ignored as a whole"
+                .into(),
             offenders: fused_split,
             hint: Some("ignore all members, for example --ignore 're:.*self_attn\\.[qkv]_proj'".into()),
         });
@@ -366,7 +377,7 @@ pub fn make(
     Ok(plan)
 }
 
-fn refuse_widths(offenders: &BTreeMap<(usize, &'static str), Vec<usize>>, scheme: Scheme, layers: usize) -> Result<()> {
+fn refuse_widths(offenders: &BTreeMap<(usize, String), Vec<usize>>, scheme: Scheme, layers: usize) -> Result<()> {
     if offenders.is_empty() {
         return Ok(());
     }
@@ -374,7 +385,11 @@ fn refuse_widths(offenders: &BTreeMap<(usize, &'static str), Vec<usize>>, scheme
     let group = scheme.group_cols(0);
     let lines = offenders
         .iter()
-        .map(|((width, suffix), blocks)| format!("{suffix} in {} of {layers} blocks: in = {width}", blocks.len()))
+        .map(|((width, kind), blocks)| {
+            let mut distinct = blocks.clone();
+            distinct.dedup();
+            format!("{kind} in {} of {layers} blocks: in = {width}", distinct.len())
+        })
         .collect();
     let widths: Vec<usize> = offenders.keys().map(|k| k.0).collect();
     let fits =
@@ -404,6 +419,12 @@ fn assemble(
     let layout = Layout::new(options.format, model_dtype.unwrap_or(FloatType::Bf16));
     let by_weight: BTreeMap<String, &PlannedLinear> =
         linears.iter().map(|l| (format!("{}.weight", l.module), l)).collect();
+    let prefix = decoder::prefix(ckpt)?;
+    let routers: BTreeSet<String> = (0..ckpt.config.num_layers)
+        .flat_map(|i| {
+            router_modules(&ckpt.config, i).into_iter().map(move |(m, _)| format!("{prefix}.layers.{i}.{m}.weight"))
+        })
+        .collect();
     let packed_bytes = |l: &PlannedLinear| -> Result<(Vec<Declared>, u64)> {
         let d = linear::declare(&l.module, l.scheme, layout, l.out_features, l.in_features)
             .map_err(|source| QuantizeError::Kernel { module: l.module.clone(), source })?;
@@ -433,8 +454,10 @@ fn assemble(
             row.reason = if l.block.is_some() { options.method.name() } else { "rtn" }.into();
             row.after_bytes = bytes;
         } else {
-            row.action = if reasons.contains_key(name) { "keep".into() } else { "copy".into() };
+            let router = routers.contains(name);
+            row.action = if router || reasons.contains_key(name) { "keep".into() } else { "copy".into() };
             row.reason = reasons.get(name).cloned().unwrap_or_else(|| match row.component.as_str() {
+                _ if router => "router: small, and it decides which experts run".into(),
                 "embedding" => "lookup table: read one row a token".into(),
                 "lm_head" => "kept in full precision (--head w8 changes that)".into(),
                 "norms" => "a vector".into(),
@@ -459,7 +482,18 @@ fn assemble(
             after_bytes: bytes,
         });
     }
-    let config = written_config(ckpt, options, &linears, &reasons, untie);
+    // Matrices that are copied and are no part of the graph (routers, layers for speculation) would be taken for quantized by engines.
+    let unquantized = |name: &str| {
+        ckpt.store.find(name).is_some_and(|t| t.shape.len() >= 2)
+            && !matches!(component(name), "embedding" | "lm_head" | "norms")
+    };
+    let left: BTreeSet<String> = reasons
+        .keys()
+        .map(String::as_str)
+        .chain(copies.iter().map(String::as_str).filter(|n| unquantized(n)))
+        .filter_map(|n| n.strip_suffix(".weight").map(String::from))
+        .collect();
+    let config = written_config(ckpt, options, &linears, left, untie);
     let mut sizes: BTreeMap<String, ComponentSize> = BTreeMap::new();
     for t in &tensors {
         let s = sizes
@@ -469,6 +503,7 @@ fn assemble(
         s.after_bytes += t.after_bytes;
     }
     let quantized = linears.len();
+    let experts = expert_plan(&ckpt.config, options);
     let record = PlanRecord {
         schema: crate::record::PLAN_SCHEMA,
         provenance: Provenance::default(),
@@ -479,9 +514,11 @@ fn assemble(
             ckpt,
             if options.offload.is_some() { tokens.min(2048) } else { tokens },
             options.method.recipe(),
+            experts.as_ref().map_or(0, |e| e.hessian_bytes_at_once),
         ),
         quantized_linears: quantized,
         kept_linears: reasons.len(),
+        experts: experts.clone(),
         sizes: sizes.into_values().collect(),
         tensors,
     };
@@ -489,7 +526,7 @@ fn assemble(
 }
 
 /// Estimate: carried activations of each stream, the widest group's Hessian with its factors, and one block in f32.
-fn peak_memory(ckpt: &Checkpoint, tokens: usize, recipe: Recipe) -> u64 {
+fn peak_memory(ckpt: &Checkpoint, tokens: usize, recipe: Recipe, experts: u64) -> u64 {
     let c = &ckpt.config;
     let (h, m) = (c.hidden_size as u64, c.intermediate_size as u64);
     let t = tokens as u64;
@@ -497,22 +534,31 @@ fn peak_memory(ckpt: &Checkpoint, tokens: usize, recipe: Recipe) -> u64 {
     let carried = streams * t * (h + m.max((c.num_heads * c.head_dim) as u64)) * 4;
     // The damped copy that sweeps read, and the drift on the device and on the host.
     let more = u64::from(recipe.sweeps > 0) + if recipe.float_stream() { 2 } else { 0 };
-    let hessian = m.max(h).pow(2) * 4 * (5 + more);
+    let latent = c.latent.as_ref().map_or(0, |l| (c.num_heads * l.value) as u64);
+    // Of the groups outside the experts, and of the one expert that is being solved.
+    let wide = m.max(h).max(latent).max(c.experts.as_ref().map_or(0, |e| e.intermediate_size as u64));
+    let hessian = wide.pow(2) * 4 * (5 + more) + experts;
+    // A chunk's outputs of experts, who goes where, and the block itself, which is uploaded whole.
+    let routed = c.experts.as_ref().map_or(0, |e| {
+        let k = e.per_token as u64;
+        let block = 3 * e.count as u64 * h * e.intermediate_size as u64 * FloatType::Bf16.size() as u64;
+        2048 * k * (h + 2 * e.intermediate_size as u64) * 4 + t * k * 8 + streams * block
+    });
     let matrix = h * m * 4 * 6;
     let table = (c.vocab_size as u64) * h * FloatType::Bf16.size() as u64;
-    carried + hessian + matrix + table
+    carried + hessian + routed + matrix + table
 }
 
 fn written_config(
     ckpt: &Checkpoint,
     options: &QuantizeOptions,
     linears: &[PlannedLinear],
-    reasons: &BTreeMap<String, String>,
+    left: BTreeSet<String>,
     untie: bool,
 ) -> Value {
     let mut config = ckpt.raw_config.clone();
     let tables: Vec<&PlannedLinear> = linears.iter().filter(|l| l.block.is_none()).collect();
-    let mut ignore: Vec<String> = reasons.keys().map(|k| k.trim_end_matches(".weight").to_string()).collect();
+    let mut ignore: Vec<String> = left.into_iter().collect();
     let head_module = if ckpt.has_weight("model.embed_tokens") { "lm_head" } else { "language_model.lm_head" };
     let q = match options.format {
         PackFormat::CompressedTensors => {

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 /// Bytes of one part of the model before and after.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct ComponentSize {
-    /// `embedding`, `attention`, `mlp`, `norms`, `lm_head`, `other`.
+    /// `embedding`, `attention`, `experts`, `mlp`, `norms`, `lm_head`, `other`.
     pub component: String,
     /// Bytes in the original checkpoint.
     pub before_bytes: u64,
@@ -64,6 +64,66 @@ pub struct PlanRecord {
     pub quantized_linears: usize,
     /// Linears left as they are.
     pub kept_linears: usize,
+    /// What calibrating experts takes, in a mixture of experts.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub experts: Option<ExpertPlan>,
+}
+
+/// What calibrating the experts of a block takes.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ExpertPlan {
+    /// Experts of a sparse block.
+    pub experts: usize,
+    /// Experts of a token.
+    pub per_token: usize,
+    /// Experts whose Hessians are held at once.
+    pub at_once: usize,
+    /// Passes over the activations of a block that this makes.
+    pub passes: usize,
+    /// Bytes of all experts' Hessians of a block.
+    pub hessian_bytes: u64,
+    /// Bytes held at once.
+    pub hessian_bytes_at_once: u64,
+    /// Routed tokens below which an expert is starved.
+    pub tokens_needed: u64,
+}
+
+/// How many calibration tokens reached the experts of a block.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ExpertCoverage {
+    /// Block.
+    pub block: usize,
+    /// Tokens of each expert.
+    pub tokens: Vec<u64>,
+    /// Fewest.
+    pub min: u64,
+    /// Median: the lower of the middle two where they are even.
+    pub median: u64,
+    /// Tokens below which an expert is starved: its Hessian then has the whole layer's mixed in.
+    pub needed: u64,
+    /// Starved experts, dead ones among them.
+    pub starved: usize,
+    /// Experts no token reached.
+    pub dead: usize,
+}
+
+impl ExpertCoverage {
+    /// Of a block whose experts saw `tokens`.
+    pub fn new(block: usize, tokens: Vec<u64>, needed: u64) -> Self {
+        let mut sorted = tokens.clone();
+        sorted.sort_unstable();
+        let median = sorted.len().checked_sub(1).and_then(|last| sorted.get(last / 2)).copied().unwrap_or(0);
+        let below = |limit: u64| sorted.partition_point(|n| *n < limit);
+        Self {
+            block,
+            min: sorted.first().copied().unwrap_or(0),
+            median,
+            needed,
+            starved: below(needed),
+            dead: below(1),
+            tokens,
+        }
+    }
 }
 
 /// What happened to one linear.
@@ -120,6 +180,9 @@ pub struct QuantizeRecord {
     pub calibration: Option<CalibrationRecord>,
     /// One per quantized linear.
     pub layers: Vec<LayerRecord>,
+    /// One per block with experts, where they were calibrated.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub experts: Vec<ExpertCoverage>,
     /// Sizes by component.
     pub sizes: Vec<ComponentSize>,
     /// Sum before.
@@ -149,4 +212,17 @@ pub struct CalibrationRecord {
     pub tokens: u64,
     /// Seed.
     pub seed: u64,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn coverage_counts_starved_and_dead() {
+        let c = ExpertCoverage::new(3, vec![9, 0, 20, 10], 10);
+        assert_eq!((c.min, c.median, c.starved, c.dead), (0, 9, 2, 1));
+        let none = ExpertCoverage::new(0, vec![], 10);
+        assert_eq!((none.min, none.median, none.starved, none.dead), (0, 0, 0, 0));
+    }
 }

@@ -31,7 +31,7 @@ pub fn verify(ckpt: &Checkpoint, record: Option<&QuantizeRecord>, original: Opti
     let mut modules: Vec<(String, usize, usize)> = Vec::new();
     for i in 0..c.num_layers {
         modules.extend(
-            linear_shapes(c)
+            linear_shapes(c, i)
                 .iter()
                 .map(|s| (format!("{prefix}.layers.{i}.{}", s.suffix), s.out_features, s.in_features)),
         );

@@ -5,8 +5,8 @@ use lowbit_eval::verdict::decide::Verdict;
 use crate::format::{self as f, count, percent};
 use crate::table::{Table, code_span, escape};
 use crate::{
-    Variant, output, view, view_accuracy, view_compare, view_serving, view_size, view_speculation, view_speed,
-    view_verdict,
+    Variant, output, view, view_accuracy, view_compare, view_layers, view_serving, view_size, view_speculation,
+    view_speed, view_verdict,
 };
 
 /// The report in Markdown: verdict, numbers, tasks, drift, size, throughput and a line for each record.
@@ -128,6 +128,9 @@ fn single(v: &Variant, out: &mut String) {
             *out += &format!(" Largest relative error: {} at {}.", f::sig(l.relative_error, 3), code_span(&l.name));
         }
         out.push('\n');
+        if let Some(table) = view_layers::coverage(q) {
+            *out += &format!("\nCalibration tokens of experts:\n\n{}", table.markdown());
+        }
     }
     if let Some(b) = &r.bench {
         *out += &format!("\n## Throughput\n\n{}", view_speed::rate_table(b).without_empty_columns().markdown());

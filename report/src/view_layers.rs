@@ -1,6 +1,7 @@
 //! What the page shows of single layers: their errors, what happened to them, and whom the drift is blamed on.
 
 use lowbit_eval::drift::blame::{Blame, Suspect, Unit};
+use lowbit_quantize::record::QuantizeRecord;
 use serde_json::{Value, json};
 
 use crate::Variant;
@@ -56,11 +57,26 @@ pub(crate) fn layers(variants: &[Variant]) -> Vec<Value> {
             "seconds": f::seconds(q.seconds),
             "chart": chart_layers::heat_map(&q.layers, name, all),
             "table": t,
+            "coverage": coverage(q),
             "events": listed,
             "more": events().count().saturating_sub(EVENTS),
         }));
     }
     out
+}
+
+/// Calibration tokens of each block's experts; `None` without experts.
+pub(crate) fn coverage(q: &QuantizeRecord) -> Option<Table> {
+    let mut t = Table::new(
+        "Calibration tokens of experts",
+        &["#Block", "#Experts", "#Fewest tokens", "#Median", "#Needed", "#Starved", "#Dead"],
+    );
+    for e in &q.experts {
+        let numbers =
+            [e.block as u64, e.tokens.len() as u64, e.min, e.median, e.needed, e.starved as u64, e.dead as u64];
+        t.row(numbers.map(|n| count(n).into()).into());
+    }
+    (!t.is_empty()).then_some(t)
 }
 
 fn short(module: &str) -> &str {

@@ -5,6 +5,7 @@ mod records;
 use std::fs;
 use std::path::Path;
 
+use lowbit_quantize::record::ExpertCoverage;
 use lowbit_report::{Records, ReportError, Variant, html, json, load, load_all, markdown, write};
 use records::{all, bench, capacity, eval, gate, load_record, plan, quantize, several, speculation};
 use serde_json::json as value;
@@ -65,6 +66,18 @@ fn page_has_the_key_figures() {
         assert!(page.contains(figure), "{figure}");
     }
     assert!(!page.contains("NaN") && !page.contains("Not among the records"));
+}
+
+#[test]
+fn experts_have_their_coverage() {
+    let mut q = quantize();
+    assert!(!page(Records { quantize: Some(q.clone()), ..Records::default() }).contains("tokens of experts"));
+    q.experts = vec![ExpertCoverage::new(7, vec![12_345, 0, 96, 4096], 2048)];
+    let records = || Records { quantize: Some(q.clone()), ..Records::default() };
+    let (page, text) = (page(records()), text(records()));
+    assert!(page.contains("Calibration tokens of experts") && page.contains("starved"));
+    // Block, experts, fewest, median, needed, starved, dead.
+    assert!(text.contains("| 7 | 4 | 0 | 96 | 2,048 | 2 | 1 |"), "{text}");
 }
 
 #[test]

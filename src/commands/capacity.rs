@@ -106,6 +106,12 @@ fn shape(ctx: &Context, model: &str) -> Result<ModelShape> {
         return Ok(shape);
     }
     let c = models::locate(ctx, model)?.open()?.config;
+    if c.experts.is_some() || c.latent.is_some() {
+        bail!(
+            "{model}: --estimate knows dense decoders, not `{}`\nhint: load a server and give `lowbit capacity` the records",
+            c.family
+        );
+    }
     let n = |v: usize| v as u64;
     Ok(ModelShape {
         name: model.to_string(),

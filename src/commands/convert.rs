@@ -8,7 +8,7 @@ use lowbit_checkpoint::writer::{CheckpointWriter, DEFAULT_SHARD_BYTES, Declared}
 use lowbit_checkpoint::{Checkpoint, CheckpointError, Dtype, linear};
 use lowbit_kernels::Scheme;
 use lowbit_kernels::backend::{FloatType, HostWeight};
-use lowbit_model::block::linear_shapes;
+use lowbit_model::block::{linear_shapes, router_modules};
 use lowbit_model::decoder;
 use lowbit_quantize::Progress;
 
@@ -161,7 +161,7 @@ fn collect(ckpt: &Checkpoint, target: Option<Layout>) -> Result<(Vec<Item>, Vec<
     let mut modules: Vec<(String, usize, usize)> = Vec::new();
     for i in 0..c.num_layers {
         modules.extend(
-            linear_shapes(c)
+            linear_shapes(c, i)
                 .iter()
                 .map(|s| (format!("{prefix}.layers.{i}.{}", s.suffix), s.out_features, s.in_features)),
         );
@@ -171,7 +171,9 @@ fn collect(ckpt: &Checkpoint, target: Option<Layout>) -> Result<(Vec<Item>, Vec<
         modules.push(("lm_head".into(), c.vocab_size, c.hidden_size));
     }
     let mut items = Vec::new();
-    let mut dense = Vec::new();
+    let mut dense: Vec<String> = (0..c.num_layers)
+        .flat_map(|i| router_modules(c, i).into_iter().map(move |(m, _)| format!("{prefix}.layers.{i}.{m}")))
+        .collect();
     for (module, out, n) in modules {
         let HostWeight::Packed(p) = ckpt.linear(&module, out, n)? else {
             // The embedding is not a linear: no rule would ever cover it.

@@ -34,13 +34,22 @@ pub fn inspect(ctx: &Context, args: &InspectArgs) -> Result<()> {
         "intermediate_size": c.intermediate_size, "heads": c.num_heads, "kv_heads": c.num_kv_heads, "head_dim": c.head_dim,
         "vocab_size": c.vocab_size, "max_position_embeddings": c.max_position_embeddings, "tie_word_embeddings": c.tie_word_embeddings,
         "bytes": total, "quantization": quantization, "tensors": tensors,
+        "experts": c.experts.as_ref().map(|e| json!({
+            "count": e.count, "per_token": e.per_token, "intermediate_size": e.intermediate_size, "shared_size": e.shared_size,
+            "sparse_layers": e.sparse.iter().filter(|s| **s).count(),
+        })),
     });
     ctx.print(&json, || {
         let mut rows: Vec<Vec<String>> = dtypes.iter().map(|(d, (n, b))| vec![d.clone(), n.to_string(), megabytes(*b)]).collect();
         rows.push(vec!["total".into(), tensors.len().to_string(), megabytes(total)]);
+        let experts = c.experts.as_ref().map_or(String::new(), |e| {
+            let sparse = e.sparse.iter().filter(|s| **s).count();
+            let shared = e.shared_size.map_or(String::new(), |n| format!(" and a shared one of {n}"));
+            format!(" · {} experts of {}{shared}, {} a token, in {sparse} layers", e.count, e.intermediate_size, e.per_token)
+        });
         let q = quantization.as_ref().map_or("none".to_string(), |q| q.to_string());
         format!(
-            "{}: {} · {} layers · hidden {} · MLP {} · {} heads ({} KV) of {} · vocabulary {} · context {}{}\nquantization: {q}\n\n{}",
+            "{}: {} · {} layers · hidden {} · MLP {}{experts} · {} heads ({} KV) of {} · vocabulary {} · context {}{}\nquantization: {q}\n\n{}",
             located.name, c.family, c.num_layers, c.hidden_size, c.intermediate_size, c.num_heads, c.num_kv_heads, c.head_dim, c.vocab_size,
             c.max_position_embeddings, if c.tie_word_embeddings { " · tied embeddings" } else { "" },
             table(&["dtype", "tensors", "size"], &rows)

@@ -121,8 +121,19 @@ pub fn describe(p: &PlanRecord) -> String {
             ratio(p.before_bytes, p.after_bytes),
         ]])
         .collect();
+    let experts = p.experts.as_ref().map_or(String::new(), |e| {
+        format!(
+            "\n{} experts a block, {} a token: Hessians of {} at once ({} in all), {} a block; an expert needs {} tokens",
+            e.experts,
+            e.per_token,
+            megabytes(e.hessian_bytes_at_once),
+            megabytes(e.hessian_bytes),
+            if e.passes == 1 { "one pass".to_string() } else { format!("{} passes", e.passes) },
+            e.tokens_needed,
+        )
+    });
     format!(
-        "{} linears to quantize, {} ignored; peak memory about {}\n\n{}",
+        "{} linears to quantize, {} ignored; peak memory about {}{experts}\n\n{}",
         p.quantized_linears,
         p.kept_linears,
         megabytes(p.peak_memory_bytes),
@@ -181,6 +192,10 @@ pub fn execute(
         &ctx.stop,
     )?;
     ctx.progress.clear();
+    let (starved, dead) = outcome.experts.iter().fold((0, 0), |(s, d), e| (s + e.starved, d + e.dead));
+    if starved > 0 {
+        ctx.say(format!("note: {starved} experts are starved of calibration tokens, {dead} of them without any"));
+    }
     for l in &outcome.layers {
         for event in &l.events {
             ctx.say(format!("note: {}: {event}", l.name));
@@ -195,6 +210,7 @@ pub fn execute(
         options: made.record.provenance.options.clone(),
         calibration: outcome.calibration,
         layers: outcome.layers,
+        experts: outcome.experts,
         sizes: made.record.sizes.clone(),
         before_bytes: made.record.before_bytes,
         after_bytes: made.record.after_bytes,
@@ -215,8 +231,9 @@ pub fn summary(r: &QuantizeRecord) -> String {
         v.iter().sum::<f64>() / v.len().max(1) as f64
     };
     let events: usize = r.layers.iter().map(|l| l.events.len()).sum();
+    let coverage = if r.experts.is_empty() { String::new() } else { format!("\n\n{}", coverage(r)) };
     format!(
-        "{} {} ({}): {} linears in {:.1} s, {} → {} ({}), mean relative error {:.4}, {events} events{}",
+        "{} {} ({}): {} linears in {:.1} s, {} → {} ({}), mean relative error {:.4}, {events} events{}{coverage}",
         r.scheme,
         r.method,
         r.format,
@@ -228,6 +245,21 @@ pub fn summary(r: &QuantizeRecord) -> String {
         mean(|l| l.relative_error),
         r.peak_rss_bytes.map_or(String::new(), |b| format!(", peak memory {}", megabytes(b))),
     )
+}
+
+/// Calibration tokens of each block's experts, as text.
+fn coverage(r: &QuantizeRecord) -> String {
+    let rows: Vec<Vec<String>> = r
+        .experts
+        .iter()
+        .map(|e| {
+            [e.block as u64, e.tokens.len() as u64, e.min, e.median, e.needed, e.starved as u64, e.dead as u64]
+                .iter()
+                .map(u64::to_string)
+                .collect()
+        })
+        .collect();
+    table(&["block", "experts", "fewest tokens", "median", "needed", "starved", "dead"], &rows)
 }
 
 fn calibration_windows(ctx: &Context, ckpt: &Checkpoint, q: &QuantOptions) -> Result<Windows> {

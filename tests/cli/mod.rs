@@ -11,6 +11,7 @@ mod drift;
 mod emulated;
 mod endpoint;
 mod errors;
+mod experts;
 mod faults;
 mod gate;
 mod golden;

@@ -71,6 +71,24 @@ fn families(base: &Value) -> Vec<Vec<u8>> {
             json!({"sliding_window_pattern": 2, "query_pre_attn_scalar": 64, "sliding_window": 16}),
         ),
         of("phi3", "Phi3ForCausalLM", json!({})),
+        of(
+            "mixtral",
+            "MixtralForCausalLM",
+            json!({"num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": null}),
+        ),
+        of(
+            "qwen2_moe",
+            "Qwen2MoeForCausalLM",
+            json!({"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64,
+                "decoder_sparse_step": 2, "mlp_only_layers": [3]}),
+        ),
+        of(
+            "deepseek_v3",
+            "DeepseekV3ForCausalLM",
+            json!({"n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "n_shared_experts": 1, "n_group": 4,
+                "topk_group": 2, "first_k_dense_replace": 1, "q_lora_rank": 64, "kv_lora_rank": 32, "qk_nope_head_dim": 32,
+                "qk_rope_head_dim": 16, "v_head_dim": 32, "routed_scaling_factor": 2.5}),
+        ),
         of("phi3", "Phi3ForCausalLM", json!({"rope_scaling": longrope, "original_max_position_embeddings": 64})),
     ]
 }

@@ -23,6 +23,7 @@ mod pool;
 mod product;
 mod reference;
 mod rounded;
+pub(crate) mod rows;
 mod scalar;
 mod simd;
 mod tiles;
@@ -42,8 +43,8 @@ use self::dense::DenseWeight;
 use self::kv::Cache;
 use self::packed::PackedMatrix;
 use crate::backend::{
-    Activation, AttentionShape, Backend, Buffer, HostWeight, KvBuffer, KvFormat, KvUsage, Segment, TokenScore,
-    WeightHandle,
+    Activation, AttentionShape, Backend, Buffer, Column, HostWeight, KvBuffer, KvFormat, KvUsage, Segment, TokenScore,
+    WeightHandle, WeightedRows,
 };
 use crate::error::{KernelError, Result, check_len};
 
@@ -385,5 +386,15 @@ impl Backend for CpuBackend {
 
     fn mean_squares(&self, x: &Buffer, width: usize) -> Result<Vec<f32>> {
         cross::mean_squares(host(NAME, x)?, width)
+    }
+
+    fn add_weighted_rows(&self, y: &mut Buffer, width: usize, parts: &[WeightedRows<'_>]) -> Result<()> {
+        let y = host_mut(NAME, y)?;
+        parts.iter().try_for_each(|p| rows::add_weighted(NAME, y, width, host(NAME, p.x)?, p.rows, p.factors))
+    }
+
+    fn assemble_columns(&self, parts: &[(&Buffer, usize)], columns: &[Option<Column>]) -> Result<Buffer> {
+        let views = parts.iter().map(|(x, w)| Ok((host(NAME, x)?, *w))).collect::<Result<Vec<_>>>()?;
+        rows::assemble(NAME, &views, columns).map(buffer)
     }
 }

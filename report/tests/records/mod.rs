@@ -97,6 +97,7 @@ pub fn quantize() -> QuantizeRecord {
             seed: 7,
         }),
         layers,
+        experts: vec![],
         sizes: vec![
             size("embedding", 272_269_312, 272_269_312),
             size("attention", 95_000_000, 26_000_000),
@@ -123,6 +124,7 @@ pub fn plan() -> PlanRecord {
         peak_memory_bytes: 3_000_000_000,
         quantized_linears: 168,
         kept_linears: 1,
+        experts: None,
     }
 }
 

@@ -1,0 +1,251 @@
+//! Quantizing mixtures of experts: tiny random models of every family through plan, calibration, writing and verifying.
+
+#[path = "../../model/tests/experts/weights.rs"]
+mod weights;
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use lowbit_calibration::Windows;
+use lowbit_checkpoint::Checkpoint;
+use lowbit_checkpoint::provenance::Provenance;
+use lowbit_kernels::backend::{Buffer, Segment};
+use lowbit_kernels::cpu::CpuBackend;
+use lowbit_kernels::{GroupSize, Scheme};
+use lowbit_model::Model;
+use lowbit_quantize::record::QuantizeRecord;
+use lowbit_quantize::verify::verify;
+use lowbit_quantize::{Method, QuantizeError, QuantizeOptions, Silent, plan, quantize};
+use serde_json::{Value, json};
+
+/// Expert that hardly any token is routed to.
+const STARVED: usize = 3;
+
+/// Tokens an expert of these models needs: as many as the wider of its inputs has columns.
+fn needed(json: &Value) -> u64 {
+    if json["model_type"] == "mixtral" { 48 } else { 32 }
+}
+
+fn options(method: Method) -> QuantizeOptions {
+    QuantizeOptions { method, ..QuantizeOptions::new(Scheme::parse("w4a16", GroupSize::Cols(8), true).unwrap()) }
+}
+
+fn windows() -> Windows {
+    let mut x = 1u32;
+    let mut token = || {
+        x = x.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        x >> 26
+    };
+    Windows::new((0..16).map(|_| (0..24).map(|_| token()).collect()).collect(), "random", 0)
+}
+
+/// A checkpoint in which hardly a token goes to expert [`STARVED`] (DeepSeek-V3: none). Column 0 of the residual stream starts at 8 for
+/// every token, which after the norm is some 5; the others' logits differ by 1.2, and this pulls the expert's down by 3.
+fn original(dir: &Path, family: &str) -> Value {
+    let json = weights::config_of(family);
+    let mut tensors = weights::tensors(&json);
+    for (name, t) in &mut tensors {
+        let n = t.shape.last().copied().unwrap_or(1);
+        if name.ends_with("embed_tokens.weight") {
+            t.values.iter_mut().step_by(n).for_each(|v| *v = 8.0);
+        } else if name.ends_with("gate.weight") && t.shape[0] > 1 {
+            t.values.iter_mut().step_by(n).for_each(|v| *v = 0.0);
+            t.values[STARVED * n] = -0.6;
+        } else if name.ends_with("e_score_correction_bias") {
+            t.values[STARVED] = -10.0;
+        }
+    }
+    weights::write(dir, &json, &tensors);
+    json
+}
+
+fn run(from: &Path, to: &Path, options: &QuantizeOptions) -> Result<(QuantizeRecord, u64), QuantizeError> {
+    let ckpt = Checkpoint::open(from).unwrap();
+    let windows = windows();
+    let made = plan::make(&ckpt, options, None, windows.token_count())?;
+    let windows = options.method.calibrated().then_some(&windows);
+    let (outcome, writer) =
+        quantize(&ckpt, &CpuBackend::new(), &made, windows, to, false, &Silent, &AtomicBool::new(false))?;
+    writer.finish()?;
+    let record = QuantizeRecord {
+        schema: 1,
+        provenance: Provenance::default(),
+        scheme: options.scheme.full_name(),
+        method: options.method.name().into(),
+        format: options.format.name().into(),
+        options: BTreeMap::new(),
+        calibration: outcome.calibration,
+        layers: outcome.layers,
+        experts: outcome.experts,
+        sizes: made.record.sizes.clone(),
+        before_bytes: made.record.before_bytes,
+        after_bytes: made.record.after_bytes,
+        seconds: 0.0,
+        stage_seconds: outcome.stage_seconds,
+        peak_rss_bytes: None,
+    };
+    Ok((record, made.record.after_bytes))
+}
+
+/// Tokens of each expert of block `block` in the model itself.
+fn routed(dir: &Path, json: &Value, block: usize, count: usize) -> Vec<u64> {
+    let model = Model::load(&Checkpoint::open(dir).unwrap(), Arc::new(CpuBackend::new())).unwrap();
+    let mixtral = json["model_type"] == "mixtral";
+    let (mlp, gate) = if mixtral { ("block_sparse_moe", "w1") } else { ("mlp", "gate_proj") };
+    let mut tokens = vec![0; count];
+    for w in windows().tokens {
+        let mut cache = model.new_cache(1, w.len()).unwrap();
+        let segments = [Segment { slot: 0, row: 0, tokens: w.len(), past: 0 }];
+        let mut tap = |name: &str, x: &Buffer| {
+            for (e, sum) in tokens.iter_mut().enumerate() {
+                if name == format!("model.layers.{block}.{mlp}.experts.{e}.{gate}") {
+                    *sum += (x.len / 32) as u64;
+                }
+            }
+            Ok(())
+        };
+        model.forward_tapped(&w, &segments, &mut cache, &mut tap).unwrap();
+    }
+    tokens
+}
+
+fn logits(dir: &Path) -> Vec<f32> {
+    let model = Model::load(&Checkpoint::open(dir).unwrap(), Arc::new(CpuBackend::new())).unwrap();
+    model.logits_of(&windows().tokens[0]).unwrap()
+}
+
+/// ‖a − b‖ / ‖b‖.
+fn distance(a: &[f32], b: &[f32]) -> f64 {
+    let square = |v: f32| f64::from(v) * f64::from(v);
+    let (d, n) = a.iter().zip(b).fold((0.0, 0.0), |(d, n), (a, b)| (d + square(a - b), n + square(*b)));
+    (d / n).sqrt()
+}
+
+#[test]
+fn every_expert_is_calibrated_and_the_starved_are_reported() {
+    for family in ["mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3"] {
+        let tmp = tempfile::tempdir().unwrap();
+        let (from, to) = (tmp.path().join("from"), tmp.path().join("to"));
+        let json = original(&from, family);
+        let config = Checkpoint::open(&from).unwrap().config;
+        let experts = config.experts.clone().unwrap();
+        // Nothing before the first sparse block is quantized, so that its routing is that of the model itself.
+        let all = ["re:.*self_attn.*", r"re:.*mlp\.(gate|up|down)_proj"];
+        let dense = !experts.sparse.iter().all(|s| *s);
+        let ignore = all[..1 + usize::from(dense)].iter().map(|s| s.to_string()).collect();
+        let (record, after) = run(&from, &to, &QuantizeOptions { ignore, ..options(Method::Gptq) }).unwrap();
+
+        let total = windows().token_count() as u64;
+        let sparse: Vec<usize> = (0..config.num_layers).filter(|i| experts.sparse[*i]).collect();
+        assert_eq!(record.experts.iter().map(|e| e.block).collect::<Vec<_>>(), sparse, "{family}");
+        assert_eq!(record.experts[0].tokens, routed(&from, &json, sparse[0], experts.count), "{family}");
+        let first = &record.experts[0];
+        assert!(first.tokens[STARVED] < first.needed, "{family}: {:?}", first.tokens);
+        let mut events = 0;
+        for c in &record.experts {
+            assert_eq!(c.tokens.iter().sum::<u64>(), total * experts.per_token as u64, "{family}");
+            assert_eq!((c.needed, c.min), (needed(&json), *c.tokens.iter().min().unwrap()), "{family}");
+            assert_eq!(c.starved, c.tokens.iter().filter(|n| **n < c.needed).count(), "{family}");
+            assert_eq!(c.dead, c.tokens.iter().filter(|n| **n == 0).count(), "{family}");
+            assert!(family != "deepseek_v3" || c.tokens[STARVED] == 0);
+            for (e, n) in c.tokens.iter().enumerate() {
+                let of = format!("model.layers.{}.{}.experts.{e}.", c.block, experts.names.mlp);
+                let records: Vec<_> = record.layers.iter().filter(|l| l.name.starts_with(&of)).collect();
+                assert_eq!(records.len(), 3, "{family} {of}");
+                for l in records {
+                    assert_eq!(l.tokens, *n, "{family} {}", l.name);
+                    let said = l.events.iter().any(|e| e.contains(&format!("expert: {n} of the {} tokens", c.needed)));
+                    assert_eq!(said, *n < c.needed, "{family} {}: {:?}", l.name, l.events);
+                    events += usize::from(said);
+                }
+            }
+        }
+        assert!(events > 0, "{family}");
+
+        let (ckpt, source) = (Checkpoint::open(&to).unwrap(), Checkpoint::open(&from).unwrap());
+        let done = verify(&ckpt, Some(&record), Some(&source)).unwrap();
+        assert!(done.packed_linears >= 3 * experts.count * sparse.len(), "{family}: {done:?}");
+        assert_eq!(ckpt.store.iter().map(|(_, t)| t.data.as_slice().len() as u64).sum::<u64>(), after, "{family}");
+        let ignored = &ckpt.quantization.as_ref().unwrap().ignore;
+        for block in &sparse {
+            let router = format!("model.layers.{block}.{}.gate", experts.names.mlp);
+            assert!(ignored.contains(&router) && ckpt.has_weight(&router), "{family}: {ignored:?}");
+            let expert = format!("model.layers.{block}.{}.experts.0.{}", experts.names.mlp, experts.names.down);
+            assert!(ckpt.store.find(&format!("{expert}.weight_packed")).is_some(), "{family}");
+        }
+        let gate = format!("model.layers.{}.mlp.shared_expert_gate", sparse[0]);
+        assert_eq!(ignored.contains(&gate), family == "qwen2_moe");
+        // Four bits in groups of eight change a weight by some 7 % of its group's largest; a few layers add up, and a token that goes to
+        // another expert differs by more.
+        let d = distance(&logits(&to), &logits(&from));
+        assert!(d > 0.0 && d < 0.5, "{family}: {d}");
+    }
+}
+
+#[test]
+fn passes_over_the_experts_and_offloading_change_no_byte() {
+    for (family, method) in [("deepseek_v3", Method::Best), ("qwen2_moe", Method::Fast)] {
+        let tmp = tempfile::tempdir().unwrap();
+        let from = tmp.path().join("from");
+        original(&from, family);
+        let at = |name: &str, options: &QuantizeOptions| {
+            let to = tmp.path().join(name);
+            let (record, _) = run(&from, &to, options).unwrap();
+            assert!(record.layers.iter().all(|l| l.proxy_loss.is_finite() && l.relative_error < 0.5), "{family}");
+            std::fs::read(to.join("model.safetensors")).unwrap()
+        };
+        let whole = at("whole", &options(method));
+        let one = QuantizeOptions { expert_bytes: 1, offload: Some(tmp.path().join("disk")), ..options(method) };
+        assert!(whole == at("one by one", &one), "{family}");
+        let d = distance(&logits(&tmp.path().join("whole")), &logits(&from));
+        assert!(d > 0.0 && d < 0.5, "{family}: {d}");
+    }
+}
+
+#[test]
+fn strict_takes_no_starved_expert() {
+    let tmp = tempfile::tempdir().unwrap();
+    let from = tmp.path().join("from");
+    original(&from, "deepseek_v3");
+    let strict = QuantizeOptions { strict: true, ..options(Method::Gptq) };
+    let error = run(&from, &tmp.path().join("to"), &strict).unwrap_err();
+    assert!(matches!(error, QuantizeError::Strict { .. }), "{error}");
+    assert!(!tmp.path().join("to").exists());
+    // Rounding asks for no data, so nothing starves.
+    let (record, _) =
+        run(&from, &tmp.path().join("rtn"), &QuantizeOptions { strict: true, ..options(Method::Rtn) }).unwrap();
+    assert!(record.experts.is_empty());
+}
+
+#[test]
+fn the_plan_states_what_experts_cost_and_refuses_half_a_block() {
+    let tmp = tempfile::tempdir().unwrap();
+    original(tmp.path(), "qwen3_moe");
+    let ckpt = Checkpoint::open(tmp.path()).unwrap();
+    let made = plan::make(&ckpt, &options(Method::Gptq), None, 384).unwrap();
+    let experts = made.record.experts.unwrap();
+    assert_eq!((experts.experts, experts.at_once, experts.passes, experts.tokens_needed), (16, 16, 1, 32));
+    // Gate and up: 32² f32 an expert, which is more than twice down's 16².
+    assert_eq!(experts.hessian_bytes, 16 * 32 * 32 * 4);
+    let few = QuantizeOptions { expert_bytes: 3 * 32 * 32 * 4, ..options(Method::Gptq) };
+    let made = plan::make(&ckpt, &few, None, 384).unwrap();
+    assert_eq!(made.record.experts.map(|e| (e.at_once, e.passes)), Some((3, 6)));
+    let router = made.record.tensors.iter().find(|t| t.name == "model.layers.1.mlp.gate.weight").unwrap();
+    assert_eq!((router.action.as_str(), router.before_bytes), ("keep", router.after_bytes));
+    let all: Vec<&str> = made.record.sizes.iter().map(|s| s.component.as_str()).collect();
+    assert!(all.contains(&"experts"), "{all:?}");
+
+    let refused = |options: &QuantizeOptions| match plan::make(&ckpt, options, None, 384) {
+        Err(QuantizeError::Plan { summary, offenders, .. }) => json!([summary, offenders]).to_string(),
+        Ok(_) => panic!("accepted"),
+        Err(e) => panic!("{e}"),
+    };
+    let one = QuantizeOptions { ignore: vec![r"re:.*layers\.1\..*experts\.7\..*".into()], ..options(Method::Gptq) };
+    let error = refused(&one);
+    assert!(error.contains("block 1, experts: 3 of 48 ignored"), "{error}");
+    let scheme = Scheme::parse("w4a16", GroupSize::Cols(32), true).unwrap();
+    let error = refused(&QuantizeOptions { scheme, ..options(Method::Gptq) });
+    assert!(error.contains("mlp.experts.*.down_proj in 2 of 4 blocks: in = 16"), "{error}");
+}

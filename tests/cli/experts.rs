@@ -1,0 +1,91 @@
+//! A mixture of experts through the commands.
+
+#[path = "../../model/tests/experts/weights.rs"]
+mod weights;
+
+use std::path::{Path, PathBuf};
+
+use super::{demo, json, lowbit, ok, root, stderr};
+
+/// A tiny random model with the demo's tokenizer; hardly a token goes to expert 3.
+fn model(tmp: &Path, family: &str) -> PathBuf {
+    let dir = tmp.join(family);
+    let mut config = weights::config_of(family);
+    config["vocab_size"] = 2048.into();
+    let mut tensors = weights::tensors(&config);
+    for (name, t) in &mut tensors {
+        if name.ends_with("gate.weight") {
+            let n = t.shape[1];
+            t.values[3 * n..4 * n].fill(0.0);
+        }
+    }
+    weights::write(&dir, &config, &tensors);
+    for file in ["tokenizer.json", "tokenizer_config.json"] {
+        std::fs::copy(demo().join(file), dir.join(file)).unwrap();
+    }
+    dir
+}
+
+#[test]
+fn coverage_is_told_recorded_and_strict() {
+    let tmp = tempfile::tempdir().unwrap();
+    let (dir, out) = (model(tmp.path(), "qwen3_moe"), tmp.path().join("out"));
+    let command = |name: &str| {
+        let mut c = lowbit(tmp.path());
+        c.args(["--device", "cpu", name]).arg(&dir).args(["--samples", "12", "--seq-len", "32", "--group-size", "8"]);
+        c.arg("--calib").arg(root().join("assets/demo-text/evaluation.txt"));
+        c
+    };
+    let plan = ok(&mut command("plan"));
+    let text = String::from_utf8(plan.stdout).unwrap();
+    assert!(text.contains("16 experts a block, 4 a token") && text.contains("an expert needs 32 tokens"), "{text}");
+
+    let done = ok(command("quantize").arg("-o").arg(&out));
+    let text = String::from_utf8(done.stdout.clone()).unwrap();
+    assert!(text.contains("fewest tokens") && text.contains("starved"), "{text}");
+    let said = stderr(&done);
+    assert!(said.contains("experts are starved of calibration tokens"), "{said}");
+    let of_three =
+        |l: &str| l.contains("layers.1.mlp.experts.3.gate_proj: ") && l.contains("of the 32 tokens it needs");
+    assert!(said.lines().any(of_three), "{said}");
+    let record = json(&out.join("quantize.json"));
+    let experts = record["experts"].as_array().unwrap();
+    assert_eq!(experts.iter().map(|e| e["block"].as_u64().unwrap()).collect::<Vec<_>>(), [1, 3]);
+    for e in experts {
+        let tokens: Vec<u64> = serde_json::from_value(e["tokens"].clone()).unwrap();
+        assert_eq!((tokens.len(), tokens.iter().sum::<u64>()), (16, 12 * 32 * 4));
+        assert!(tokens[3] < 32 && e["starved"].as_u64().unwrap() > 0, "{tokens:?}");
+    }
+    ok(lowbit(tmp.path()).args(["--quiet", "verify"]).arg(&out).arg("--original").arg(&dir));
+    let inspected = ok(lowbit(tmp.path()).args(["--quiet", "inspect"]).arg(&out));
+    let text = String::from_utf8(inspected.stdout).unwrap();
+    assert!(text.contains("16 experts of 16, 4 a token, in 2 layers"), "{text}");
+
+    let strict = command("quantize").arg("--strict").arg("-o").arg(tmp.path().join("strict")).output().unwrap();
+    assert_eq!(strict.status.code(), Some(3), "{}", stderr(&strict));
+    assert!(stderr(&strict).contains("of the 32 tokens it needs"), "{}", stderr(&strict));
+    assert!(!tmp.path().join("strict").exists());
+}
+
+#[test]
+fn other_formats_carry_experts() {
+    let tmp = tempfile::tempdir().unwrap();
+    let (dir, out) = (model(tmp.path(), "mixtral"), tmp.path().join("out"));
+    ok(lowbit(tmp.path())
+        .args(["--quiet", "quantize", "--method", "rtn", "--group-size", "16", "-o"])
+        .arg(&out)
+        .arg(&dir));
+    let ignore = &json(&out.join("config.json"))["quantization_config"]["ignore"];
+    assert!(ignore.as_array().unwrap().contains(&"model.layers.1.block_sparse_moe.gate".into()), "{ignore}");
+    for format in ["gptq", "bf16"] {
+        let to = tmp.path().join(format);
+        ok(lowbit(tmp.path()).args(["--quiet", "convert", "--format", format, "-o"]).arg(&to).arg(&out));
+        ok(lowbit(tmp.path()).args(["--quiet", "verify"]).arg(&to));
+    }
+    let config = json(&tmp.path().join("gptq/config.json"));
+    let rules = config["quantization_config"]["dynamic"].as_object().unwrap();
+    assert!(rules.contains_key(r"-:^model\.layers\.0\.block_sparse_moe\.gate$"), "{rules:?}");
+
+    let estimate = lowbit(tmp.path()).args(["capacity", "--estimate", "--model"]).arg(&dir).output().unwrap();
+    assert!(stderr(&estimate).contains("not `mixtral`"), "{}", stderr(&estimate));
+}
