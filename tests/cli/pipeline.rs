@@ -219,8 +219,8 @@ fn best_is_closer_than_gptq_at_every_width() {
     let tmp = tempfile::tempdir().unwrap();
     let text = root().join("assets/demo-text/evaluation.txt");
     let kl = |method: &str, scheme: &str, more: &[&str]| {
-        // Another text than the one KL is taken on.
-        let calib = ["--calib", "self", "--samples", "16", "--seq-len", "128"];
+        // Another text than the one KL is taken on; on half of it the corrected targets follow its noise, and the two are within a percent.
+        let calib = ["--calib", "self", "--samples", "32", "--seq-len", "128"];
         let args = [&["--method", method, "--scheme", scheme, "--group-size", "64", "--force"], more].concat();
         let out = tmp.path().join("model");
         ok(lowbit(tmp.path()).args(["--quiet", "quantize"]).arg(demo()).arg("-o").arg(&out).args(calib).args(args));
