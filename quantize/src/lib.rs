@@ -1,5 +1,6 @@
 //! How weights change: the plan, one pure file per algorithm, and the driver that streams a model through them.
 
+pub mod budget;
 pub mod descent;
 pub mod driver;
 pub mod error;
@@ -8,6 +9,7 @@ pub mod gptq;
 pub mod loss;
 pub mod plan;
 pub mod record;
+pub mod resume;
 mod room;
 pub mod rtn;
 pub mod scale_search;
@@ -18,3 +20,4 @@ pub mod verify;
 pub use driver::{Outcome, Progress, Silent, quantize};
 pub use error::{QuantizeError, Result};
 pub use plan::{Method, Plan, QuantizeOptions};
+pub use resume::Resume;

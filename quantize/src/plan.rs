@@ -14,6 +14,7 @@ use lowbit_model::block::linear_shapes;
 use lowbit_model::decoder;
 use serde_json::Value;
 
+use crate::budget::BudgetRecord;
 use crate::error::{QuantizeError, Result};
 use crate::record::{ComponentSize, PlanRecord, PlannedTensor};
 use crate::room;
@@ -108,6 +109,8 @@ pub struct QuantizeOptions {
     pub shard_bytes: u64,
     /// Folder for the carried activations; in memory when absent. Does not change the result.
     pub offload: Option<PathBuf>,
+    /// Scheme of single modules, by full name, in the place of `scheme` (and of a table's 8 bits): a budget's choice.
+    pub chosen: BTreeMap<String, Scheme>,
 }
 
 impl QuantizeOptions {
@@ -127,6 +130,7 @@ impl QuantizeOptions {
             strict: false,
             shard_bytes: DEFAULT_SHARD_BYTES,
             offload: None,
+            chosen: BTreeMap::new(),
         }
     }
 
@@ -203,6 +207,18 @@ pub struct Plan {
     pub config: Value,
     /// The record (provenance still empty).
     pub record: PlanRecord,
+}
+
+impl Plan {
+    /// Adds what a budget was spent on, and each linear's share of it as its reason.
+    pub fn explain(&mut self, budget: BudgetRecord) {
+        for t in self.record.tensors.iter_mut().filter(|t| t.action == "quantize") {
+            if let Some(reason) = budget.reason(t.name.trim_end_matches(".weight")) {
+                t.reason = format!("{}; {reason}", t.reason);
+            }
+        }
+        self.record.budget = Some(budget);
+    }
 }
 
 /// `embedding`, `attention`, `mlp`, `norms`, `lm_head` or `other`.
@@ -283,7 +299,8 @@ pub fn make(
                 entry.0 += 1;
                 continue;
             }
-            if options.scheme.groups(s.in_features).is_err() {
+            let scheme = options.chosen.get(&module).copied().unwrap_or(options.scheme);
+            if scheme.groups(s.in_features).is_err() {
                 offenders.entry((s.in_features, s.suffix)).or_default().push(block);
                 continue;
             }
@@ -291,7 +308,7 @@ pub fn make(
                 source: module.clone(),
                 module,
                 block: Some(block),
-                scheme: options.scheme,
+                scheme,
                 out_features: s.out_features,
                 in_features: s.in_features,
             });
@@ -316,10 +333,10 @@ pub fn make(
     // One scale per 64 columns adds 3 % to the codes and is what 8-bit kernels like.
     let group = if c.hidden_size.is_multiple_of(64) { GroupSize::Cols(64) } else { GroupSize::PerChannel };
     let table = |module: String, source: String| PlannedLinear {
+        scheme: options.chosen.get(&module).copied().unwrap_or(Scheme { bits: 8, symmetric: true, group }),
         module,
         source,
         block: None,
-        scheme: Scheme { bits: 8, symmetric: true, group },
         out_features: c.vocab_size,
         in_features: c.hidden_size,
     };
@@ -349,7 +366,7 @@ pub fn make(
         });
     }
     if options.format != PackFormat::CompressedTensors
-        && (linears.iter().any(|l| l.block.is_none())
+        && (linears.iter().any(|l| l.block.is_none() || l.scheme != options.scheme)
             || linears.iter().any(|l| !(l.out_features * l.scheme.bits as usize).is_multiple_of(32)))
     {
         return Err(QuantizeError::Plan {
@@ -482,6 +499,7 @@ fn assemble(
         ),
         quantized_linears: quantized,
         kept_linears: reasons.len(),
+        budget: None,
         sizes: sizes.into_values().collect(),
         tensors,
     };
@@ -503,6 +521,33 @@ fn peak_memory(ckpt: &Checkpoint, tokens: usize, recipe: Recipe) -> u64 {
     carried + hessian + matrix + table
 }
 
+/// Modules that share a scheme.
+struct Rule {
+    scheme: Scheme,
+    table: bool,
+    targets: Vec<String>,
+}
+
+/// Tables by name, then `Linear` where the blocks have one scheme, and every module by name where they have several.
+fn rules(options: &QuantizeOptions, linears: &[PlannedLinear]) -> Vec<Rule> {
+    let mut rules: Vec<Rule> = Vec::new();
+    let (tables, blocks): (Vec<&PlannedLinear>, Vec<_>) = linears.iter().partition(|l| l.block.is_none());
+    for l in tables.iter().chain(&blocks) {
+        let table = l.block.is_none();
+        match rules.iter_mut().find(|r| r.scheme == l.scheme && r.table == table) {
+            Some(r) => r.targets.push(l.module.clone()),
+            None => rules.push(Rule { scheme: l.scheme, table, targets: vec![l.module.clone()] }),
+        }
+    }
+    let linear = vec!["Linear".to_string()];
+    match rules.iter().filter(|r| !r.table).count() {
+        0 => rules.push(Rule { scheme: options.scheme, table: false, targets: linear }),
+        1 => rules.iter_mut().filter(|r| !r.table).for_each(|r| r.targets.clone_from(&linear)),
+        _ => {}
+    }
+    rules
+}
+
 fn written_config(
     ckpt: &Checkpoint,
     options: &QuantizeOptions,
@@ -517,24 +562,16 @@ fn written_config(
     let q = match options.format {
         PackFormat::CompressedTensors => {
             let observer = if options.scale_search == ScaleSearch::Hessian { "mse" } else { "memoryless_minmax" };
-            let mut groups = vec![WrittenGroup {
-                scheme: options.scheme,
-                targets: vec!["Linear".into()],
-                observer,
-                static_act_order: options.act_order && options.method.calibrated(),
-            }];
-            if let Some(first) = tables.first() {
-                // The narrow targets first: loaders take the first rule that matches.
-                groups.insert(
-                    0,
-                    WrittenGroup {
-                        scheme: first.scheme,
-                        targets: tables.iter().map(|t| t.module.clone()).collect(),
-                        observer,
-                        static_act_order: false,
-                    },
-                );
-            }
+            // The narrow targets first: loaders take the first rule that matches.
+            let groups: Vec<WrittenGroup> = rules(options, linears)
+                .into_iter()
+                .map(|r| WrittenGroup {
+                    scheme: r.scheme,
+                    targets: r.targets,
+                    observer,
+                    static_act_order: !r.table && options.act_order && options.method.calibrated(),
+                })
+                .collect();
             if !tables.iter().any(|t| t.module == head_module) {
                 ignore.push(head_module.into());
             }

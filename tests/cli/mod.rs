@@ -5,6 +5,7 @@ use std::process::{Command, Output};
 
 mod architecture;
 mod bench;
+mod budget;
 mod docs;
 mod drift;
 mod emulated;
@@ -17,6 +18,7 @@ mod hardship;
 mod load;
 mod mistakes;
 mod pipeline;
+mod resume;
 mod scores;
 mod serve;
 mod serve_scripts;

@@ -108,6 +108,7 @@ pub fn quantize() -> QuantizeRecord {
         seconds: 754.0,
         stage_seconds: BTreeMap::from([("calibrate".into(), 401.0), ("solve".into(), 340.2)]),
         peak_rss_bytes: Some(3_210_000_000),
+        budget: None,
     }
 }
 
@@ -123,6 +124,7 @@ pub fn plan() -> PlanRecord {
         peak_memory_bytes: 3_000_000_000,
         quantized_linears: 168,
         kept_linears: 1,
+        budget: None,
     }
 }
 
