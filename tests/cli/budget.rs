@@ -52,7 +52,8 @@ fn a_budget_beats_one_scheme_of_the_same_size() {
     ok(lowbit(tmp.path()).arg("verify").arg(&mixed).arg("--original").arg(demo()));
 
     // Another text than the calibration's.
-    let other = root().join("tests/cli/budget.rs");
+    let other = tmp.path().join("other.txt");
+    std::fs::copy(root().join("README.md"), &other).unwrap();
     let kl = |model: &Path, name: &str| {
         let out = tmp.path().join(name);
         let mut c = lowbit(tmp.path());
