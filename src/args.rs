@@ -1,5 +1,6 @@
 //! What was typed: clap only, no files touched. One file, because commands share groups of options, and help is read as a whole.
 
+mod budget;
 mod endpoint;
 mod serving;
 
@@ -7,6 +8,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+pub use budget::BudgetArgs;
 pub use endpoint::{EndpointArgs, JudgeArgs};
 pub use serving::{CapacityArgs, CompareArgs, EndpointArg, KvCacheArg, LoadArgs, ServeArgs, ToolArg};
 
@@ -174,10 +176,10 @@ pub struct QuantOptions {
     /// Never write a negative scale (for engines that refuse them).
     #[arg(long)]
     pub unsigned_scales: bool,
-    /// `w8`: quantize lm_head to 8 bits (untied when it shares the embedding's matrix); `keep` leaves it.
+    /// `w8`: quantize lm_head to 8 bits (untied when it shares the embedding's matrix); `auto`: as a budget decides; `keep` leaves it.
     #[arg(long, value_enum, default_value_t = HeadArg::Keep)]
     pub head: HeadArg,
-    /// `w8`: quantize the token embedding to 8 bits (a tied one needs --head w8 as well); lowbit reads it, transformers 5.17 does not. `keep` leaves it.
+    /// `w8`: quantize the token embedding to 8 bits (a tied one needs --head w8 as well); lowbit reads it, transformers 5.17 does not. `auto`: as a budget decides; `keep` leaves it.
     #[arg(long, value_enum, default_value_t = HeadArg::Keep)]
     pub embedding: HeadArg,
     /// Modules to leave alone: names, or `re:` patterns.
@@ -204,6 +206,11 @@ pub struct QuantOptions {
     /// Largest shard in megabytes (10^6 bytes).
     #[arg(long, default_value_t = 5000)]
     pub shard_mb: u64,
+    #[command(flatten)]
+    pub budget: BudgetArgs,
+    /// Options from a file: a recipe.toml of an earlier run, or a recipe of llm-compressor (.yaml) where it maps. What is typed wins.
+    #[arg(long, value_name = "FILE")]
+    pub recipe: Option<PathBuf>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -234,6 +241,8 @@ pub enum HeadArg {
     Keep,
     /// 8 bits.
     W8,
+    /// 4 to 8 bits or full precision, as a budget decides.
+    Auto,
 }
 
 #[derive(Args, Debug)]
@@ -338,6 +347,9 @@ pub struct QuantizeArgs {
     /// Replace an existing output.
     #[arg(long)]
     pub force: bool,
+    /// Solve every block anew, also those that a stopped run of the same command solved.
+    #[arg(long)]
+    pub fresh: bool,
 }
 
 #[derive(Args, Debug)]

@@ -3,6 +3,7 @@
 use std::io::Write;
 use std::process::ExitCode;
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use lowbit_calibration::CalibrationError;
 use lowbit_checkpoint::CheckpointError;
@@ -37,6 +38,14 @@ impl std::error::Error for VerdictError {}
 /// What an interrupted command leaves, and how to go on.
 static RESUME: OnceLock<&'static str> = OnceLock::new();
 
+/// Whether the quantization at work starts over after an interrupt.
+static NO_BLOCKS: AtomicBool = AtomicBool::new(false);
+
+/// Sets whether [`interrupted`] says that the quantization starts over.
+pub fn starts_over(yes: bool) {
+    NO_BLOCKS.store(yes, Ordering::SeqCst);
+}
+
 /// Sets what [`interrupted`] says beside the fact.
 pub fn on_interrupt(hint: &'static str) {
     let _ = RESUME.set(hint);
@@ -50,7 +59,11 @@ pub fn talk(text: &str) {
 /// Says that the user stopped the command, and how to go on; returns the exit code.
 pub fn interrupted() -> u8 {
     talk("error: interrupted");
-    if let Some(hint) = RESUME.get() {
+    if NO_BLOCKS.load(Ordering::SeqCst) {
+        talk(
+            "hint: give the same command again; the quantization of a model with experts or latent attention starts over",
+        );
+    } else if let Some(hint) = RESUME.get() {
         talk(&format!("hint: {hint}"));
     }
     INTERRUPTED

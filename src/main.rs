@@ -14,16 +14,19 @@ mod exit;
 mod models;
 mod progress;
 mod provenance;
+mod recipe;
 
 use std::process::ExitCode;
 
-use clap::Parser;
-
 fn main() -> ExitCode {
     lowbit_kernels::cpu::keep_freed_memory();
-    let cli = match args::Cli::try_parse() {
-        Ok(cli) => cli,
-        Err(e) => {
+    let cli = match recipe::parse(std::env::args_os().collect()) {
+        Ok((cli, matches)) => {
+            recipe::remember(matches);
+            cli
+        }
+        Err(recipe::ParseError::Recipe(e)) => return exit::report(&e),
+        Err(recipe::ParseError::Usage(e)) => {
             let code = if e.use_stderr() { exit::BAD_INPUT } else { 0 };
             // A closed pipe on stdout or stderr is nobody's failure.
             let _ = e.print();

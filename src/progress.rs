@@ -10,13 +10,14 @@ use lowbit_quantize::Progress;
 /// Draws one bar at a time.
 pub struct Bars {
     visible: bool,
+    quiet: bool,
     current: Mutex<Option<ProgressBar>>,
 }
 
 impl Bars {
     /// Bars when stderr is a terminal and `quiet` is off.
     pub fn new(quiet: bool) -> Self {
-        Self { visible: !quiet && std::io::stderr().is_terminal(), current: Mutex::new(None) }
+        Self { visible: !quiet && std::io::stderr().is_terminal(), quiet, current: Mutex::new(None) }
     }
 
     fn replace(&self, bar: Option<ProgressBar>) {
@@ -76,6 +77,13 @@ impl Progress for Bars {
 
     fn detail(&self, text: &str) {
         self.with(|b| b.set_message(text.to_string()));
+    }
+
+    fn say(&self, text: &str) {
+        self.clear();
+        if !self.quiet {
+            crate::exit::talk(text);
+        }
     }
 }
 

@@ -258,6 +258,31 @@ impl<'a> SequentialPass<'a> {
         self.segments.len()
     }
 
+    /// Runs one block whose linears are quantized already: what [`Self::run_block`] leaves for the next block, bit for bit, without
+    /// the statistics. Calls `tick` once per chunk.
+    pub fn replay_block<E: From<CalibrationError>>(
+        &mut self,
+        block: &Block,
+        original: Option<&Block>,
+        tick: &mut dyn FnMut() -> std::result::Result<(), E>,
+    ) -> std::result::Result<(), E> {
+        let original = match (self.options.float_stream, original) {
+            (true, None) => return Err(CalibrationError::NoOriginal { block: block.index }.into()),
+            (true, some) => some,
+            (false, _) => None,
+        };
+        for i in 0..self.segments.len() {
+            let x = advance(self.backend, block, self.x.load(i)?, &self.segments[i], self.window_tokens)?;
+            self.x.store(i, x)?;
+            if let Some(o) = original {
+                let xf = advance(self.backend, o, self.float.load(i)?, &self.segments[i], self.window_tokens)?;
+                self.float.store(i, xf)?;
+            }
+            tick()?;
+        }
+        Ok(())
+    }
+
     /// Calls of `tick` one block makes.
     pub fn ticks_per_block(&self) -> u64 {
         4 * self.segments.len() as u64
@@ -298,6 +323,21 @@ fn attend(b: &dyn Backend, block: &Block, x: &Buffer, segments: &[Segment], wind
 
 fn activate(b: &dyn Backend, block: &Block, x: &Buffer) -> Result<Buffer> {
     Ok(block.mlp_activation(b, &block.mlp_input(b, x)?)?)
+}
+
+/// The residual stream after `block`, from that before it; `window` is the longest segment's tokens.
+pub fn advance(b: &dyn Backend, block: &Block, mut x: Buffer, segments: &[Segment], window: usize) -> Result<Buffer> {
+    let y = attend(b, block, &x, segments, window)?;
+    block.attention_residual(b, &mut x, &y)?;
+    if let Some(experts) = block.experts() {
+        let input = block.mlp_input(b, &x)?;
+        let routing = experts.route(b, &input)?;
+        b.add_assign(&mut x, &block.experts_output(b, &input, &routing)?)?;
+        return Ok(x);
+    }
+    let y = activate(b, block, &x)?;
+    block.mlp_residual(b, &mut x, &y)?;
+    Ok(x)
 }
 
 pub(crate) fn wrap(e: ModelError) -> CalibrationError {

@@ -46,6 +46,18 @@ impl Mapped {
         Ok(Self { path: path.to_path_buf(), file, stamp, map, told })
     }
 
+    /// Gives the memory of a part back to the system; reading it again reads the file again. A part that is not of this map, and
+    /// a system that will not, change nothing.
+    pub fn release(&self, part: &[u8]) {
+        let start = (part.as_ptr() as usize).wrapping_sub(self.map.as_ptr() as usize);
+        if part.is_empty() || start.checked_add(part.len()).is_none_or(|end| end > self.map.len()) {
+            return;
+        }
+        // SAFETY: the map is read-only and backed by a file, so a page that is dropped is read from the file when it is next
+        // touched: no value changes. Pages at the ends, shared with neighbours, are dropped and read again alike.
+        let _ = unsafe { self.map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, start, part.len()) };
+    }
+
     /// Fails when the file has another length or time of modification than when it was mapped.
     pub fn unchanged(&self) -> Result<()> {
         let now = stamp(&self.file.metadata().map_err(|e| CheckpointError::io(&self.path, e))?);

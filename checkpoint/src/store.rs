@@ -33,6 +33,18 @@ impl StoredTensor {
         }
     }
 
+    /// The first float that is NaN or infinite, and its place, without a copy of the tensor.
+    pub fn first_not_finite(&self) -> Option<(usize, f32)> {
+        let b = self.data.as_slice();
+        let bad = |(i, x): (usize, f32)| (!x.is_finite()).then_some((i, x));
+        let (twos, fours) = (b.as_chunks::<2>().0.iter(), b.as_chunks::<4>().0.iter());
+        match self.float_type()? {
+            FloatType::F32 => fours.map(|c| f32::from_le_bytes(*c)).enumerate().find_map(bad),
+            FloatType::F16 => twos.map(|c| half::f16::from_le_bytes(*c).to_f32()).enumerate().find_map(bad),
+            FloatType::Bf16 => twos.map(|c| half::bf16::from_le_bytes(*c).to_f32()).enumerate().find_map(bad),
+        }
+    }
+
     /// All elements as f32 (for vectors and solver inputs, never for a whole model).
     pub fn to_f32(&self) -> Option<Vec<f32>> {
         let b = self.data.as_slice();
@@ -130,6 +142,14 @@ impl TensorStore {
     /// Fails when a file was changed since it was opened: what was made of it must not be kept.
     pub fn unchanged(&self) -> Result<()> {
         self.maps.iter().try_for_each(|m| m.unchanged())
+    }
+
+    /// Gives the memory of the tensors whose names start with `prefix` back to the system: pages of a mapped file that were read
+    /// count as this process's until then. They can be read again.
+    pub fn release(&self, prefix: &str) {
+        for (_, t) in self.tensors.range(prefix.to_string()..).take_while(|(n, _)| n.starts_with(prefix)) {
+            self.maps.iter().for_each(|m| m.release(t.data.as_slice()));
+        }
     }
 
     /// A tensor that may be absent.

@@ -2,18 +2,23 @@
 //!
 //! All names, dtypes and shapes are declared first, so headers, shard boundaries and the index are exact before the first
 //! byte; tensors may then arrive in any order. Everything lands in a sibling folder that [`CheckpointWriter::finish`]
-//! puts in place; dropping the writer removes it, and the next writer removes what a killed process left.
+//! puts in place; dropping the writer removes it, and the next writer removes what a killed process left. A writer made by
+//! [`CheckpointWriter::resume`] goes on with what is there instead, entry by entry ([`CheckpointWriter::keep`]).
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::{Seek, SeekFrom, Write};
+use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 use safetensors::Dtype;
 
 use crate::error::{CheckpointError, Result};
+use crate::hash::sha256_hex;
 
+mod journal;
 mod place;
+
+pub use journal::Kept;
 
 /// A tensor to come.
 #[derive(Clone, Debug)]
@@ -39,6 +44,8 @@ struct Slot {
     offset: u64,
     bytes: u64,
     written: bool,
+    /// Of what was written, where entries are kept.
+    sha256: Option<String>,
 }
 
 /// Writes one checkpoint folder.
@@ -51,6 +58,12 @@ pub struct CheckpointWriter {
     slots: BTreeMap<String, Slot>,
     force: bool,
     finished: bool,
+    /// Of its inputs, where entries are kept.
+    key: Option<String>,
+    /// Entries kept.
+    entries: usize,
+    /// Whether an unfinished checkpoint of other inputs was there.
+    replaced: bool,
 }
 
 /// Default shard size: 5 GB, as transformers.
@@ -59,7 +72,35 @@ pub const DEFAULT_SHARD_BYTES: u64 = 5_000_000_000;
 impl CheckpointWriter {
     /// Starts `target`. An existing target is refused unless `force`; then a checkpoint is replaced, at [`Self::finish`], and
     /// anything else is refused all the same. What a killed process left beside the target is removed.
-    pub fn create(target: &Path, mut tensors: Vec<Declared>, shard_bytes: u64, force: bool) -> Result<Self> {
+    pub fn create(target: &Path, tensors: Vec<Declared>, shard_bytes: u64, force: bool) -> Result<Self> {
+        Self::begin(target, tensors, shard_bytes, force, None, true)
+    }
+
+    /// As [`Self::create`], for work that is kept entry by entry: an unfinished checkpoint of the same `key` and layout is gone
+    /// on with, unless `fresh`. Once an entry is kept, dropping the writer leaves the unfinished folder for the next one.
+    pub fn resume(
+        target: &Path,
+        tensors: Vec<Declared>,
+        shard_bytes: u64,
+        force: bool,
+        key: &str,
+        fresh: bool,
+    ) -> Result<Self> {
+        let mut layout = format!("{key}\n{shard_bytes}\n");
+        for t in &tensors {
+            layout.push_str(&format!("{} {:?} {:?}\n", t.name, t.dtype, t.shape));
+        }
+        Self::begin(target, tensors, shard_bytes, force, Some(sha256_hex(layout.as_bytes())), fresh)
+    }
+
+    fn begin(
+        target: &Path,
+        mut tensors: Vec<Declared>,
+        shard_bytes: u64,
+        force: bool,
+        key: Option<String>,
+        fresh: bool,
+    ) -> Result<Self> {
         let target = &place::followed(target);
         let partial = partial_path(target)?;
         if let Some(parent) = partial.parent() {
@@ -67,7 +108,11 @@ impl CheckpointWriter {
         }
         place::recover(target, &place::old_path(&partial))?;
         place::refuse(target, force)?;
-        let lock = place::claim(target, &partial)?;
+        let same = |folder: &Path| !fresh && key.as_ref().is_some_and(|k| journal::has_key(folder, k));
+        let place::Claimed { lock, kept, replaced } = place::claim(target, &partial, &same)?;
+        if let Some(key) = &key {
+            journal::begin(&partial, key)?;
+        }
         let mut writer = Self {
             target: target.to_path_buf(),
             partial,
@@ -76,6 +121,9 @@ impl CheckpointWriter {
             slots: BTreeMap::new(),
             force,
             finished: false,
+            key,
+            entries: 0,
+            replaced: replaced && !fresh,
         };
         tensors.sort_by(|a, b| a.name.cmp(&b.name));
         let mut shards: Vec<Vec<Declared>> = vec![Vec::new()];
@@ -98,7 +146,7 @@ impl CheckpointWriter {
             } else {
                 format!("model-{:05}-of-{count:05}.safetensors", i + 1)
             };
-            writer.start_shard(&name, shard)?;
+            writer.start_shard(&name, shard, kept)?;
         }
         if count > 1 {
             writer.write_index()?;
@@ -106,7 +154,12 @@ impl CheckpointWriter {
         Ok(writer)
     }
 
-    fn start_shard(&mut self, name: &str, tensors: &[Declared]) -> Result<()> {
+    /// Whether an unfinished checkpoint of other inputs or options was replaced.
+    pub fn replaced_unfinished(&self) -> bool {
+        self.replaced
+    }
+
+    fn start_shard(&mut self, name: &str, tensors: &[Declared], kept: bool) -> Result<()> {
         let path = self.partial.join(name);
         let mut header = serde_json::Map::new();
         header.insert("__metadata__".into(), serde_json::json!({"format": "pt"}));
@@ -125,16 +178,22 @@ impl CheckpointWriter {
             text.push(b' ');
         }
         let base = 8 + text.len() as u64;
-        let mut file = File::create(&path).map_err(|e| CheckpointError::io(&path, e))?;
-        let write = |file: &mut File| -> std::io::Result<()> {
-            file.write_all(&(text.len() as u64).to_le_bytes())?;
-            file.write_all(&text)?;
-            file.set_len(base + at)
+        let start = [(text.len() as u64).to_le_bytes().as_slice(), &text].concat();
+        let begin = || -> std::io::Result<File> {
+            let mut file = File::options().read(true).write(true).create(true).truncate(!kept).open(&path)?;
+            let mut found = vec![0u8; start.len()];
+            if file.metadata()?.len() != base + at || file.read_exact(&mut found).is_err() || found != start {
+                file.set_len(0)?;
+                file.seek(SeekFrom::Start(0))?;
+                file.write_all(&start)?;
+                file.set_len(base + at)?;
+            }
+            Ok(file)
         };
-        write(&mut file).map_err(|e| CheckpointError::io(&path, e))?;
+        let file = begin().map_err(|e| CheckpointError::io(&path, e))?;
         let mut offset = base;
         for t in tensors {
-            let slot = Slot { file: self.files.len(), offset, bytes: t.bytes(), written: false };
+            let slot = Slot { file: self.files.len(), offset, bytes: t.bytes(), written: false, sha256: None };
             offset += t.bytes();
             if self.slots.insert(t.name.clone(), slot).is_some() {
                 return Err(CheckpointError::invalid(&path, format!("tensor `{}` is declared twice", t.name)));
@@ -176,6 +235,7 @@ impl CheckpointWriter {
             .and_then(|_| file.write_all(data))
             .map_err(|e| CheckpointError::io(path, e))?;
         slot.written = true;
+        slot.sha256 = self.key.is_some().then(|| sha256_hex(data));
         Ok(())
     }
 
@@ -219,9 +279,13 @@ impl CheckpointWriter {
         };
         for entry in std::fs::read_dir(&self.partial).map_err(io(&self.partial))? {
             let path = entry.map_err(io(&self.partial))?.path();
+            if path.is_dir() {
+                continue;
+            }
             File::open(&path).and_then(|f| f.sync_all()).map_err(io(&path))?;
         }
         place::refuse(&self.target, self.force)?;
+        journal::end(&self.partial)?;
         place::put(&self.partial, &self.target)?;
         self.finished = true;
         Ok(())
@@ -230,7 +294,7 @@ impl CheckpointWriter {
 
 impl Drop for CheckpointWriter {
     fn drop(&mut self) {
-        if !self.finished {
+        if !self.finished && self.entries == 0 {
             // Best effort: the error that got us here is the one to show.
             let _ = std::fs::remove_dir_all(&self.partial);
         }

@@ -69,6 +69,11 @@ impl Head {
         })
     }
 
+    /// Exchanges the head's linear with another of the same shape.
+    pub fn swap(&mut self, other: &mut Linear) {
+        std::mem::swap(&mut self.head, other);
+    }
+
     /// Final norm of `[T, hidden]`.
     pub fn norm(&self, b: &dyn Backend, x: &Buffer) -> Result<Buffer> {
         let c = &self.config;

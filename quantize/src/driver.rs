@@ -7,19 +7,22 @@ use std::time::Instant;
 
 use lowbit_calibration::experts::tokens_needed;
 use lowbit_calibration::{InputStats, PassOptions, SequentialPass, Windows};
-use lowbit_checkpoint::quant_config::PackFormat;
+use lowbit_checkpoint::quant_config::{PackFormat, QuantConfig};
+use lowbit_checkpoint::store::TensorStore;
 use lowbit_checkpoint::writer::CheckpointWriter;
 use lowbit_checkpoint::{Checkpoint, linear};
-use lowbit_kernels::QuantizedMatrix;
 use lowbit_kernels::backend::{Backend, HostWeight};
+use lowbit_kernels::{QuantizedMatrix, qdq};
 use lowbit_model::block::{Block, Linear, LinearGroup};
 use lowbit_model::{Embedding, decoder};
+use rayon::prelude::*;
 
 use crate::error::{QuantizeError, Result};
 use crate::experts::starved;
 use crate::factor::SolveError;
 use crate::plan::{Method, Plan, PlannedLinear};
 use crate::record::{CalibrationRecord, ExpertCoverage, LayerRecord};
+use crate::resume::{Chain, Resume, linears_of};
 use crate::rtn::quantize_rtn;
 use crate::scale_search::SolverOptions;
 use crate::solve::{Shared, solve_linear};
@@ -32,6 +35,8 @@ pub trait Progress: Sync {
     fn advance(&self, n: u64);
     /// What is being worked on.
     fn detail(&self, text: &str);
+    /// Something a user should read, whether or not progress is drawn.
+    fn say(&self, _text: &str) {}
 }
 
 /// No progress.
@@ -63,12 +68,14 @@ struct Run<'a> {
     experts: Vec<ExpertCoverage>,
     stage_seconds: BTreeMap<String, f64>,
     stop: &'a AtomicBool,
+    chain: Chain,
 }
 
 /// Quantizes `ckpt` towards `target`. `windows` is needed by methods that calibrate.
 ///
 /// The checkpoint is complete, and not in place yet: the caller adds its record with [`CheckpointWriter::write_file`] and calls
-/// [`CheckpointWriter::finish`], so that a checkpoint is never seen without its record.
+/// [`CheckpointWriter::finish`], so that a checkpoint is never seen without its record. Blocks solved by an earlier run that was
+/// stopped are taken over as `resume` says, and the result is the same.
 pub fn quantize(
     ckpt: &Checkpoint,
     backend: &dyn Backend,
@@ -76,56 +83,85 @@ pub fn quantize(
     windows: Option<&Windows>,
     target: &Path,
     force: bool,
+    resume: &Resume,
     progress: &dyn Progress,
     stop: &AtomicBool,
 ) -> Result<(Outcome, CheckpointWriter)> {
-    let writer = CheckpointWriter::create(target, plan.declared.clone(), plan.options.shard_bytes, force)?;
-    let mut run =
-        Run { ckpt, plan, writer, layers: Vec::new(), experts: Vec::new(), stage_seconds: BTreeMap::new(), stop };
-    run.copy(progress)?;
-    let calibration = match (plan.options.method, windows) {
-        (Method::Rtn, _) => {
-            run.rtn(progress)?;
-            None
-        }
-        (_, Some(w)) => {
-            run.calibrated(backend, w, progress)?;
-            Some(CalibrationRecord {
-                source: w.source.clone(),
-                windows_sha256: w.sha256.clone(),
-                windows: w.tokens.len(),
-                window_tokens: w.tokens.iter().map(Vec::len).max().unwrap_or(0),
-                tokens: w.token_count() as u64,
-                seed: w.seed,
-            })
-        }
-        (method, None) => {
-            return Err(QuantizeError::Plan {
-                summary: format!("method {} needs calibration data", method.name()),
-                offenders: vec![],
-                hint: Some("give --calib FILE, or choose --method rtn".into()),
-            });
-        }
+    let chain = Chain::start(resume, ckpt, plan, windows);
+    let (declared, shard_bytes) = (plan.declared.clone(), plan.options.shard_bytes);
+    let writer = match chain.key() {
+        Some(key) => CheckpointWriter::resume(target, declared, shard_bytes, force, key, resume.fresh)?,
+        None => CheckpointWriter::create(target, declared, shard_bytes, force)?,
     };
-    run.tables(progress)?;
-    // A record of the original's own making is not this checkpoint's.
-    run.writer.carry_over(&ckpt.dir, &["config.json", "recipe.yaml", "quantize_config.json", "quantize.json"])?;
-    let text = format!("{:#}\n", plan.config);
-    run.writer.write_file("config.json", text.as_bytes())?;
-    if plan.options.format != PackFormat::CompressedTensors
-        && let Some(q) = plan.config.get("quantization_config")
-    {
-        run.writer.write_file("quantize_config.json", format!("{q:#}\n").as_bytes())?;
+    let (layers, experts, stage_seconds) = (Vec::new(), Vec::new(), BTreeMap::new());
+    let mut run = Run { ckpt, plan, writer, layers, experts, stage_seconds, stop, chain };
+    match run.all(backend, windows, progress) {
+        Ok(calibration) => {
+            let Run { layers, experts, stage_seconds, writer, .. } = run;
+            Ok((Outcome { layers, experts, calibration, stage_seconds }, writer))
+        }
+        Err(e) => {
+            if let (folder, blocks @ 1..) = run.writer.unfinished() {
+                let folder = folder.display();
+                progress
+                    .say(&format!("note: {blocks} solved blocks are kept in {folder}: the same command goes on there"));
+            }
+            Err(e)
+        }
     }
-    run.check_stop()?;
-    ckpt.store.unchanged()?;
-    Ok((
-        Outcome { layers: run.layers, experts: run.experts, calibration, stage_seconds: run.stage_seconds },
-        run.writer,
-    ))
 }
 
 impl Run<'_> {
+    fn all(
+        &mut self,
+        backend: &dyn Backend,
+        windows: Option<&Windows>,
+        progress: &dyn Progress,
+    ) -> Result<Option<CalibrationRecord>> {
+        let (ckpt, plan, run) = (self.ckpt, self.plan, self);
+        run.copy(progress)?;
+        let calibration = match (plan.options.method, windows) {
+            (Method::Rtn, _) => {
+                run.rtn(progress)?;
+                None
+            }
+            (_, Some(w)) => {
+                run.calibrated(backend, w, progress)?;
+                Some(CalibrationRecord {
+                    source: w.source.clone(),
+                    windows_sha256: w.sha256.clone(),
+                    windows: w.tokens.len(),
+                    window_tokens: w.tokens.iter().map(Vec::len).max().unwrap_or(0),
+                    tokens: w.token_count() as u64,
+                    seed: w.seed,
+                })
+            }
+            (method, None) => {
+                return Err(QuantizeError::Plan {
+                    summary: format!("method {} needs calibration data", method.name()),
+                    offenders: vec![],
+                    hint: Some("give --calib FILE, or choose --method rtn".into()),
+                });
+            }
+        };
+        run.tables(progress)?;
+        // A record of the original's own making is not this checkpoint's.
+        run.writer.carry_over(
+            &ckpt.dir,
+            &["config.json", "recipe.yaml", "recipe.toml", "quantize_config.json", "quantize.json"],
+        )?;
+        let text = format!("{:#}\n", plan.config);
+        run.writer.write_file("config.json", text.as_bytes())?;
+        if plan.options.format != PackFormat::CompressedTensors
+            && let Some(q) = plan.config.get("quantization_config")
+        {
+            run.writer.write_file("quantize_config.json", format!("{q:#}\n").as_bytes())?;
+        }
+        run.check_stop()?;
+        ckpt.store.unchanged()?;
+        Ok(calibration)
+    }
+
     fn check_stop(&self) -> Result<()> {
         if self.stop.load(Ordering::Relaxed) { Err(QuantizeError::Interrupted) } else { Ok(()) }
     }
@@ -141,16 +177,15 @@ impl Run<'_> {
         for name in &self.plan.copies {
             self.check_stop()?;
             let t = self.ckpt.store.get(name)?;
-            if let Some(v) = t.to_f32()
-                && let Some(i) = v.iter().position(|x| !x.is_finite())
-            {
+            if let Some((i, x)) = t.first_not_finite() {
                 return Err(self
                     .ckpt
                     .store
-                    .mismatch(name, "finite values".into(), format!("{} at element {i}", v[i]))
+                    .mismatch(name, "finite values".into(), format!("{x} at element {i}"))
                     .into());
             }
             self.writer.write(name, t.data.as_slice())?;
+            self.ckpt.store.release(name);
             progress.advance(1);
         }
         self.time("copy", start, ());
@@ -158,6 +193,11 @@ impl Run<'_> {
     }
 
     fn calibrated(&mut self, backend: &dyn Backend, windows: &Windows, progress: &dyn Progress) -> Result<()> {
+        let layers = self.ckpt.config.num_layers;
+        let solved = self.take_solved(progress)?;
+        if solved == layers {
+            return Ok(());
+        }
         let prefix = decoder::prefix(self.ckpt)?;
         let embedding = Embedding::load(self.ckpt, backend)?;
         let recipe = self.plan.options.method.recipe();
@@ -169,16 +209,27 @@ impl Run<'_> {
         let offload = self.plan.options.offload.as_deref();
         let mut pass = SequentialPass::start(backend, &embedding, &windows.tokens, options, offload)?;
         drop(embedding);
-        let layers = self.ckpt.config.num_layers;
+        self.ckpt.store.release(&format!("{prefix}.embed_tokens."));
         progress.stage("quantize", layers as u64 * pass.ticks_per_block());
         let whole = Instant::now();
         let mut solving = 0f64;
+        let stop = self.stop;
+        let tick = |n: u64| {
+            progress.advance(n);
+            if stop.load(Ordering::Relaxed) { Err(QuantizeError::Interrupted) } else { Ok(()) }
+        };
         for index in 0..layers {
             progress.detail(&format!("block {}/{layers}", index + 1));
             let name = format!("{prefix}.layers.{index}");
             let mut block = Block::load(self.ckpt, backend, &name, index)?;
             let original = options.float_stream.then(|| Block::load(self.ckpt, backend, &name, index)).transpose()?;
-            let stop = self.stop;
+            if index < solved {
+                self.put_back(backend, &mut block)?;
+                pass.replay_block(&block, original.as_ref(), &mut || tick(4))?;
+                self.ckpt.store.release(&format!("{name}."));
+                continue;
+            }
+            let before = self.layers.len();
             let mut routed = Vec::new();
             pass.run_block(
                 &mut block,
@@ -192,18 +243,45 @@ impl Run<'_> {
                     solving += start.elapsed().as_secs_f64();
                     done
                 },
-                &mut || {
-                    progress.advance(1);
-                    if stop.load(Ordering::Relaxed) { Err(QuantizeError::Interrupted) } else { Ok(()) }
-                },
+                &mut || tick(1),
             )?;
             if let Some(e) = self.ckpt.config.experts_of(index) {
                 let needed = tokens_needed(self.ckpt.config.hidden_size, e.intermediate_size);
                 self.experts.push(ExpertCoverage::new(index, routed, needed));
             }
+            self.chain.keep(&mut self.writer, self.plan, index, self.layers.get(before..).unwrap_or_default())?;
+            self.ckpt.store.release(&format!("{name}."));
         }
         self.stage_seconds.insert("solve".into(), solving);
         self.stage_seconds.insert("forward and statistics".into(), whole.elapsed().as_secs_f64() - solving);
+        Ok(())
+    }
+
+    /// Takes over the blocks that an earlier run solved.
+    fn take_solved(&mut self, progress: &dyn Progress) -> Result<usize> {
+        let blocks = self.ckpt.config.num_layers;
+        let (solved, records) = self.chain.take(&mut self.writer, self.plan, blocks, progress)?;
+        self.layers.extend(records);
+        if solved > 0 {
+            progress.say(&format!("{solved} of {blocks} blocks were solved before"));
+        }
+        Ok(solved)
+    }
+
+    /// Puts the quantized linears of a solved block in the place of the original ones, as [`Self::solve_group`] did.
+    fn put_back(&self, backend: &dyn Backend, block: &mut Block) -> Result<()> {
+        let folder = self.writer.unfinished().0;
+        let store = TensorStore::open(folder)?;
+        let config = self.plan.config.get("quantization_config");
+        let quantization = config.map(|q| QuantConfig::parse(&folder.join("config.json"), q)).transpose()?;
+        for l in linears_of(self.plan, block.index) {
+            let weight = linear::read(&store, quantization.as_ref(), &l.module, l.out_features, l.in_features)?;
+            let bias = self.ckpt.bias(&l.module, l.out_features)?;
+            let quantized = Linear::from_host(backend, &l.module, &weight, bias.as_deref())?;
+            if let Some(slot) = block.linears.iter_mut().find(|slot| slot.module == l.module) {
+                *slot = quantized;
+            }
+        }
         Ok(())
     }
 
@@ -236,7 +314,7 @@ impl Run<'_> {
             }
             let Some(shared) = &shared else { continue };
             let f = &shared.factor;
-            let w = self.dense(planned)?;
+            let w = read_dense(self.ckpt, planned)?;
             let (q, loss) =
                 solve_linear(&w, planned.out_features, planned.in_features, shared, &opts).map_err(solve)?;
             let record = LayerRecord {
@@ -269,11 +347,17 @@ impl Run<'_> {
 
     fn rtn(&mut self, progress: &dyn Progress) -> Result<()> {
         let start = Instant::now();
-        let linears: Vec<PlannedLinear> = self.plan.linears.iter().filter(|l| l.block.is_some()).cloned().collect();
-        progress.stage("quantize", linears.len() as u64);
-        for l in &linears {
-            self.check_stop()?;
-            self.round(l)?;
+        let (plan, blocks) = (self.plan, self.ckpt.config.num_layers);
+        let solved = self.take_solved(progress)?;
+        progress.stage("quantize", blocks as u64);
+        progress.advance(solved as u64);
+        for block in solved..blocks {
+            let before = self.layers.len();
+            for l in linears_of(plan, block) {
+                self.check_stop()?;
+                self.round(l)?;
+            }
+            self.chain.keep(&mut self.writer, plan, block, self.layers.get(before..).unwrap_or_default())?;
             progress.advance(1);
         }
         self.time("solve", start, ());
@@ -296,15 +380,10 @@ impl Run<'_> {
         let start = Instant::now();
         // Without data the Hessian is the identity: act-order and damping have no meaning.
         let opts = SolverOptions { act_order: false, ..self.plan.options.solver(l.scheme, self.plan.layout.scales) };
-        let w = self.dense(l)?;
+        let w = read_dense(self.ckpt, l)?;
         let solve = |source| QuantizeError::Solve { module: l.module.clone(), source };
         let q = quantize_rtn(&w, l.out_features, l.in_features, None, &opts).map_err(solve)?;
-        let back = q.dequantize().map_err(|source| QuantizeError::Kernel { module: l.module.clone(), source })?;
-        let (mut error, mut norm) = (0f64, 0f64);
-        for (a, b) in w.iter().zip(&back) {
-            error += f64::from(a - b).powi(2);
-            norm += f64::from(*a).powi(2);
-        }
+        let (error, norm) = squared_error(&w, &q);
         let record = LayerRecord {
             name: l.module.clone(),
             block: l.block,
@@ -317,27 +396,8 @@ impl Run<'_> {
             seconds: start.elapsed().as_secs_f64(),
             ..LayerRecord::default()
         };
+        self.ckpt.store.release(&format!("{}.", l.source));
         self.keep(l, &q, record)
-    }
-
-    fn dense(&self, l: &PlannedLinear) -> Result<Vec<f32>> {
-        let name = format!("{}.weight", l.source);
-        let t = self.ckpt.store.get(&name)?;
-        if t.shape != [l.out_features, l.in_features] {
-            let expected = format!("shape [{}, {}]", l.out_features, l.in_features);
-            return Err(self.ckpt.store.mismatch(&name, expected, format!("{:?}", t.shape)).into());
-        }
-        let w = t
-            .to_f32()
-            .ok_or_else(|| self.ckpt.store.mismatch(&name, "f32, f16 or bf16".into(), format!("{:?}", t.dtype)))?;
-        if let Some(i) = w.iter().position(|x| !x.is_finite()) {
-            return Err(self
-                .ckpt
-                .store
-                .mismatch(&name, "finite weights".into(), format!("{} at element {i}", w[i]))
-                .into());
-        }
-        Ok(w)
     }
 
     fn keep(&mut self, l: &PlannedLinear, q: &QuantizedMatrix, record: LayerRecord) -> Result<()> {
@@ -355,4 +415,40 @@ impl Run<'_> {
         self.layers.push(record);
         Ok(())
     }
+}
+
+/// The original weight of a linear, `[out, in]`, checked to be finite.
+pub(crate) fn read_dense(ckpt: &Checkpoint, l: &PlannedLinear) -> Result<Vec<f32>> {
+    let name = format!("{}.weight", l.source);
+    let t = ckpt.store.get(&name)?;
+    if t.shape != [l.out_features, l.in_features] {
+        let expected = format!("shape [{}, {}]", l.out_features, l.in_features);
+        return Err(ckpt.store.mismatch(&name, expected, format!("{:?}", t.shape)).into());
+    }
+    let w =
+        t.to_f32().ok_or_else(|| ckpt.store.mismatch(&name, "f32, f16 or bf16".into(), format!("{:?}", t.dtype)))?;
+    if let Some(i) = w.iter().position(|x| !x.is_finite()) {
+        return Err(ckpt.store.mismatch(&name, "finite weights".into(), format!("{} at element {i}", w[i])).into());
+    }
+    Ok(w)
+}
+
+/// `Σ (w − q)²` and `Σ w²`, without a dequantized copy; rows are summed in f64 on their own, so threads change nothing.
+pub(crate) fn squared_error(w: &[f32], q: &QuantizedMatrix) -> (f64, f64) {
+    let n = q.in_features.max(1);
+    let groups = q.scales.len() / q.out_features.max(1);
+    let cols = q.scheme.group_cols(q.in_features).max(1);
+    let row = |(r, (w, codes)): (usize, (&[f32], &[u8]))| {
+        let (mut error, mut norm) = (0f64, 0f64);
+        for (c, (w, code)) in w.iter().zip(codes).enumerate() {
+            let at = r * groups + c / cols;
+            let zero = q.zeros.as_ref().map_or(q.scheme.mid_code(), |z| z.get(at).copied().unwrap_or_default());
+            let back = qdq::dequantize(*code, q.scales.get(at).copied().unwrap_or_default(), zero);
+            error += f64::from(w - back).powi(2);
+            norm += f64::from(*w).powi(2);
+        }
+        (error, norm)
+    };
+    let rows: Vec<(f64, f64)> = w.par_chunks(n).zip(q.codes.par_chunks(n)).enumerate().map(row).collect();
+    rows.into_iter().fold((0.0, 0.0), |a, b| (a.0 + b.0, a.1 + b.1))
 }

@@ -1,9 +1,10 @@
-//! What a plan and a record say about the experts of a mixture.
+//! What a plan and a record say about the experts of a mixture, and what does not know them yet.
 
 use lowbit_calibration::InputStats;
 use lowbit_calibration::experts::{experts_at_once, tokens_needed};
 use lowbit_checkpoint::ModelConfig;
 
+use crate::error::{QuantizeError, Result};
 use crate::plan::QuantizeOptions;
 use crate::record::ExpertPlan;
 
@@ -22,6 +23,25 @@ pub(crate) fn expert_plan(c: &ModelConfig, options: &QuantizeOptions) -> Option<
         hessian_bytes: all.saturating_mul(e.count as u64),
         hessian_bytes_at_once: all.saturating_mul(at_once as u64),
         tokens_needed: tokens_needed(h, m),
+    })
+}
+
+/// What of a model the resume of a block and a budget do not know yet: experts, latent attention. `None` in any other model.
+pub(crate) fn unknown_part(c: &ModelConfig) -> Option<&'static str> {
+    match (&c.experts, &c.latent) {
+        (Some(_), _) => Some("experts"),
+        (None, Some(_)) => Some("latent attention"),
+        (None, None) => None,
+    }
+}
+
+/// Fails where a budget would leave a part of the model out.
+pub(crate) fn refuse_budget(c: &ModelConfig) -> Result<()> {
+    let Some(part) = unknown_part(c) else { return Ok(()) };
+    Err(QuantizeError::Plan {
+        summary: format!("--bits, --size and --fit cannot weigh the {part} of a `{}` model yet", c.family),
+        offenders: vec![],
+        hint: Some("give all linears one scheme: --scheme w4a16".into()),
     })
 }
 

@@ -13,6 +13,7 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
+pub mod budget;
 pub mod descent;
 pub mod driver;
 pub mod error;
@@ -22,13 +23,16 @@ pub mod gptq;
 pub mod loss;
 pub mod plan;
 pub mod record;
+pub mod resume;
 mod room;
 pub mod rtn;
 pub mod scale_search;
 pub mod solve;
 pub mod target;
 pub mod verify;
+mod written;
 
 pub use driver::{Outcome, Progress, Silent, quantize};
 pub use error::{QuantizeError, Result};
 pub use plan::{Method, Plan, QuantizeOptions};
+pub use resume::Resume;

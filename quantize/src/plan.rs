@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use lowbit_calibration::experts::HESSIAN_BYTES;
 use lowbit_checkpoint::provenance::Provenance;
-use lowbit_checkpoint::quant_config::{Layout, PackFormat, WrittenGroup, write_compressed_tensors, write_gptq};
+use lowbit_checkpoint::quant_config::{Layout, PackFormat};
 use lowbit_checkpoint::writer::{DEFAULT_SHARD_BYTES, Declared};
 use lowbit_checkpoint::{Checkpoint, linear};
 use lowbit_kernels::backend::FloatType;
@@ -15,12 +15,14 @@ use lowbit_model::block::{LinearGroup, linear_shapes, router_modules};
 use lowbit_model::decoder;
 use serde_json::Value;
 
+use crate::budget::BudgetRecord;
 use crate::error::{QuantizeError, Result};
 use crate::experts::expert_plan;
 use crate::record::{ComponentSize, PlanRecord, PlannedTensor};
 use crate::room;
 use crate::scale_search::{ScaleSearch, SolverOptions};
 use crate::target::Correction;
+use crate::written::written_config;
 
 /// Which solver.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -112,6 +114,8 @@ pub struct QuantizeOptions {
     pub offload: Option<PathBuf>,
     /// Most bytes of experts' Hessians at once. Does not change the result.
     pub expert_bytes: u64,
+    /// Scheme of single modules, by full name, in the place of `scheme` (and of a table's 8 bits): a budget's choice.
+    pub chosen: BTreeMap<String, Scheme>,
 }
 
 impl QuantizeOptions {
@@ -132,6 +136,7 @@ impl QuantizeOptions {
             shard_bytes: DEFAULT_SHARD_BYTES,
             offload: None,
             expert_bytes: HESSIAN_BYTES,
+            chosen: BTreeMap::new(),
         }
     }
 
@@ -208,6 +213,18 @@ pub struct Plan {
     pub config: Value,
     /// The record (provenance still empty).
     pub record: PlanRecord,
+}
+
+impl Plan {
+    /// Adds what a budget was spent on, and each linear's share of it as its reason.
+    pub fn explain(&mut self, budget: BudgetRecord) {
+        for t in self.record.tensors.iter_mut().filter(|t| t.action == "quantize") {
+            if let Some(reason) = budget.reason(t.name.trim_end_matches(".weight")) {
+                t.reason = format!("{}; {reason}", t.reason);
+            }
+        }
+        self.record.budget = Some(budget);
+    }
 }
 
 /// `embedding`, `attention`, `experts`, `mlp`, `norms`, `lm_head` or `other`.
@@ -293,7 +310,8 @@ pub fn make(
                 entry.0 += 1;
                 continue;
             }
-            if options.scheme.groups(s.in_features).is_err() {
+            let scheme = options.chosen.get(&module).copied().unwrap_or(options.scheme);
+            if scheme.groups(s.in_features).is_err() {
                 offenders.entry((s.in_features, s.kind())).or_default().push(block);
                 continue;
             }
@@ -301,7 +319,7 @@ pub fn make(
                 source: module.clone(),
                 module,
                 block: Some(block),
-                scheme: options.scheme,
+                scheme,
                 out_features: s.out_features,
                 in_features: s.in_features,
             });
@@ -327,10 +345,10 @@ pub fn make(
     // One scale per 64 columns adds 3 % to the codes and is what 8-bit kernels like.
     let group = if c.hidden_size.is_multiple_of(64) { GroupSize::Cols(64) } else { GroupSize::PerChannel };
     let table = |module: String, source: String| PlannedLinear {
+        scheme: options.chosen.get(&module).copied().unwrap_or(Scheme { bits: 8, symmetric: true, group }),
         module,
         source,
         block: None,
-        scheme: Scheme { bits: 8, symmetric: true, group },
         out_features: c.vocab_size,
         in_features: c.hidden_size,
     };
@@ -360,7 +378,7 @@ pub fn make(
         });
     }
     if options.format != PackFormat::CompressedTensors
-        && (linears.iter().any(|l| l.block.is_none())
+        && (linears.iter().any(|l| l.block.is_none() || l.scheme != options.scheme)
             || linears.iter().any(|l| !(l.out_features * l.scheme.bits as usize).is_multiple_of(32)))
     {
         return Err(QuantizeError::Plan {
@@ -518,7 +536,8 @@ fn assemble(
         ),
         quantized_linears: quantized,
         kept_linears: reasons.len(),
-        experts: experts.clone(),
+        experts,
+        budget: None,
         sizes: sizes.into_values().collect(),
         tensors,
     };
@@ -547,55 +566,4 @@ fn peak_memory(ckpt: &Checkpoint, tokens: usize, recipe: Recipe, experts: u64) -
     let matrix = h * m * 4 * 6;
     let table = (c.vocab_size as u64) * h * FloatType::Bf16.size() as u64;
     carried + hessian + routed + matrix + table
-}
-
-fn written_config(
-    ckpt: &Checkpoint,
-    options: &QuantizeOptions,
-    linears: &[PlannedLinear],
-    left: BTreeSet<String>,
-    untie: bool,
-) -> Value {
-    let mut config = ckpt.raw_config.clone();
-    let tables: Vec<&PlannedLinear> = linears.iter().filter(|l| l.block.is_none()).collect();
-    let mut ignore: Vec<String> = left.into_iter().collect();
-    let head_module = if ckpt.has_weight("model.embed_tokens") { "lm_head" } else { "language_model.lm_head" };
-    let q = match options.format {
-        PackFormat::CompressedTensors => {
-            let observer = if options.scale_search == ScaleSearch::Hessian { "mse" } else { "memoryless_minmax" };
-            let mut groups = vec![WrittenGroup {
-                scheme: options.scheme,
-                targets: vec!["Linear".into()],
-                observer,
-                static_act_order: options.act_order && options.method.calibrated(),
-            }];
-            if let Some(first) = tables.first() {
-                // The narrow targets first: loaders take the first rule that matches.
-                groups.insert(
-                    0,
-                    WrittenGroup {
-                        scheme: first.scheme,
-                        targets: tables.iter().map(|t| t.module.clone()).collect(),
-                        observer,
-                        static_act_order: false,
-                    },
-                );
-            }
-            if !tables.iter().any(|t| t.module == head_module) {
-                ignore.push(head_module.into());
-            }
-            write_compressed_tensors(&groups, &ignore)
-        }
-        _ => {
-            let damp = options.method.calibrated().then_some(options.damp_frac);
-            write_gptq(options.scheme, damp, false, &ignore)
-        }
-    };
-    if let Some(map) = config.as_object_mut() {
-        map.insert("quantization_config".into(), q);
-        if untie {
-            map.insert("tie_word_embeddings".into(), false.into());
-        }
-    }
-    config
 }

@@ -5,6 +5,8 @@ use std::collections::BTreeMap;
 use lowbit_checkpoint::provenance::Provenance;
 use serde::{Deserialize, Serialize};
 
+use crate::budget::BudgetRecord;
+
 /// Bytes of one part of the model before and after.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct ComponentSize {
@@ -67,6 +69,9 @@ pub struct PlanRecord {
     /// What calibrating experts takes, in a mixture of experts.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub experts: Option<ExpertPlan>,
+    /// Where a budget was given: what it was spent on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub budget: Option<BudgetRecord>,
 }
 
 /// What calibrating the experts of a block takes.
@@ -195,6 +200,9 @@ pub struct QuantizeRecord {
     pub stage_seconds: BTreeMap<String, f64>,
     /// Peak resident memory of the process.
     pub peak_rss_bytes: Option<u64>,
+    /// Where a budget was given: what it was spent on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub budget: Option<BudgetRecord>,
 }
 
 /// Which data was used.

@@ -17,7 +17,7 @@ use lowbit_kernels::{GroupSize, Scheme};
 use lowbit_model::Model;
 use lowbit_quantize::record::QuantizeRecord;
 use lowbit_quantize::verify::verify;
-use lowbit_quantize::{Method, QuantizeError, QuantizeOptions, Silent, plan, quantize};
+use lowbit_quantize::{Method, QuantizeError, QuantizeOptions, Resume, Silent, budget, plan, quantize};
 use serde_json::{Value, json};
 
 /// Expert that hardly any token is routed to.
@@ -66,8 +66,10 @@ fn run(from: &Path, to: &Path, options: &QuantizeOptions) -> Result<(QuantizeRec
     let windows = windows();
     let made = plan::make(&ckpt, options, None, windows.token_count())?;
     let windows = options.method.calibrated().then_some(&windows);
+    let resume = Resume { identity: "test".into(), fresh: false };
     let (outcome, writer) =
-        quantize(&ckpt, &CpuBackend::new(), &made, windows, to, false, &Silent, &AtomicBool::new(false))?;
+        quantize(&ckpt, &CpuBackend::new(), &made, windows, to, false, &resume, &Silent, &AtomicBool::new(false))?;
+    assert_eq!(writer.unfinished().1, 0, "blocks of experts are not kept");
     writer.finish()?;
     let record = QuantizeRecord {
         schema: 1,
@@ -85,6 +87,7 @@ fn run(from: &Path, to: &Path, options: &QuantizeOptions) -> Result<(QuantizeRec
         seconds: 0.0,
         stage_seconds: outcome.stage_seconds,
         peak_rss_bytes: None,
+        budget: None,
     };
     Ok((record, made.record.after_bytes))
 }
@@ -248,4 +251,21 @@ fn the_plan_states_what_experts_cost_and_refuses_half_a_block() {
     let scheme = Scheme::parse("w4a16", GroupSize::Cols(32), true).unwrap();
     let error = refused(&QuantizeOptions { scheme, ..options(Method::Gptq) });
     assert!(error.contains("mlp.experts.*.down_proj in 2 of 4 blocks: in = 16"), "{error}");
+}
+
+#[test]
+fn a_budget_is_refused_by_name() {
+    let tmp = tempfile::tempdir().unwrap();
+    for family in ["mixtral", "deepseek_v3"] {
+        let dir = tmp.path().join(family);
+        original(&dir, family);
+        match budget::outline(&Checkpoint::open(&dir).unwrap(), &options(Method::Gptq)) {
+            Err(QuantizeError::Plan { summary, hint, .. }) => {
+                assert!(summary.contains("experts") && summary.contains(family), "{summary}");
+                assert!(hint.is_some_and(|h| h.contains("--scheme")));
+            }
+            Ok(_) => panic!("accepted"),
+            Err(e) => panic!("{e}"),
+        }
+    }
 }

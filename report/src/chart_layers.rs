@@ -23,6 +23,12 @@ struct Cell<'a> {
     linears: usize,
 }
 
+/// `4` of `w4a16-g64`.
+fn bits(scheme: &str) -> &str {
+    let rest = scheme.strip_prefix('w').unwrap_or_default();
+    rest.get(..rest.find(|c: char| !c.is_ascii_digit()).unwrap_or(rest.len())).unwrap_or_default()
+}
+
 fn kind(name: &str) -> &str {
     name.rsplit('.').next().unwrap_or(name)
 }
@@ -90,11 +96,14 @@ pub(crate) fn heat_map(layers: &[LayerRecord], name: &str, all: usize) -> Option
     }
     let gap = if width > 6.0 { 1.0 } else { 0.0 };
     let place = |&(row, block): &(usize, usize)| (left + width * block as f64, top + height * row as f64);
+    // Where linears have several schemes, each cell shows its bits.
+    let several = cells.values().any(|c| c.worst.scheme != worst.scheme);
     if all <= TITLED {
         for (key, cell) in &cells {
             let (x, y) = place(key);
             let more = if cell.linears > 1 { format!(", the largest of {}", cell.linears) } else { String::new() };
-            let title = format!("{}: {}{more}", cell.worst.name, sig(cell.worst.relative_error, 3));
+            let scheme = if several { format!(", {}", cell.worst.scheme) } else { String::new() };
+            let title = format!("{}: {}{more}{scheme}", cell.worst.name, sig(cell.worst.relative_error, 3));
             let class = format!("h{}", step(cell.worst.relative_error));
             svg.rect(&class, x, y, width - gap, height - 1.0, &title);
         }
@@ -107,6 +116,12 @@ pub(crate) fn heat_map(layers: &[LayerRecord], name: &str, all: usize) -> Option
         }
         for (i, d) in outlines.iter().enumerate().filter(|o| !o.1.is_empty()) {
             svg.path(&format!("h{i}"), d);
+        }
+    }
+    if several && width >= 9.0 {
+        for (key, cell) in &cells {
+            let (x, y) = place(key);
+            svg.text("cell", "middle", x + (width - gap) / 2.0, y + 15.0, bits(&cell.worst.scheme));
         }
     }
     let every = [1, 2, 4, 5, 10, 20, 50].into_iter().find(|s| width * *s as f64 >= 30.0).unwrap_or(100);
@@ -137,6 +152,19 @@ mod tests {
 
     fn layer(name: &str, block: usize, error: f64) -> LayerRecord {
         LayerRecord { name: name.into(), block: Some(block), relative_error: error, ..Default::default() }
+    }
+
+    #[test]
+    fn bits_stand_in_the_cells_where_they_differ() {
+        let with = |name: &str, scheme: &str| LayerRecord { scheme: scheme.into(), ..layer(name, 0, 0.1) };
+        let mixed = [with("a.q_proj", "w3a16-g64"), with("a.o_proj", "w8a16-channel")];
+        let text = heat_map(&mixed, "", 2).unwrap();
+        assert!(
+            text.contains(">3</text>") && text.contains(">8</text>") && text.contains("0.100, w3a16-g64"),
+            "{text}"
+        );
+        let same = [with("a.q_proj", "w4a16-g64"), with("a.o_proj", "w4a16-g64")];
+        assert!(!heat_map(&same, "", 2).unwrap().contains("class=\"cell\""));
     }
 
     #[test]

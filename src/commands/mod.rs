@@ -3,6 +3,7 @@
 mod bench;
 mod bench_draft;
 mod bench_format;
+mod budget;
 mod capacity;
 mod compare;
 mod convert;
@@ -41,9 +42,10 @@ use crate::context::Context;
 pub fn after_interrupt(command: &Command) -> &'static str {
     match command {
         Command::Run(_) => {
-            "the same command goes on where it stopped: finished stages are kept, the one at work begins anew"
+            "the same command goes on where it stopped: finished stages are kept, and of a quantization the solved blocks"
         }
-        Command::Quantize(_) | Command::Convert(_) => "nothing was put in place: give the same command again",
+        Command::Quantize(_) => "the same command goes on where it stopped: solved blocks are kept beside the output",
+        Command::Convert(_) => "nothing was put in place: give the same command again",
         Command::Eval(a) if a.output.is_some() && !a.tasks.tasks.is_empty() => {
             "the same command goes on: answers so far are in the journal beside the record"
         }

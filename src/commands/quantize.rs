@@ -7,6 +7,7 @@ use anyhow::{Result, bail};
 use lowbit_calibration::{Source, WindowOrder, Windows, build_windows, load_texts};
 use lowbit_checkpoint::chat_template::ChatTemplate;
 use lowbit_checkpoint::hub;
+use lowbit_checkpoint::provenance::Provenance;
 use lowbit_checkpoint::quant_config::PackFormat;
 use lowbit_checkpoint::tokenizer::Tokenizer;
 use lowbit_checkpoint::{Checkpoint, CheckpointError};
@@ -15,13 +16,16 @@ use lowbit_model::Model;
 use lowbit_quantize::plan::{self, Plan};
 use lowbit_quantize::record::{PlanRecord, QuantizeRecord};
 use lowbit_quantize::scale_search::ScaleSearch;
-use lowbit_quantize::{Method, Progress, QuantizeOptions};
+use lowbit_quantize::{Method, Progress, QuantizeOptions, Resume};
 
 use crate::args::{FormatArg, HeadArg, MethodArg, PlanArgs, QuantOptions, QuantizeArgs};
+use crate::commands::budget;
 use crate::commands::table::{megabytes, table};
 use crate::context::{Context, Purpose};
+use crate::exit;
 use crate::models::{self, Located};
 use crate::provenance;
+use crate::recipe;
 
 /// Validates the options.
 pub fn options(q: &QuantOptions) -> Result<QuantizeOptions> {
@@ -39,6 +43,7 @@ pub fn options(q: &QuantOptions) -> Result<QuantizeOptions> {
     if q.samples == 0 || q.seq_len == 0 {
         bail!("--samples and --seq-len must be at least 1");
     }
+    budget::refuse_auto(q)?;
     let scheme = Scheme::parse(&q.scheme, group, !q.asymmetric)?;
     let format = match q.format {
         FormatArg::CompressedTensors => PackFormat::CompressedTensors,
@@ -57,8 +62,8 @@ pub fn options(q: &QuantOptions) -> Result<QuantizeOptions> {
         act_order: !q.no_act_order,
         scale_search: if q.minmax_scales { ScaleSearch::MinMax } else { ScaleSearch::Hessian },
         signed_scales: !q.unsigned_scales,
-        head_w8: q.head == HeadArg::W8,
-        embedding_w8: q.embedding == HeadArg::W8,
+        head_w8: q.head != HeadArg::Keep,
+        embedding_w8: q.embedding != HeadArg::Keep,
         ignore: q.ignore.clone(),
         strict: q.strict,
         offload: q.offload.clone(),
@@ -73,6 +78,13 @@ fn option_map(options: &QuantizeOptions, q: &QuantOptions) -> std::collections::
     m.insert("calib".into(), q.calib.clone().into());
     m.insert("samples".into(), q.samples.into());
     m.insert("seq_len".into(), q.seq_len.into());
+    let b = &q.budget;
+    if b.bits.is_some() || b.size.is_some() || b.fit.is_some() {
+        let asked = serde_json::json!({
+            "bits": b.bits, "size": b.size, "fit": b.fit, "context": b.context, "candidates": b.candidates,
+        });
+        m.insert("budget".into(), asked);
+    }
     m
 }
 
@@ -95,9 +107,20 @@ pub fn make_plan(
     output: Option<&Path>,
 ) -> Result<Plan> {
     let tokens = if options.method.calibrated() { q.samples.saturating_mul(q.seq_len) } else { 0 };
-    let mut made = plan::make(ckpt, options, output, tokens)?;
-    made.record.provenance =
+    let gathered =
         provenance::gather(ctx, Purpose::Accuracy, located, None, q.seed.unwrap_or(0), option_map(options, q))?;
+    let mut made = match budget::ask(&q.budget)? {
+        None => plan::make(ckpt, options, output, tokens)?,
+        Some(ask) => {
+            lowbit_quantize::budget::check(ckpt)?;
+            let windows = calibration_windows(ctx, ckpt, q)?;
+            let (options, spent) = budget::spend(ctx, ckpt, options, q, ask, &windows, &identity(&gathered))?;
+            let mut made = plan::make(ckpt, &options, output, tokens)?;
+            made.explain(spent);
+            made
+        }
+    };
+    made.record.provenance = gathered;
     Ok(made)
 }
 
@@ -138,7 +161,7 @@ pub fn describe(p: &PlanRecord) -> String {
         p.kept_linears,
         megabytes(p.peak_memory_bytes),
         table(&["component", "before", "after", "ratio"], &rows)
-    )
+    ) + &p.budget.as_ref().map_or(String::new(), |b| format!("\n{}", budget::describe(b)))
 }
 
 fn ratio(before: u64, after: u64) -> String {
@@ -155,7 +178,7 @@ pub fn quantize(ctx: &Context, args: &QuantizeArgs) -> Result<()> {
     refuse_same(&located.dir, &args.output)?;
     let ckpt = located.open()?;
     let made = make_plan(ctx, &located, &ckpt, &options, &args.quant, Some(&args.output))?;
-    let record = execute(ctx, &ckpt, &made, &args.quant, &args.output, args.force)?;
+    let record = execute(ctx, &ckpt, &made, &args.quant, &args.output, args.force, args.fresh)?;
     ctx.print(&record, || summary(&record))
 }
 
@@ -169,7 +192,14 @@ pub fn refuse_same(input: &Path, output: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Calibrates, solves and writes the checkpoint, its record inside.
+/// All that determines codes beside the plan and the calibration tokens.
+fn identity(p: &Provenance) -> String {
+    let parts =
+        [Some(&p.tool), p.commit.as_ref(), Some(&p.model_sha256), Some(&p.device), p.gpu.as_ref(), p.kernels.as_ref()];
+    parts.map(|part| part.map_or("", String::as_str)).join("\n")
+}
+
+/// Calibrates, solves and writes the checkpoint, its record inside. Blocks that a stopped run solved are taken over, unless `fresh`.
 pub fn execute(
     ctx: &Context,
     ckpt: &Checkpoint,
@@ -177,9 +207,11 @@ pub fn execute(
     q: &QuantOptions,
     output: &Path,
     force: bool,
+    fresh: bool,
 ) -> Result<QuantizeRecord> {
     let start = Instant::now();
     let windows = if made.options.method.calibrated() { Some(calibration_windows(ctx, ckpt, q)?) } else { None };
+    exit::starts_over(!lowbit_quantize::resume::keeps_blocks(&ckpt.config));
     let writing = ctx.writing();
     let (outcome, writer) = lowbit_quantize::quantize(
         ckpt,
@@ -188,6 +220,7 @@ pub fn execute(
         windows.as_ref(),
         output,
         force,
+        &Resume { identity: identity(&made.record.provenance), fresh },
         &ctx.progress,
         &ctx.stop,
     )?;
@@ -204,7 +237,10 @@ pub fn execute(
     let record = QuantizeRecord {
         schema: lowbit_quantize::record::SCHEMA,
         provenance: made.record.provenance.clone(),
-        scheme: made.options.scheme.full_name(),
+        scheme: match &made.record.budget {
+            Some(b) => format!("mixed, {:.2} bits", b.bits_per_weight),
+            None => made.options.scheme.full_name(),
+        },
         method: made.options.method.name().into(),
         format: made.options.format.name().into(),
         options: made.record.provenance.options.clone(),
@@ -217,9 +253,15 @@ pub fn execute(
         seconds: start.elapsed().as_secs_f64(),
         stage_seconds: outcome.stage_seconds,
         peak_rss_bytes: lowbit_bench::memory::peak_rss_bytes(),
+        budget: made.record.budget.clone(),
     };
     writer.write_file("quantize.json", &serde_json::to_vec_pretty(&record)?)?;
+    let calibration = record.calibration.as_ref().map(|c| c.windows_sha256.as_str());
+    if let Some(text) = recipe::record(q, &record.provenance, calibration) {
+        writer.write_file("recipe.toml", text.as_bytes())?;
+    }
     writer.finish()?;
+    exit::starts_over(false);
     drop(writing);
     Ok(record)
 }

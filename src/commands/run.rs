@@ -78,7 +78,10 @@ pub fn run(ctx: &Context, args: &RunArgs) -> Result<()> {
             r
         }
         None => {
-            let r = quantize::execute(ctx, &ckpt, &made, &q, &model_dir, true)?;
+            let r = quantize::execute(ctx, &ckpt, &made, &q, &model_dir, true, args.force)?;
+            if let Ok(recipe) = std::fs::read(model_dir.join("recipe.toml")) {
+                write_atomic(&dir.join("recipe.toml"), &recipe)?;
+            }
             write_atomic(&dir.join("quantize.json"), &serde_json::to_vec_pretty(&r)?)?;
             r
         }

@@ -40,6 +40,11 @@ fn coverage_is_told_recorded_and_strict() {
     let text = String::from_utf8(plan.stdout).unwrap();
     assert!(text.contains("16 experts a block, 4 a token") && text.contains("an expert needs 32 tokens"), "{text}");
 
+    let refused = command("plan").args(["--bits", "4.5"]).output().unwrap();
+    let said = stderr(&refused);
+    assert_eq!(refused.status.code(), Some(3), "{said}");
+    assert!(said.contains("the experts of a `qwen3_moe` model") && said.contains("hint: give all linears"), "{said}");
+
     let done = ok(command("quantize").arg("-o").arg(&out));
     let text = String::from_utf8(done.stdout.clone()).unwrap();
     assert!(text.contains("fewest tokens") && text.contains("starved"), "{text}");

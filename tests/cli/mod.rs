@@ -6,6 +6,7 @@ use std::process::{Command, Output};
 
 mod architecture;
 mod bench;
+mod budget;
 mod docs;
 mod drift;
 mod emulated;
@@ -20,6 +21,7 @@ mod load;
 mod mistakes;
 mod pipeline;
 mod records;
+mod resume;
 mod scores;
 mod serve;
 mod serve_scripts;

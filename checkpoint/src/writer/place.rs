@@ -51,8 +51,19 @@ pub(super) fn refuse(target: &Path, force: bool) -> Result<()> {
     }
 }
 
-/// Makes the folder `partial` and locks it for the life of this process. What a process left that is no more is removed.
-pub(super) fn claim(target: &Path, partial: &Path) -> Result<Option<File>> {
+/// What [`claim`] found and made.
+pub(super) struct Claimed {
+    /// Held as long as the folder is ours.
+    pub lock: Option<File>,
+    /// The folder was there and stays as it is.
+    pub kept: bool,
+    /// A folder with entries was there and was replaced by an empty one.
+    pub replaced: bool,
+}
+
+/// Makes the folder `partial` and locks it for the life of this process. What a process left that is no more is removed, unless
+/// `keep` says that it is to be gone on with.
+pub(super) fn claim(target: &Path, partial: &Path, keep: &dyn Fn(&Path) -> bool) -> Result<Claimed> {
     let io = |e| CheckpointError::io(partial, e);
     let lock = || -> Result<Option<File>> {
         // A file system without locks loses the warning, not the output.
@@ -67,19 +78,24 @@ pub(super) fn claim(target: &Path, partial: &Path) -> Result<Option<File>> {
         }
     };
     match std::fs::create_dir(partial) {
-        Ok(()) => return lock(),
+        Ok(()) => return Ok(Claimed { lock: lock()?, kept: false, replaced: false }),
         Err(e) if e.kind() != std::io::ErrorKind::AlreadyExists => return Err(io(e)),
         Err(_) => {}
     }
+    let mut replaced = false;
     if std::fs::symlink_metadata(partial).is_ok_and(|m| m.is_dir()) {
         let left = lock()?;
+        if keep(partial) {
+            return Ok(Claimed { lock: left, kept: true, replaced: false });
+        }
+        replaced = super::journal::has_entries(partial);
         std::fs::remove_dir_all(partial).map_err(io)?;
         drop(left);
     } else {
         std::fs::remove_file(partial).map_err(io)?;
     }
     std::fs::create_dir(partial).map_err(io)?;
-    lock()
+    Ok(Claimed { lock: lock()?, kept: false, replaced })
 }
 
 /// Undoes what a process killed inside [`put`] left: a target moved aside comes back, one replaced is removed.

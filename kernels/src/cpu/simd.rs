@@ -223,10 +223,56 @@ pub(super) mod x86 {
     /// Eight lanes.
     pub struct Avx2;
 
+    /// Eight rows of eight u32, sixteen apart in memory, as columns.
+    ///
+    /// # Safety
+    /// AVX2 is available; 120 u32 from `p` are readable.
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn eight_by_eight(p: *const u32) -> [__m256i; 8] {
+        // Three rounds, each of which brings elements 1, 2 and 4 rows apart side by side.
+        let mut a = [_mm256_setzero_si256(); 8];
+        for (r, a) in a.iter_mut().enumerate() {
+            // SAFETY: the caller's contract.
+            *a = unsafe { _mm256_loadu_si256(p.add(16 * r).cast()) };
+        }
+        let mut b = a;
+        for i in 0..4 {
+            b[2 * i] = _mm256_unpacklo_epi32(a[2 * i], a[2 * i + 1]);
+            b[2 * i + 1] = _mm256_unpackhi_epi32(a[2 * i], a[2 * i + 1]);
+        }
+        for i in 0..2 {
+            for h in 0..2 {
+                a[4 * i + 2 * h] = _mm256_unpacklo_epi64(b[4 * i + h], b[4 * i + 2 + h]);
+                a[4 * i + 2 * h + 1] = _mm256_unpackhi_epi64(b[4 * i + h], b[4 * i + 2 + h]);
+            }
+        }
+        // a[4 i + j] holds, of rows 4 i .. 4 i + 4, columns j and 4 + j.
+        for j in 0..4 {
+            b[j] = _mm256_permute2x128_si256::<0x20>(a[j], a[4 + j]);
+            b[4 + j] = _mm256_permute2x128_si256::<0x31>(a[j], a[4 + j]);
+        }
+        b
+    }
+
     // SAFETY: `V` is eight f32; each method reads or writes the N elements its contract names.
     unsafe impl Lanes for Avx2 {
         type V = __m256;
         const N: usize = 8;
+        #[inline]
+        #[target_feature(enable = "avx2,fma,f16c")]
+        unsafe fn transpose(block: &mut [[u32; 16]; 16]) {
+            // SAFETY: a quarter is eight rows of eight u32, sixteen apart.
+            unsafe {
+                let at = block.as_mut_ptr().cast::<u32>();
+                let quarters = [0, 8, 128, 136].map(|from| eight_by_eight(at.add(from)));
+                for (to, quarter) in [0, 128, 8, 136].into_iter().zip(quarters) {
+                    for (r, row) in quarter.into_iter().enumerate() {
+                        _mm256_storeu_si256(at.add(to + 16 * r).cast(), row);
+                    }
+                }
+            }
+        }
         #[inline(always)]
         fn prefetch(p: *const u8) {
             // SAFETY: a prefetch reads nothing; SSE is part of x86-64.

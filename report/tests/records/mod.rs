@@ -109,6 +109,7 @@ pub fn quantize() -> QuantizeRecord {
         seconds: 754.0,
         stage_seconds: BTreeMap::from([("calibrate".into(), 401.0), ("solve".into(), 340.2)]),
         peak_rss_bytes: Some(3_210_000_000),
+        budget: None,
     }
 }
 
@@ -125,6 +126,7 @@ pub fn plan() -> PlanRecord {
         quantized_linears: 168,
         kept_linears: 1,
         experts: None,
+        budget: None,
     }
 }
 

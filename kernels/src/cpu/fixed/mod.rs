@@ -8,12 +8,13 @@
 //!
 //! Rows of the left factor are activations ([`Rows`]); the right factor comes in panels of [`WIDTH`] columns ([`Panel`]).
 
-use std::ops::Range;
+mod lanes;
+mod product;
 
 use rayon::prelude::*;
 
-use super::simd::{Kernel, Lanes, Level, Portable, Simd};
-use crate::error::{KernelError, Result};
+pub use self::product::{Out, linear, register_products, strip};
+use super::simd::{Kernel, Lanes, Simd};
 
 /// Columns of a panel.
 pub const WIDTH: usize = 32;
@@ -28,10 +29,6 @@ const MOST: f32 = 32767.0;
 const NORM: f32 = 46330.0;
 /// Rows of a weight that are rounded side by side.
 const ROWS: usize = 16;
-/// Rows of a register tile, at most.
-const TILE: usize = 6;
-/// Blocks between two visits of a result's tile: a panel's part (24 KiB) stays in the first-level cache.
-const DEPTH: usize = 12;
 /// Rows that one task rounds.
 const ROUNDED_ROWS: usize = 16;
 
@@ -73,15 +70,15 @@ fn step(top: u32, squares: f32) -> f32 {
 /// What values are multiplied with to be in steps; zero where that is no number.
 #[inline(always)]
 fn inverse(step: f32) -> f32 {
-    if step >= f32::MIN_POSITIVE && step <= f32::MAX { 1.0 / step } else { 0.0 }
+    if (f32::MIN_POSITIVE..=f32::MAX).contains(&step) { 1.0 / step } else { 0.0 }
 }
 
 /// The power of two at or above a step: a bf16 value within a factor of 64 (f16: 8) of the block's largest is then mostly kept exactly.
 #[inline(always)]
 fn binary(step: f32) -> f32 {
-    // Neither it nor its inverse leaves the normal numbers; the bits of infinity and NaN stay beyond them.
-    let up = step.to_bits() + 0x7f_ffff & 0xff80_0000;
-    f32::from_bits(up.max(1 << 23))
+    // Neither it nor its inverse leaves the normal numbers; infinity and NaN become infinity.
+    let up = (step.to_bits() + 0x7f_ffff) & 0xff80_0000;
+    f32::from_bits(up.clamp(1 << 23, 0x7f80_0000))
 }
 
 /// Sum of the squares of values times `unit`, in one order on every instruction set.
@@ -394,412 +391,11 @@ impl PanelBuffer {
     }
 }
 
-/// A strip's result: rows `stride` apart, the first `columns` written; `keep` continues the chains that are there.
-pub struct Out<'a> {
-    pub keep: bool,
-    pub columns: usize,
-    pub stride: usize,
-    pub data: &'a mut [f32],
-}
-
-fn span(a: usize, rows: usize, b: usize, cols: usize) -> usize {
-    if rows == 0 || cols == 0 { 0 } else { (rows - 1) * a + (cols - 1) * b + 1 }
-}
-
-fn check(what: &'static str, need: usize, have: usize) -> Result<()> {
-    if need <= have { Ok(()) } else { Err(KernelError::Length { what, expected: need, found: have }) }
-}
-
-/// All of a panel's blocks times `rows` rows, on the calling thread.
-pub fn strip(simd: Simd, left: Left<'_>, panel: Panel<'_>, rows: usize, out: Out<'_>) -> Result<()> {
-    let blocks = panel.scales.len() / WIDTH;
-    check("panel", blocks * PAIRS * WIDTH, panel.pairs.len())?;
-    check("left factor", span(left.row, rows, left.step, blocks * PAIRS), left.pairs.len())?;
-    check("left scales", span(left.scale_row, rows, left.scale_step, blocks), left.scales.len())?;
-    check("columns", out.columns, WIDTH)?;
-    check("product", span(out.stride, rows, 1, out.columns), out.data.len())?;
-    let Out { keep, columns, stride, data } = out;
-    Raw { left, panel, rows, blocks: 0..blocks, keep, columns, stride, out: data.as_mut_ptr() }.passes(simd);
-    Ok(())
-}
-
-/// `y = x Wᵀ` for x's rows, y `[t, n]`; `fill(rows, panel)` writes at most 32 rows of W.
-pub fn linear<F>(simd: Simd, y: &mut [f32], x: &Rows, n: usize, fill: F) -> Result<()>
-where
-    F: Fn(Range<usize>, &mut PanelBuffer) + Sync,
-{
-    check("y", x.rows.saturating_mul(n), y.len())?;
-    let blocks = blocks_of(x.k);
-    let stripes = Stripes(y.as_mut_ptr());
-    let stripes = &stripes;
-    (0..n.div_ceil(WIDTH)).into_par_iter().for_each_init(
-        || PanelBuffer::new(x.k),
-        |buffer, p| {
-            let first = p * WIDTH;
-            let columns = WIDTH.min(n - first);
-            fill(first..first + columns, buffer);
-            // Both factors have `blocks` blocks by their making; the strip's columns `first .. first + columns` of y are this
-            // task's alone.
-            let (left, panel, out) = (x.left(), buffer.panel(), stripes.0.wrapping_add(first));
-            Raw { left, panel, rows: x.rows, blocks: 0..blocks, keep: false, columns, stride: n, out }.passes(simd);
-        },
-    );
-    if blocks == 0 {
-        y.fill(0.0);
-    }
-    Ok(())
-}
-
-/// Start of `y`, shared by tasks that each write their own columns.
-struct Stripes(*mut f32);
-// SAFETY: the pointer is only used inside `linear`, where tasks write disjoint columns of a live `&mut` slice.
-unsafe impl Send for Stripes {}
-// SAFETY: as above.
-unsafe impl Sync for Stripes {}
-
-/// A strip whose extents were checked.
-struct Raw<'a> {
-    left: Left<'a>,
-    panel: Panel<'a>,
-    rows: usize,
-    blocks: Range<usize>,
-    keep: bool,
-    columns: usize,
-    stride: usize,
-    out: *mut f32,
-}
-
-impl Raw<'_> {
-    /// A part of the panel at a time for all rows.
-    fn passes(mut self, simd: Simd) {
-        let all = self.blocks.clone();
-        for from in all.clone().step_by(DEPTH) {
-            self.blocks = from..all.end.min(from + DEPTH);
-            self.dispatch(simd);
-            self.keep = true;
-        }
-    }
-
-    fn dispatch(&self, simd: Simd) {
-        // SAFETY: a `Simd` holds only levels that this machine has; whoever made this `Raw` checked its extents.
-        unsafe {
-            match simd.level() {
-                #[cfg(target_arch = "x86_64")]
-                Level::Vnni => x86::run_vnni(self),
-                #[cfg(target_arch = "x86_64")]
-                Level::Avx2 | Level::Avx512 => x86::run_avx2(self),
-                _ => self.run::<Portable, 4>(2),
-            }
-        }
-    }
-
-    /// Tiles of up to `most` rows, V registers wide.
-    ///
-    /// # Safety
-    /// The instruction set of `P`; the extents were checked; V · N is [`WIDTH`].
-    #[inline(always)]
-    unsafe fn run<P: Pairs, const V: usize>(&self, most: usize) {
-        let mut r = 0;
-        while r < self.rows {
-            let m = match (self.rows - r).min(most) {
-                6.. => 6,
-                4..6 => 4,
-                3 => 3,
-                2 => 2,
-                _ => 1,
-            };
-            // SAFETY: `r + m ≤ rows`; a narrow strip goes through `part`, which holds `m · 32`.
-            unsafe {
-                let out = self.out.add(r * self.stride);
-                if self.columns == WIDTH {
-                    self.tile::<P, V>(m, r, out, self.stride);
-                } else {
-                    let mut part = [0f32; TILE * WIDTH];
-                    for (row, c) in (0..m).flat_map(|row| (0..self.columns).map(move |c| (row, c))) {
-                        if self.keep {
-                            part[row * WIDTH + c] = *out.add(row * self.stride + c);
-                        }
-                    }
-                    self.tile::<P, V>(m, r, part.as_mut_ptr(), WIDTH);
-                    for (row, c) in (0..m).flat_map(|row| (0..self.columns).map(move |c| (row, c))) {
-                        *out.add(row * self.stride + c) = part[row * WIDTH + c];
-                    }
-                }
-            }
-            r += m;
-        }
-    }
-
-    /// # Safety
-    /// As [`Self::run`]; rows `r .. r + m` exist and `out` holds m rows of 32, `stride` apart.
-    #[inline(always)]
-    unsafe fn tile<P: Pairs, const V: usize>(&self, m: usize, r: usize, out: *mut f32, stride: usize) {
-        // SAFETY: the caller's contract.
-        unsafe {
-            match m {
-                6 => self.chains::<P, 6, V>(r, out, stride),
-                4 => self.chains::<P, 4, V>(r, out, stride),
-                3 => self.chains::<P, 3, V>(r, out, stride),
-                2 => self.chains::<P, 2, V>(r, out, stride),
-                _ => self.chains::<P, 1, V>(r, out, stride),
-            }
-        }
-    }
-
-    /// # Safety
-    /// As [`Self::tile`] with m = M.
-    #[inline(always)]
-    unsafe fn chains<P: Pairs, const M: usize, const V: usize>(&self, r: usize, out: *mut f32, stride: usize) {
-        // SAFETY: the offsets are those of pairs and scales of rows `r .. r + M` and of the panel's blocks, and of M rows of `out`.
-        unsafe {
-            let n = P::L::N;
-            let mut acc = [[P::L::splat(0.0); V]; M];
-            if self.keep {
-                for m in 0..M {
-                    for v in 0..V {
-                        acc[m][v] = P::L::load(out.add(m * stride + v * n));
-                    }
-                }
-            }
-            let l = &self.left;
-            for b in self.blocks.clone() {
-                let w = self.panel.pairs.as_ptr().add(b * PAIRS * WIDTH);
-                let mut a = [l.pairs.as_ptr(); M];
-                for m in 0..M {
-                    a[m] = a[m].add((r + m) * l.row + b * PAIRS * l.step);
-                }
-                let mut sums = [[P::zero(); V]; M];
-                for p in 0..PAIRS {
-                    let mut columns = [P::zero(); V];
-                    for v in 0..V {
-                        columns[v] = P::load(w.add(p * WIDTH + v * n));
-                    }
-                    for m in 0..M {
-                        let x = P::splat(a[m].add(p * l.step));
-                        for v in 0..V {
-                            sums[m][v] = P::accumulate(sums[m][v], x, columns[v]);
-                        }
-                    }
-                }
-                let mut scales = [P::L::splat(0.0); V];
-                for v in 0..V {
-                    scales[v] = P::L::load(self.panel.scales.as_ptr().add(b * WIDTH + v * n));
-                }
-                for m in 0..M {
-                    let s = P::L::splat(*l.scales.as_ptr().add((r + m) * l.scale_row + b * l.scale_step));
-                    for v in 0..V {
-                        acc[m][v] = P::fused(P::float(sums[m][v]), P::times(scales[v], s), acc[m][v]);
-                    }
-                }
-            }
-            for m in 0..M {
-                for v in 0..V {
-                    P::L::store(out.add(m * stride + v * n), acc[m][v]);
-                }
-            }
-        }
-    }
-}
-
-/// Lanes of i32 sums beside as many f32.
-///
-/// # Safety
-/// As [`Lanes`]: every method requires its instruction set, the pointer ones also that what they name is readable.
-unsafe trait Pairs {
-    /// The floats.
-    type L: Lanes;
-    /// The register of sums, `L::N` of them.
-    type I: Copy;
-    /// # Safety
-    /// See the trait.
-    unsafe fn zero() -> Self::I;
-    /// `N` pairs from `p`.
-    /// # Safety
-    /// See the trait.
-    unsafe fn load(p: *const u32) -> Self::I;
-    /// The pair at `p` in all lanes.
-    /// # Safety
-    /// See the trait.
-    unsafe fn splat(p: *const u32) -> Self::I;
-    /// `acc + x₀·w₀ + x₁·w₁` in each lane.
-    /// # Safety
-    /// See the trait.
-    unsafe fn accumulate(acc: Self::I, x: Self::I, w: Self::I) -> Self::I;
-    /// Nearest f32, half to even.
-    /// # Safety
-    /// See the trait.
-    unsafe fn float(v: Self::I) -> <Self::L as Lanes>::V;
-    /// `a · b`.
-    /// # Safety
-    /// See the trait.
-    unsafe fn times(a: <Self::L as Lanes>::V, b: <Self::L as Lanes>::V) -> <Self::L as Lanes>::V;
-    /// `a · b + c`, rounded once on every machine.
-    /// # Safety
-    /// See the trait.
-    unsafe fn fused(
-        a: <Self::L as Lanes>::V,
-        b: <Self::L as Lanes>::V,
-        c: <Self::L as Lanes>::V,
-    ) -> <Self::L as Lanes>::V;
-}
-
-// SAFETY: eight lanes in arrays; the pointers are read as the contract says. This is the scalar twin.
-unsafe impl Pairs for Portable {
-    type L = Portable;
-    type I = [i32; 8];
-    #[inline(always)]
-    unsafe fn zero() -> [i32; 8] {
-        [0; 8]
-    }
-    #[inline(always)]
-    unsafe fn load(p: *const u32) -> [i32; 8] {
-        // SAFETY: the caller vouches for eight pairs at `p`.
-        unsafe { p.cast::<[i32; 8]>().read_unaligned() }
-    }
-    #[inline(always)]
-    unsafe fn splat(p: *const u32) -> [i32; 8] {
-        // SAFETY: the caller vouches for `p`.
-        [unsafe { p.read_unaligned() } as i32; 8]
-    }
-    #[inline(always)]
-    unsafe fn accumulate(acc: [i32; 8], x: [i32; 8], w: [i32; 8]) -> [i32; 8] {
-        let halves = |v: i32| (i32::from(v as i16), v >> 16);
-        std::array::from_fn(|i| {
-            let ((x0, x1), (w0, w1)) = (halves(x[i]), halves(w[i]));
-            acc[i] + x0 * w0 + x1 * w1
-        })
-    }
-    #[inline(always)]
-    unsafe fn float(v: [i32; 8]) -> [f32; 8] {
-        v.map(|v| v as f32)
-    }
-    #[inline(always)]
-    unsafe fn times(a: [f32; 8], b: [f32; 8]) -> [f32; 8] {
-        std::array::from_fn(|i| a[i] * b[i])
-    }
-    #[inline(always)]
-    unsafe fn fused(a: [f32; 8], b: [f32; 8], c: [f32; 8]) -> [f32; 8] {
-        std::array::from_fn(|i| a[i].mul_add(b[i], c[i]))
-    }
-}
-
-#[cfg(target_arch = "x86_64")]
-mod x86 {
-    use std::arch::x86_64::*;
-
-    use super::super::simd::x86::{Avx2, Avx512};
-    use super::{Pairs, Raw, TILE};
-
-    /// # Safety
-    /// AVX-512F, BW and VNNI are available, and as [`Raw::run`].
-    #[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx2,fma,f16c")]
-    pub unsafe fn run_vnni(raw: &Raw<'_>) {
-        // SAFETY: this function enables what `Vnni` needs; the rest is the caller's.
-        unsafe { raw.run::<Vnni, 2>(TILE) }
-    }
-
-    /// # Safety
-    /// AVX2 and FMA are available, and as [`Raw::run`].
-    #[target_feature(enable = "avx2,fma,f16c")]
-    pub unsafe fn run_avx2(raw: &Raw<'_>) {
-        // SAFETY: this function enables what `Avx2` needs; the rest is the caller's.
-        unsafe { raw.run::<Avx2, 4>(TILE / 2) }
-    }
-
-    /// Sixteen lanes.
-    struct Vnni;
-
-    // SAFETY: sixteen i32 and f32; the pointers are read as the contract says.
-    unsafe impl Pairs for Vnni {
-        type L = Avx512;
-        type I = __m512i;
-        #[inline]
-        #[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx2,fma,f16c")]
-        unsafe fn zero() -> __m512i {
-            _mm512_setzero_si512()
-        }
-        #[inline]
-        #[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx2,fma,f16c")]
-        unsafe fn load(p: *const u32) -> __m512i {
-            // SAFETY: the caller vouches for sixteen pairs at `p`.
-            unsafe { _mm512_loadu_si512(p.cast()) }
-        }
-        #[inline]
-        #[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx2,fma,f16c")]
-        unsafe fn splat(p: *const u32) -> __m512i {
-            // SAFETY: the caller vouches for `p`.
-            _mm512_set1_epi32(unsafe { p.read_unaligned() } as i32)
-        }
-        #[inline]
-        #[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx2,fma,f16c")]
-        unsafe fn accumulate(acc: __m512i, x: __m512i, w: __m512i) -> __m512i {
-            _mm512_dpwssd_epi32(acc, x, w)
-        }
-        #[inline]
-        #[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx2,fma,f16c")]
-        unsafe fn float(v: __m512i) -> __m512 {
-            _mm512_cvtepi32_ps(v)
-        }
-        #[inline]
-        #[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx2,fma,f16c")]
-        unsafe fn times(a: __m512, b: __m512) -> __m512 {
-            _mm512_mul_ps(a, b)
-        }
-        #[inline]
-        #[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx2,fma,f16c")]
-        unsafe fn fused(a: __m512, b: __m512, c: __m512) -> __m512 {
-            _mm512_fmadd_ps(a, b, c)
-        }
-    }
-
-    // SAFETY: eight i32 and f32; the pointers are read as the contract says.
-    unsafe impl Pairs for Avx2 {
-        type L = Avx2;
-        type I = __m256i;
-        #[inline]
-        #[target_feature(enable = "avx2,fma,f16c")]
-        unsafe fn zero() -> __m256i {
-            _mm256_setzero_si256()
-        }
-        #[inline]
-        #[target_feature(enable = "avx2,fma,f16c")]
-        unsafe fn load(p: *const u32) -> __m256i {
-            // SAFETY: the caller vouches for eight pairs at `p`.
-            unsafe { _mm256_loadu_si256(p.cast()) }
-        }
-        #[inline]
-        #[target_feature(enable = "avx2,fma,f16c")]
-        unsafe fn splat(p: *const u32) -> __m256i {
-            // SAFETY: the caller vouches for `p`.
-            _mm256_set1_epi32(unsafe { p.read_unaligned() } as i32)
-        }
-        #[inline]
-        #[target_feature(enable = "avx2,fma,f16c")]
-        unsafe fn accumulate(acc: __m256i, x: __m256i, w: __m256i) -> __m256i {
-            // A pair's sum is at most 2 · 8191², far from what the instruction cannot hold.
-            _mm256_add_epi32(acc, _mm256_madd_epi16(x, w))
-        }
-        #[inline]
-        #[target_feature(enable = "avx2,fma,f16c")]
-        unsafe fn float(v: __m256i) -> __m256 {
-            _mm256_cvtepi32_ps(v)
-        }
-        #[inline]
-        #[target_feature(enable = "avx2,fma,f16c")]
-        unsafe fn times(a: __m256, b: __m256) -> __m256 {
-            _mm256_mul_ps(a, b)
-        }
-        #[inline]
-        #[target_feature(enable = "avx2,fma,f16c")]
-        unsafe fn fused(a: __m256, b: __m256, c: __m256) -> __m256 {
-            _mm256_fmadd_ps(a, b, c)
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cpu::simd::{Level, Portable};
+    use crate::error::KernelError;
 
     fn noise(len: usize, mut seed: u64) -> Vec<f32> {
         let mut next = || {

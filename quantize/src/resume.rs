@@ -1,0 +1,205 @@
+//! Going on with an unfinished quantization: which blocks are solved, and under what key.
+//!
+//! A block's result is determined by the model, the options, the calibration tokens, the backend's arithmetic, the program, and
+//! the block before it. The first five make the first block's key; the key of each later one is hashed from the key and the
+//! tensors of the block before, so the first block that does not fit ends what is taken over.
+//!
+//! Of a model with experts or latent attention nothing is kept: it starts over.
+
+use lowbit_calibration::Windows;
+use lowbit_checkpoint::hash::sha256_hex;
+use lowbit_checkpoint::writer::{CheckpointWriter, Kept};
+use lowbit_checkpoint::{Checkpoint, ModelConfig, linear};
+use serde_json::{Value, json};
+
+use crate::driver::Progress;
+use crate::error::{QuantizeError, Result};
+use crate::experts::unknown_part;
+use crate::plan::{Plan, PlannedLinear};
+use crate::record::LayerRecord;
+
+/// How a run meets what an earlier one left.
+#[derive(Clone, Debug)]
+pub struct Resume {
+    /// All that determines the result beside the plan and the calibration tokens: the model's hash, the program, the arithmetic.
+    pub identity: String,
+    /// Start over.
+    pub fresh: bool,
+}
+
+/// Whether solved blocks of such a model are kept. Not yet with experts or latent attention.
+pub fn keeps_blocks(c: &ModelConfig) -> bool {
+    unknown_part(c).is_none()
+}
+
+/// The chain of keys.
+pub(crate) struct Chain {
+    /// Of the next block; `None` where nothing is kept.
+    key: Option<String>,
+}
+
+impl Chain {
+    /// The first block's key.
+    pub(crate) fn start(resume: &Resume, ckpt: &Checkpoint, plan: &Plan, windows: Option<&Windows>) -> Self {
+        if !keeps_blocks(&ckpt.config) {
+            return Self { key: None };
+        }
+        let mut options = plan.options.to_map();
+        // These change no code: strictness is checked again, and the writer looks at the layout of the shards itself.
+        options.retain(|k, _| !matches!(k.as_str(), "strict" | "shard_bytes"));
+        let linears: Vec<Value> =
+            plan.linears.iter().map(|l| json!([l.module, l.source, l.scheme.full_name()])).collect();
+        let all = json!({
+            "identity": resume.identity, "options": options, "linears": linears,
+            "windows": windows.map(|w| w.sha256.as_str()),
+        });
+        Self { key: Some(sha256_hex(all.to_string().as_bytes())) }
+    }
+
+    /// The key of the next block; `None` where nothing is kept.
+    pub(crate) fn key(&self) -> Option<&str> {
+        self.key.as_deref()
+    }
+
+    /// Goes on to the block after one with these tensors, which was kept under `key`.
+    fn push(&mut self, key: &str, digest: &str) {
+        self.key = Some(sha256_hex(format!("{key}\n{digest}").as_bytes()));
+    }
+
+    /// Keeps a solved block.
+    pub(crate) fn keep(
+        &mut self,
+        writer: &mut CheckpointWriter,
+        plan: &Plan,
+        block: usize,
+        records: &[LayerRecord],
+    ) -> Result<()> {
+        let Some(key) = self.key.clone() else { return Ok(()) };
+        let mut notes = Vec::with_capacity(records.len());
+        for r in records {
+            // A record is plain data; it cannot fail to become JSON.
+            notes.push(exact(serde_json::to_value(r).unwrap_or_default()));
+        }
+        let names = tensors_of(plan, block)?;
+        let digest = writer.keep(&unit(block), &key, &names, &Value::Array(notes))?;
+        self.push(&key, &digest);
+        Ok(())
+    }
+
+    /// Takes over solved blocks from the first on, until one is missing or unusable; the latter is said. Returns how many, and
+    /// their records.
+    pub(crate) fn take(
+        &mut self,
+        writer: &mut CheckpointWriter,
+        plan: &Plan,
+        blocks: usize,
+        progress: &dyn Progress,
+    ) -> Result<(usize, Vec<LayerRecord>)> {
+        if writer.replaced_unfinished() {
+            progress.say("note: an unfinished output of another model, other options or another program was there: starting over");
+        }
+        let mut layers = Vec::new();
+        for block in 0..blocks {
+            let Some(key) = self.key.clone() else { return Ok((block, layers)) };
+            let names = tensors_of(plan, block)?;
+            match writer.kept(&unit(block), &key, &names)? {
+                Kept::Nothing => return Ok((block, layers)),
+                Kept::Unusable(why) => {
+                    progress.say(&format!("note: block {block} is solved anew: {why}"));
+                    return Ok((block, layers));
+                }
+                Kept::Whole { note, digest } => {
+                    let Ok(records) = serde_json::from_value::<Vec<LayerRecord>>(inexact(note)) else {
+                        progress.say(&format!("note: block {block} is solved anew: its records cannot be read"));
+                        return Ok((block, layers));
+                    };
+                    if let Some((r, event)) =
+                        records.iter().find_map(|r| Some((r, r.events.first()?))).filter(|_| plan.options.strict)
+                    {
+                        return Err(QuantizeError::Strict { module: r.name.clone(), event: event.clone() });
+                    }
+                    layers.extend(records);
+                    self.push(&key, &digest);
+                }
+            }
+        }
+        Ok((blocks, layers))
+    }
+}
+
+fn unit(block: usize) -> String {
+    format!("block-{block:05}")
+}
+
+/// Planned linears of a block.
+pub(crate) fn linears_of(plan: &Plan, block: usize) -> impl Iterator<Item = &PlannedLinear> {
+    plan.linears.iter().filter(move |l| l.block == Some(block))
+}
+
+/// Names of the tensors a block's linears are written as.
+fn tensors_of(plan: &Plan, block: usize) -> Result<Vec<String>> {
+    let mut names = Vec::new();
+    for l in linears_of(plan, block) {
+        let declared = linear::declare(&l.module, l.scheme, plan.layout, l.out_features, l.in_features)
+            .map_err(|source| QuantizeError::Kernel { module: l.module.clone(), source })?;
+        names.extend(declared.into_iter().map(|d| d.name));
+    }
+    Ok(names)
+}
+
+/// Floats as text: the JSON reader may miss a float's last bit, and a resumed run's record is to equal an uninterrupted one's.
+pub fn exact(v: Value) -> Value {
+    match v {
+        Value::Number(n) if n.is_f64() => json!({"f64": format!("{:?}", n.as_f64().unwrap_or(f64::NAN))}),
+        Value::Array(a) => a.into_iter().map(exact).collect(),
+        Value::Object(o) => Value::Object(o.into_iter().map(|(k, v)| (k, exact(v))).collect()),
+        other => other,
+    }
+}
+
+/// Undoes [`exact`].
+pub fn inexact(v: Value) -> Value {
+    match v {
+        Value::Array(a) => a.into_iter().map(inexact).collect(),
+        Value::Object(o) => match o.get("f64").and_then(Value::as_str).and_then(|t| t.parse::<f64>().ok()) {
+            Some(f) => json!(f),
+            None => Value::Object(o.into_iter().map(|(k, v)| (k, inexact(v))).collect()),
+        },
+        other => other,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn records_come_back_bit_for_bit() {
+        let mut state = 1u64;
+        let mut next = || {
+            state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            f64::from_bits((state >> 12) | 0x3f50_0000_0000_0000)
+        };
+        let records: Vec<LayerRecord> = (0..200)
+            .map(|i| LayerRecord {
+                name: format!("l{i}"),
+                proxy_loss: next(),
+                relative_error: next() * 1e-30,
+                damp_frac: next() * 1e9,
+                input_abs_max: next() as f32,
+                seconds: f64::from(i),
+                events: vec!["retry".into()],
+                ..LayerRecord::default()
+            })
+            .collect();
+        let text = exact(serde_json::to_value(&records).unwrap()).to_string();
+        let back: Vec<LayerRecord> = serde_json::from_value(inexact(serde_json::from_str(&text).unwrap())).unwrap();
+        for (a, b) in records.iter().zip(&back) {
+            assert_eq!(serde_json::to_string(a).unwrap(), serde_json::to_string(b).unwrap());
+            assert_eq!(
+                (a.proxy_loss.to_bits(), a.input_abs_max.to_bits()),
+                (b.proxy_loss.to_bits(), b.input_abs_max.to_bits())
+            );
+        }
+    }
+}
