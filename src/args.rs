@@ -29,7 +29,7 @@ pub struct Global {
     /// Where to compute: auto, cpu, cuda, cuda:N, emulated (the CUDA kernels on the host), scalar (the slow reference).
     #[arg(long, global = true, default_value = "auto", value_parser = parse_device)]
     pub device: Device,
-    /// Keep f32: on the CPU, where prompts and calibration would round factors to 16 bits, and decode activations to 15 before packed
+    /// Keep f32: on the CPU, where prompts and calibration would round factors to fixed point of 16 bits, and decode activations to 15 before packed
     /// weights (`bench` shows the KL); on a GPU as --arithmetic fast.
     #[arg(long, global = true)]
     pub exact: bool,

@@ -57,7 +57,7 @@ pub fn parse(argv: Vec<OsString>) -> Result<(Cli, ArgMatches), ParseError> {
     let alternatives = ["bits", "size", "fit", "context"];
     let budget_typed = typed.iter().any(|t| alternatives.contains(&t.as_str()));
     let kept =
-        given.into_iter().filter(|(k, _)| !typed.contains(k) && !(budget_typed && alternatives.contains(&k.as_str())));
+        given.into_iter().filter(|(k, _)| !(typed.contains(k) || budget_typed && alternatives.contains(&k.as_str())));
     let from_recipe = kept.flat_map(|(k, values)| {
         let flag = OsString::from(format!("--{k}"));
         match values {

@@ -4,6 +4,8 @@
 //! in f32 and in sixteen-bit fixed point out of registers. Decode reads each weight once, so its rows count bytes; prefill and the
 //! Hessian multiply, so theirs count operations (two a product). After each of criterion's own lines comes the share of the ceiling.
 
+#![expect(clippy::print_stdout, reason = "a benchmark's output is what it prints")]
+
 use std::cell::Cell;
 use std::hint::black_box;
 use std::time::{Duration, Instant};
@@ -14,8 +16,11 @@ use lowbit_kernels::cpu::{CpuBackend, peak_products, read_bandwidth};
 use lowbit_kernels::random::{RandomFormat, RandomWeight, normals};
 use lowbit_kernels::{GroupSize, Scheme};
 
-/// Rows and columns of the linears of a block.
-const SHAPES: [(&str, usize, [(&str, usize, usize); 4]); 3] = [
+/// Name, rows and columns of a linear.
+type Linear = (&'static str, usize, usize);
+
+/// Models, with their groups and the linears of a block.
+const SHAPES: [(&str, usize, [Linear; 4]); 3] = [
     ("smollm2-135m", 64, [("qkv", 960, 576), ("o", 576, 576), ("gate-up", 3072, 576), ("down", 576, 1536)]),
     ("llama-3.2-1b", 128, [("qkv", 3072, 2048), ("o", 2048, 2048), ("gate-up", 16384, 2048), ("down", 2048, 8192)]),
     ("llama-3.1-8b", 128, [("qkv", 6144, 4096), ("o", 4096, 4096), ("gate-up", 28672, 4096), ("down", 4096, 14336)]),

@@ -9,7 +9,7 @@ use lowbit_kernels::cuda::device::{Arg, Device, EmulatorOptions, Launch, Memory}
 const N: usize = 101;
 
 fn device(checked: bool, seed: u64) -> Device {
-    Device::emulated_with(EmulatorOptions { threads: 2, checked, seed }).unwrap()
+    Device::emulated_with(EmulatorOptions { threads: 2, checked, seed, ..EmulatorOptions::default() }).unwrap()
 }
 
 fn bytes(values: &[f32]) -> Vec<u8> {

@@ -1,8 +1,6 @@
 //! `lowbit suite` and `bench/gpu-suite`, as far as they run without a GPU.
 
-use std::process::Command;
-
-use super::{json, lowbit, ok, root, stderr};
+use super::{json, lowbit, ok, stderr};
 
 /// Timed rows of the suite: a change of `bench/src/suite/table.rs` changes it.
 const ROWS: usize = 284;
