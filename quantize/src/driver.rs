@@ -10,7 +10,7 @@ use lowbit_calibration::{InputStats, PassOptions, SequentialPass, Windows};
 use lowbit_checkpoint::quant_config::{PackFormat, QuantConfig};
 use lowbit_checkpoint::store::TensorStore;
 use lowbit_checkpoint::writer::CheckpointWriter;
-use lowbit_checkpoint::{Checkpoint, linear};
+use lowbit_checkpoint::{Checkpoint, CheckpointError, linear};
 use lowbit_kernels::backend::{Backend, HostWeight};
 use lowbit_kernels::{QuantizedMatrix, qdq};
 use lowbit_model::block::{Block, Linear, LinearGroup};
@@ -101,6 +101,10 @@ pub fn quantize(
             Ok((Outcome { layers, experts, calibration, stage_seconds }, writer))
         }
         Err(e) => {
+            // What the same command would only run into again is nothing to go on from.
+            if !matches!(e, QuantizeError::Interrupted | QuantizeError::Checkpoint(CheckpointError::Io { .. })) {
+                run.writer.forget();
+            }
             if let (folder, blocks @ 1..) = run.writer.unfinished() {
                 let folder = folder.display();
                 progress

@@ -80,6 +80,11 @@ impl CheckpointWriter {
         (&self.partial, self.entries)
     }
 
+    /// Entries kept so far are of no use: dropping the writer removes the unfinished folder, as without them.
+    pub fn forget(&mut self) {
+        self.entries = 0;
+    }
+
     /// Keeps the tensors `names`, written before, as the entry `unit` under `key`, with a note. Returns a digest of their bytes.
     /// Only for a writer made by [`CheckpointWriter::resume`].
     pub fn keep(&mut self, unit: &str, key: &str, names: &[String], note: &Value) -> Result<String> {
