@@ -178,7 +178,7 @@ mod tests {
         let texts = vec!["0123456789".to_string()];
         let error = windows_with(&bytes, &texts, 4, 5, WindowOrder::Packed).unwrap_err();
         assert!(error.to_string().contains("holds 2 windows of 5 tokens (11 tokens), 4 were asked for"), "{error}");
-        assert!(error.hint().unwrap().contains("at most 2 windows"));
+        assert!(error.hint().unwrap().contains("--samples 2 fits"));
         assert!(windows_with(&bytes, &texts, 0, 5, WindowOrder::Packed).is_err());
         assert!(windows_with(&bytes, &texts, usize::MAX, 2, WindowOrder::Packed).is_err());
     }

@@ -51,7 +51,11 @@ fn what_reads_one_kind_reads_its_old_schemas() {
     let tmp = tempfile::tempdir().unwrap();
     let record = |name: &str| root().join("tests/records").join(name);
     for schema in 1..=3 {
-        let file = record(&format!("eval-{schema}.json"));
+        let mut kept = json(&record(&format!("eval-{schema}.json")));
+        // The items of tasks are files of their own, and long.
+        kept.as_object_mut().unwrap().retain(|key, _| key != "items" && key != "tasks");
+        let file = tmp.path().join("eval.json");
+        std::fs::write(&file, kept.to_string()).unwrap();
         ok(lowbit(tmp.path()).arg("gate").arg(&file).args(["--max-kl", "9", "--max-ppl-ratio", "9"]));
     }
     let load = record("load-1.json");
