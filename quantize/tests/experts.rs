@@ -3,6 +3,9 @@
 #[path = "../../model/tests/experts/weights.rs"]
 mod weights;
 
+// `weights` writes its checkpoints with it.
+use safetensors as _;
+
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
