@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use lowbit_kernels::activation::InputRule;
 use lowbit_kernels::backend::HostWeight;
 use serde_json::Value;
 
@@ -38,12 +39,12 @@ impl Checkpoint {
         let path = dir.join("config.json");
         let raw_config = read_json(&path)?;
         let config = config::parse(&path, &raw_config)?;
-        let external = dir.join("quantize_config.json");
+        let external = ["quantize_config.json", "hf_quant_config.json"].map(|f| dir.join(f));
+        let external = external.into_iter().find(|f| f.exists());
         let quantization = match raw_config.get("quantization_config").or_else(|| raw_config.get("compression_config"))
         {
             Some(q) if !q.is_null() => Some(QuantConfig::parse(&path, q)?),
-            _ if external.exists() => Some(QuantConfig::parse(&external, &read_json(&external)?)?),
-            _ => None,
+            _ => external.map(|f| QuantConfig::parse(&f, &read_json(&f)?)).transpose()?,
         };
         let store = TensorStore::open(dir)?;
         Ok(Self { dir: dir.to_path_buf(), config, raw_config, quantization, store })
@@ -52,6 +53,17 @@ impl Checkpoint {
     /// The weight of a linear or embedding, dense or packed.
     pub fn linear(&self, module: &str, out_features: usize, in_features: usize) -> Result<HostWeight> {
         linear::read(&self.store, self.quantization.as_ref(), module, out_features, in_features)
+    }
+
+    /// How a linear's input is rounded, where it is.
+    pub fn input_rule(&self, module: &str) -> Result<Option<InputRule>> {
+        linear::read_input_rule(&self.store, self.quantization.as_ref(), module)
+    }
+
+    /// How keys and values are rounded before they are cached; `attention` is `model.layers.0.self_attn`.
+    pub fn kv_rules(&self, attention: &str) -> Result<Option<[InputRule; 2]>> {
+        let kv = self.quantization.as_ref().and_then(|q| q.kv);
+        kv.map(|kv| linear::narrow::kv_rules(&self.store, kv, attention, self.config.num_kv_heads)).transpose()
     }
 
     /// A linear's bias, where it has one.

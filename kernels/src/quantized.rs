@@ -1,6 +1,7 @@
 //! A quantized matrix: codes from the solver, never re-derived from floats.
 
 use crate::error::{KernelError, Result, check_len};
+use crate::floats::FloatWeight;
 use crate::scheme::Scheme;
 
 /// Codes, scales and zero points of one linear `[out, in]`.
@@ -66,5 +67,24 @@ impl QuantizedMatrix {
             }
         }
         Ok(w)
+    }
+}
+
+/// What a solver makes of a matrix.
+#[derive(Clone)]
+pub enum QuantizedWeight {
+    /// Integer codes.
+    Int(QuantizedMatrix),
+    /// Float codes.
+    Float(FloatWeight),
+}
+
+impl QuantizedWeight {
+    /// As f32 `[out, in]`.
+    pub fn dequantize(&self) -> Result<Vec<f32>> {
+        match self {
+            QuantizedWeight::Int(m) => m.dequantize(),
+            QuantizedWeight::Float(w) => w.dequantize(),
+        }
     }
 }

@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use lowbit_kernels::backend::{Buffer, Segment, Steps};
 
+use crate::block::Block;
 use crate::decoder::{KvCache, Model};
 use crate::error::{At, Result};
 
@@ -42,7 +43,8 @@ impl Model {
     /// on the same sizes, so the same bits.
     pub fn decode_step(&self, ids: &[u32], segments: &[Segment], cache: &mut KvCache) -> Result<Arc<Buffer>> {
         self.check(ids, segments, cache)?;
-        let kept = if is_step(ids, segments) { self.recordings(cache)? } else { None };
+        let recorded = is_step(ids, segments) && !self.blocks().iter().any(Block::rounds_inputs);
+        let kept = if recorded { self.recordings(cache)? } else { None };
         let Some(mut kept) = kept else {
             let hidden = self.forward_decode(ids, segments, cache)?;
             return Ok(Arc::new(self.next_logits(&hidden)?));

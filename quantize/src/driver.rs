@@ -5,22 +5,24 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use lowbit_calibration::{InputStats, PassOptions, SequentialPass, Windows};
-use lowbit_checkpoint::quant_config::PackFormat;
+use lowbit_calibration::{InputStats, KvRange, PassOptions, SequentialPass, Windows};
+use lowbit_checkpoint::quant_config::{KvScheme, PackFormat};
 use lowbit_checkpoint::writer::CheckpointWriter;
 use lowbit_checkpoint::{Checkpoint, linear};
-use lowbit_kernels::QuantizedMatrix;
-use lowbit_kernels::backend::{Backend, HostWeight};
+use lowbit_kernels::activation::InputRule;
+use lowbit_kernels::backend::Backend;
+use lowbit_kernels::{QuantizedWeight, WeightFormat};
 use lowbit_model::block::{Block, Linear, LinearGroup};
 use lowbit_model::{Embedding, decoder};
 
 use crate::error::{QuantizeError, Result};
 use crate::factor::SolveError;
-use crate::plan::{Method, Plan, PlannedLinear};
+use crate::inputs::{input_rule, scale_of, stored_scale};
+use crate::loss::proxy_loss;
+use crate::plan::{Method, Plan, PlannedLinear, fused};
 use crate::record::{CalibrationRecord, LayerRecord};
-use crate::rtn::quantize_rtn;
 use crate::scale_search::SolverOptions;
-use crate::solve::{Shared, solve_linear};
+use crate::solve::{Shared, round_any, solve_any};
 
 /// Progress of long work; the command line draws it.
 pub trait Progress: Sync {
@@ -78,7 +80,7 @@ pub fn quantize(
     let mut run = Run { ckpt, plan, writer, layers: Vec::new(), stage_seconds: BTreeMap::new(), stop };
     run.copy(progress)?;
     let calibration = match (plan.options.method, windows) {
-        (Method::Rtn, _) => {
+        (Method::Rtn, _) if !plan.options.needs_data() => {
             run.rtn(progress)?;
             None
         }
@@ -95,9 +97,12 @@ pub fn quantize(
         }
         (method, None) => {
             return Err(QuantizeError::Plan {
-                summary: format!("method {} needs calibration data", method.name()),
+                summary: match method.calibrated() {
+                    true => format!("method {} needs calibration data", method.name()),
+                    false => "stored scales of inputs, keys or values need calibration data".into(),
+                },
                 offenders: vec![],
-                hint: Some("give --calib FILE, or choose --method rtn".into()),
+                hint: Some("give --calib FILE, or choose --method rtn and a scheme without stored scales".into()),
             });
         }
     };
@@ -152,7 +157,12 @@ impl Run<'_> {
         let prefix = decoder::prefix(self.ckpt)?;
         let embedding = Embedding::load(self.ckpt, backend)?;
         let recipe = self.plan.options.method.recipe();
-        let options = PassOptions { float_stream: recipe.float_stream(), token_weights: recipe.token_weights };
+        let kv = self.plan.options.kv;
+        let options = PassOptions {
+            float_stream: recipe.float_stream(),
+            token_weights: recipe.token_weights,
+            kv_ranges: kv.map(|kv| kv.per_head),
+        };
         let offload = self.plan.options.offload.as_deref();
         let mut pass = SequentialPass::start(backend, &embedding, &windows.tokens, options, offload)?;
         drop(embedding);
@@ -180,6 +190,9 @@ impl Run<'_> {
                     if stop.load(Ordering::Relaxed) { Err(QuantizeError::Interrupted) } else { Ok(()) }
                 },
             )?;
+            if let Some(kv) = kv {
+                self.keep_kv(kv, &format!("{name}.self_attn"), pass.kv_range())?;
+            }
         }
         self.stage_seconds.insert("solve".into(), solving);
         self.stage_seconds.insert("forward and statistics".into(), whole.elapsed().as_secs_f64() - solving);
@@ -210,14 +223,24 @@ impl Run<'_> {
             let start = Instant::now();
             let opts = plan.options.solver(planned.scheme, plan.layout.scales);
             let solve = |source: SolveError| QuantizeError::Solve { module: module.clone(), source };
-            if shared.is_none() {
+            if shared.is_none() && plan.options.method.calibrated() {
                 shared = Some(Shared::new(stats, &opts).map_err(solve)?);
             }
-            let Some(shared) = &shared else { continue };
-            let f = &shared.factor;
             let w = self.dense(planned)?;
-            let (q, loss) =
-                solve_linear(&w, planned.out_features, planned.in_features, shared, &opts).map_err(solve)?;
+            let set_max = self.set_max(planned, &w)?;
+            let (out, n) = (planned.out_features, planned.in_features);
+            let (q, loss) = match &shared {
+                Some(s) => solve_any(&w, out, n, planned.scheme.weight, set_max, s, &opts).map_err(solve)?,
+                None => {
+                    let q = round_any(&w, out, n, planned.scheme.weight, set_max, &opts).map_err(solve)?;
+                    let back =
+                        q.dequantize().map_err(|source| QuantizeError::Kernel { module: module.clone(), source })?;
+                    (q, proxy_loss(&w, &back, &stats.hessian, out, n))
+                }
+            };
+            let f = shared.as_ref().map(|s| &s.factor);
+            let rule = planned.scheme.input.map(|i| input_rule(i, stats.abs_max, plan.layout.scales)).transpose();
+            let rule = rule.map_err(solve)?;
             let record = LayerRecord {
                 name: module.clone(),
                 block: Some(index),
@@ -230,15 +253,16 @@ impl Run<'_> {
                 seconds: start.elapsed().as_secs_f64(),
                 tokens: stats.tokens,
                 input_abs_max: stats.abs_max,
-                dead_columns: f.dead.len(),
-                damp_frac: f.damp_frac,
-                events: f.events.clone(),
+                input_scale: stored_scale(rule.as_ref()),
+                dead_columns: f.map_or(0, |f| f.dead.len()),
+                damp_frac: f.map_or(0.0, |f| f.damp_frac),
+                events: f.map_or_else(Vec::new, |f| f.events.clone()),
             };
-            self.keep(planned, &q, record)?;
+            self.keep(planned, &q, rule.as_ref(), record)?;
             let bias = self.ckpt.bias(&module, planned.out_features)?;
-            let packed =
-                linear::pack_matrix(&q).map_err(|source| QuantizeError::Kernel { module: module.clone(), source })?;
-            let replaced = Linear::from_host(backend, &module, &HostWeight::Packed(packed), bias.as_deref())?;
+            let host =
+                linear::host_weight(&q).map_err(|source| QuantizeError::Kernel { module: module.clone(), source })?;
+            let replaced = Linear::from_host(backend, &module, &host, bias.as_deref())?.with_input(rule);
             if let Some(slot) = block.linears.get_mut(i) {
                 *slot = replaced;
             }
@@ -277,7 +301,10 @@ impl Run<'_> {
         let opts = SolverOptions { act_order: false, ..self.plan.options.solver(l.scheme, self.plan.layout.scales) };
         let w = self.dense(l)?;
         let solve = |source| QuantizeError::Solve { module: l.module.clone(), source };
-        let q = quantize_rtn(&w, l.out_features, l.in_features, None, &opts).map_err(solve)?;
+        let set_max = self.set_max(l, &w)?;
+        let q = round_any(&w, l.out_features, l.in_features, l.scheme.weight, set_max, &opts).map_err(solve)?;
+        // Only scales of the input's own making: stored ones need the calibrated pass.
+        let rule = l.scheme.input.map(|i| input_rule(i, 0.0, self.plan.layout.scales)).transpose().map_err(solve)?;
         let back = q.dequantize().map_err(|source| QuantizeError::Kernel { module: l.module.clone(), source })?;
         let (mut error, mut norm) = (0f64, 0f64);
         for (a, b) in w.iter().zip(&back) {
@@ -296,7 +323,33 @@ impl Run<'_> {
             seconds: start.elapsed().as_secs_f64(),
             ..LayerRecord::default()
         };
-        self.keep(l, &q, record)
+        self.keep(l, &q, rule.as_ref(), record)
+    }
+
+    /// The largest magnitude of all weights that share `l`'s global scale, where its format has one.
+    fn set_max(&self, l: &PlannedLinear, w: &[f32]) -> Result<f32> {
+        let largest = |w: &[f32]| w.iter().fold(0f32, |m, v| m.max(v.abs()));
+        let mut most = largest(w);
+        if l.scheme.weight == WeightFormat::Nvfp4 {
+            let set = |o: &&PlannedLinear| o.block == l.block && o.module != l.module && fused(&o.module, &l.module);
+            for other in self.plan.linears.iter().filter(set) {
+                most = most.max(largest(&self.dense(other)?));
+            }
+        }
+        Ok(most)
+    }
+
+    /// Writes the stored scales of a layer's keys and values.
+    fn keep_kv(&mut self, kv: KvScheme, attention: &str, range: &KvRange) -> Result<()> {
+        let layout = self.plan.layout;
+        for (which, seen) in [("k", &range.keys), ("v", &range.values)] {
+            let module = format!("{attention}.{which}_scale");
+            let scales = seen.iter().map(|m| scale_of(*m, kv.code.half_range(), layout.scales));
+            let scales = scales.collect::<std::result::Result<Vec<_>, _>>();
+            let scales = scales.map_err(|source| QuantizeError::Solve { module: module.clone(), source })?;
+            self.writer.write(&module, &layout.scale_bytes(scales.into_iter()))?;
+        }
+        Ok(())
     }
 
     fn dense(&self, l: &PlannedLinear) -> Result<Vec<f32>> {
@@ -319,7 +372,13 @@ impl Run<'_> {
         Ok(w)
     }
 
-    fn keep(&mut self, l: &PlannedLinear, q: &QuantizedMatrix, record: LayerRecord) -> Result<()> {
+    fn keep(
+        &mut self,
+        l: &PlannedLinear,
+        q: &QuantizedWeight,
+        rule: Option<&InputRule>,
+        record: LayerRecord,
+    ) -> Result<()> {
         if self.plan.options.strict
             && let Some(event) = record.events.first()
         {
@@ -328,7 +387,7 @@ impl Run<'_> {
         let kernel = |source| QuantizeError::Kernel { module: l.module.clone(), source };
         let layout = self.plan.layout;
         let names = linear::declare(&l.module, l.scheme, layout, l.out_features, l.in_features).map_err(kernel)?;
-        for (d, bytes) in names.iter().zip(linear::encode(q, layout).map_err(kernel)?) {
+        for (d, bytes) in names.iter().zip(linear::encode_weight(q, l.scheme, rule, layout).map_err(kernel)?) {
             self.writer.write(&d.name, &bytes)?;
         }
         self.layers.push(record);

@@ -8,6 +8,7 @@ use faer::linalg::matmul::matmul;
 use faer::{Accum, MatMut, MatRef, Par};
 use lowbit_kernels::QuantizedMatrix;
 use lowbit_kernels::error::check_len;
+use lowbit_kernels::minifloat::{e2m1, e4m3, to_e2m1, to_e4m3};
 use lowbit_kernels::qdq::{dequantize, quantize};
 use rayon::prelude::*;
 
@@ -48,33 +49,15 @@ pub fn gptq_codes(
     factor: &Factor,
     opts: &SolverOptions,
 ) -> Result<QuantizedMatrix, SolveError> {
-    check_len("factor", n, factor.n)?;
-    check_len("factor's diagonal", n, factor.diag.len())?;
-    check_len("factor's permutation", n, factor.perm.len())?;
-    check_len("factor's matrix", n * n, factor.u.len())?;
     let Scales { scales, zeros, .. } = search_scales(w, out, n, Some(&factor.diag), opts)?;
-    let task = Task {
-        n,
+    let on = GridScales {
+        grid: Grid::Int { mid: opts.scheme.mid_code(), max: opts.scheme.max_code() },
+        scales: &scales,
+        zeros: zeros.as_deref(),
         cols: opts.scheme.group_cols(n),
         groups: opts.scheme.groups(n)?,
-        block: opts.block.min(n),
-        mid: opts.scheme.mid_code(),
-        max: opts.scheme.max_code(),
-        perm: &factor.perm,
-        diag: &factor.diag,
-        U: &factor.u,
     };
-    let mut codes = vec![0u8; out * n];
-    if n > 0 {
-        codes.par_chunks_mut(ROWS * n).zip(w.par_chunks(ROWS * n)).enumerate().for_each_init(
-            || Rows::new(&task),
-            |rows, (chunk, (codes, w))| {
-                let from = chunk * ROWS * task.groups;
-                let zeros = zeros.as_ref().map(|z| &z[from..]);
-                solve_rows(&task, rows, w, &scales[from..], zeros, codes);
-            },
-        );
-    }
+    let codes = grid_codes(w, out, n, factor, &on, opts.block)?;
     Ok(QuantizedMatrix {
         scheme: opts.scheme,
         out_features: out,
@@ -86,14 +69,81 @@ pub fn gptq_codes(
     })
 }
 
+/// What a code stands for, before its scale.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Grid {
+    /// `code − zero`, zero being `mid` where none is stored.
+    Int {
+        /// The symmetric zero point.
+        mid: u8,
+        /// Largest code.
+        max: u8,
+    },
+    /// [`e4m3`].
+    E4m3,
+    /// [`e2m1`].
+    E2m1,
+}
+
+/// The grids of a matrix's groups.
+pub(crate) struct GridScales<'a> {
+    pub grid: Grid,
+    /// `[out, groups]`, none zero.
+    pub scales: &'a [f32],
+    /// As the scales.
+    pub zeros: Option<&'a [u8]>,
+    /// Columns of a group.
+    pub cols: usize,
+    /// Groups of a row.
+    pub groups: usize,
+}
+
+/// Codes `[out, n]`, one a byte, of `w` on given grids.
+pub(crate) fn grid_codes(
+    w: &[f32],
+    out: usize,
+    n: usize,
+    factor: &Factor,
+    on: &GridScales,
+    block: usize,
+) -> Result<Vec<u8>, SolveError> {
+    check_len("factor", n, factor.n)?;
+    check_len("factor's diagonal", n, factor.diag.len())?;
+    check_len("factor's permutation", n, factor.perm.len())?;
+    check_len("factor's matrix", n * n, factor.u.len())?;
+    check_len("scales", out * on.groups, on.scales.len())?;
+    let (scales, zeros) = (on.scales, on.zeros);
+    let task = Task {
+        n,
+        cols: on.cols,
+        groups: on.groups,
+        block: block.min(n),
+        grid: on.grid,
+        perm: &factor.perm,
+        diag: &factor.diag,
+        U: &factor.u,
+    };
+    let mut codes = vec![0u8; out * n];
+    if n > 0 {
+        codes.par_chunks_mut(ROWS * n).zip(w.par_chunks(ROWS * n)).enumerate().for_each_init(
+            || Rows::new(&task),
+            |rows, (chunk, (codes, w))| {
+                let from = chunk * ROWS * task.groups;
+                let zeros = zeros.map(|z| &z[from..]);
+                solve_rows(&task, rows, w, &scales[from..], zeros, codes);
+            },
+        );
+    }
+    Ok(codes)
+}
+
 /// What is the same for every row.
 struct Task<'a> {
     n: usize,
     cols: usize,
     groups: usize,
     block: usize,
-    mid: u8,
-    max: u8,
+    grid: Grid,
     perm: &'a [usize],
     diag: &'a [f32],
     U: &'a [f32],
@@ -138,10 +188,11 @@ fn solve_rows(task: &Task, rows: &mut Rows, w: &[f32], scales: &[f32], zeros: Op
             }
         }
     }
+    let mid = if let Grid::Int { mid, .. } = task.grid { mid } else { 0 };
     for group in 0..task.groups {
         for r in 0..count {
             rows.scales[group][r] = scales[r * task.groups + group];
-            rows.zeros[group][r] = zeros.map_or(task.mid, |z| z[r * task.groups + group]);
+            rows.zeros[group][r] = zeros.map_or(mid, |z| z[r * task.groups + group]);
         }
     }
 
@@ -179,11 +230,27 @@ multiversion! {
             let U = &task.U[j * task.n..(j + 1) * task.n];
             let (done, later) = rows.W.split_at_mut(j + 1);
             let column = &done[j];
+            let codes = &mut rows.codes[j];
             let mut E = [0f32; ROWS];
-            for r in 0..ROWS {
-                let code = quantize(column[r], scales[r], zeros[r], task.max);
-                rows.codes[j][r] = code;
-                E[r] = (column[r] - dequantize(code, scales[r], zeros[r])) / U[j];
+            match task.grid {
+                Grid::Int { max, .. } => {
+                    for r in 0..ROWS {
+                        codes[r] = quantize(column[r], scales[r], zeros[r], max);
+                        E[r] = (column[r] - dequantize(codes[r], scales[r], zeros[r])) / U[j];
+                    }
+                }
+                Grid::E4m3 => {
+                    for r in 0..ROWS {
+                        codes[r] = to_e4m3(column[r] / scales[r]);
+                        E[r] = (column[r] - e4m3(codes[r]) * scales[r]) / U[j];
+                    }
+                }
+                Grid::E2m1 => {
+                    for r in 0..ROWS {
+                        codes[r] = to_e2m1(column[r] / scales[r]);
+                        E[r] = (column[r] - e2m1(codes[r]) * scales[r]) / U[j];
+                    }
+                }
             }
             for (column, &u) in later.iter_mut().zip(&U[j + 1..end]) {
                 for r in 0..ROWS {

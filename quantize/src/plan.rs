@@ -1,15 +1,20 @@
 //! Before any work: what happens to every tensor, why, and how many bytes come out. Impossible plans are refused here,
 //! with all offenders listed.
 
+mod refusals;
+
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use lowbit_checkpoint::linear::narrow::declare_kv;
 use lowbit_checkpoint::provenance::Provenance;
-use lowbit_checkpoint::quant_config::{Layout, PackFormat, WrittenGroup, write_compressed_tensors, write_gptq};
+use lowbit_checkpoint::quant_config::{
+    KvScheme, Layout, PackFormat, WrittenGroup, write_compressed_tensors, write_gptq,
+};
 use lowbit_checkpoint::writer::{DEFAULT_SHARD_BYTES, Declared};
 use lowbit_checkpoint::{Checkpoint, linear};
 use lowbit_kernels::backend::FloatType;
-use lowbit_kernels::{GroupSize, ScaleType, Scheme};
+use lowbit_kernels::{GroupSize, InputFormat, LinearScheme, ScaleType, Scheme};
 use lowbit_model::block::linear_shapes;
 use lowbit_model::decoder;
 use serde_json::Value;
@@ -19,6 +24,8 @@ use crate::record::{ComponentSize, PlanRecord, PlannedTensor};
 use crate::room;
 use crate::scale_search::{ScaleSearch, SolverOptions};
 use crate::target::Correction;
+pub use refusals::fused;
+use refusals::{refuse_methods, refuse_mixed_sets, refuse_widths};
 
 /// Which solver.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -82,8 +89,12 @@ impl Method {
 /// Everything a user can choose.
 #[derive(Clone, Debug)]
 pub struct QuantizeOptions {
-    /// Number format of the block linears.
-    pub scheme: Scheme,
+    /// Number formats of the block linears.
+    pub scheme: LinearScheme,
+    /// Number formats of modules that match a pattern (an exact name, or `re:`), in the place of `scheme`; the first match counts.
+    pub modules: Vec<(String, LinearScheme)>,
+    /// How keys and values are quantized: stored scales from calibration.
+    pub kv: Option<KvScheme>,
     /// Solver.
     pub method: Method,
     /// Layout on disk.
@@ -112,9 +123,11 @@ pub struct QuantizeOptions {
 
 impl QuantizeOptions {
     /// The defaults for a scheme.
-    pub fn new(scheme: Scheme) -> Self {
+    pub fn new(scheme: impl Into<LinearScheme>) -> Self {
         Self {
-            scheme,
+            scheme: scheme.into(),
+            modules: Vec::new(),
+            kv: None,
             method: Method::Gptq,
             format: PackFormat::CompressedTensors,
             damp_frac: 0.01,
@@ -130,8 +143,18 @@ impl QuantizeOptions {
         }
     }
 
-    /// Solver settings for a scheme whose scales are stored as `scale_type`.
-    pub fn solver(&self, scheme: Scheme, scale_type: ScaleType) -> SolverOptions {
+    /// Whether the work needs calibration data: for the method, or for scales that are stored.
+    pub fn needs_data(&self) -> bool {
+        let stored = |s: &LinearScheme| s.input.is_some_and(InputFormat::is_static);
+        self.method.calibrated()
+            || self.kv.is_some()
+            || stored(&self.scheme)
+            || self.modules.iter().any(|m| stored(&m.1))
+    }
+
+    /// Solver settings for a scheme whose scales are stored as `scale_type`. Float codes have no integer scheme: theirs is not read.
+    pub fn solver(&self, scheme: LinearScheme, scale_type: ScaleType) -> SolverOptions {
+        let scheme = scheme.int().unwrap_or(Scheme { bits: 8, symmetric: true, group: GroupSize::PerChannel });
         SolverOptions {
             damp_frac: self.damp_frac,
             act_order: self.act_order && self.method.calibrated(),
@@ -165,6 +188,9 @@ impl QuantizeOptions {
         m.insert("embedding".into(), if self.embedding_w8 { "w8" } else { "keep" }.into());
         m.insert("ignore".into(), self.ignore.clone().into());
         m.insert("strict".into(), self.strict.into());
+        let modules: Vec<String> = self.modules.iter().map(|(p, s)| format!("{p}={}", s.full_name())).collect();
+        m.insert("modules".into(), modules.into());
+        m.insert("kv_scheme".into(), self.kv.map(KvScheme::name).into());
         m.insert("shard_bytes".into(), self.shard_bytes.into());
         m
     }
@@ -179,8 +205,8 @@ pub struct PlannedLinear {
     pub source: String,
     /// Block, or `None` for the head.
     pub block: Option<usize>,
-    /// Number format.
-    pub scheme: Scheme,
+    /// Number formats.
+    pub scheme: LinearScheme,
     /// Rows.
     pub out_features: usize,
     /// Columns.
@@ -217,18 +243,19 @@ pub fn component(name: &str) -> &'static str {
     rules.iter().find(|(k, _)| name.contains(k)).map_or("other", |(_, c)| c)
 }
 
-struct Ignore {
+/// Patterns of an option, and which of them have matched a module.
+struct Rules {
     rules: Vec<(String, Option<regex::Regex>, bool)>,
 }
 
-impl Ignore {
-    fn new(patterns: &[String]) -> Result<Self> {
+impl Rules {
+    fn new(option: &str, patterns: &[String]) -> Result<Self> {
         let rules = patterns
             .iter()
             .map(|p| {
                 let pattern = p.strip_prefix("re:").map(regex::Regex::new).transpose();
                 let pattern = pattern.map_err(|e| QuantizeError::Plan {
-                    summary: format!("--ignore {p}: {e}"),
+                    summary: format!("--{option} {p}: {e}"),
                     offenders: vec![],
                     hint: None,
                 })?;
@@ -266,7 +293,9 @@ pub fn make(
     }
     let c = &ckpt.config;
     let prefix = decoder::prefix(ckpt)?;
-    let mut ignore = Ignore::new(&options.ignore)?;
+    let mut ignore = Rules::new("ignore", &options.ignore)?;
+    let patterns: Vec<String> = options.modules.iter().map(|m| m.0.clone()).collect();
+    let mut modules = Rules::new("module", &patterns)?;
     let mut reasons: BTreeMap<String, String> = BTreeMap::new();
     let mut linears = Vec::new();
     let mut offenders: BTreeMap<(usize, &'static str), Vec<usize>> = BTreeMap::new();
@@ -283,7 +312,13 @@ pub fn make(
                 entry.0 += 1;
                 continue;
             }
-            if options.scheme.groups(s.in_features).is_err() {
+            let rule = modules.hit(&module);
+            let chosen = options.modules.iter().find(|m| Some(&m.0) == rule.as_ref());
+            let scheme = chosen.map_or(options.scheme, |m| m.1);
+            if let Err(e) = scheme.check_width(s.in_features) {
+                if scheme != options.scheme {
+                    return Err(QuantizeError::Kernel { module, source: e });
+                }
                 offenders.entry((s.in_features, s.suffix)).or_default().push(block);
                 continue;
             }
@@ -291,7 +326,7 @@ pub fn make(
                 source: module.clone(),
                 module,
                 block: Some(block),
-                scheme: options.scheme,
+                scheme,
                 out_features: s.out_features,
                 in_features: s.in_features,
             });
@@ -319,7 +354,7 @@ pub fn make(
         module,
         source,
         block: None,
-        scheme: Scheme { bits: 8, symmetric: true, group },
+        scheme: Scheme { bits: 8, symmetric: true, group }.into(),
         out_features: c.vocab_size,
         in_features: c.hidden_size,
     };
@@ -337,8 +372,13 @@ pub fn make(
     if options.head_w8 && !head_ignored {
         linears.push(table(head_module.into(), if c.tie_word_embeddings { embedding } else { head_module.into() }));
     }
-    let unused: Vec<String> =
-        ignore.rules.iter().filter(|r| !r.2).map(|r| format!("--ignore {} matches no linear", r.0)).collect();
+    refuse_mixed_sets(&linears)?;
+    refuse_methods(options, &linears)?;
+    let named = [("ignore", &ignore), ("module", &modules)];
+    let unused = named.iter().flat_map(|(option, rules)| {
+        rules.rules.iter().filter(|r| !r.2).map(move |r| format!("--{option} {} matches no linear", r.0))
+    });
+    let unused: Vec<String> = unused.collect();
     if !unused.is_empty() {
         return Err(QuantizeError::Plan {
             summary: "patterns that match nothing".into(),
@@ -350,7 +390,11 @@ pub fn make(
     }
     if options.format != PackFormat::CompressedTensors
         && (linears.iter().any(|l| l.block.is_none())
-            || linears.iter().any(|l| !(l.out_features * l.scheme.bits as usize).is_multiple_of(32)))
+            || linears.iter().any(|l| l.scheme != options.scheme || l.scheme.input.is_some())
+            || linears
+                .iter()
+                .any(|l| l.scheme.int().is_none_or(|s| !(l.out_features * s.bits as usize).is_multiple_of(32)))
+            || options.kv.is_some())
     {
         return Err(QuantizeError::Plan {
             summary: "the GPTQ format holds one bit width, and rows · bits must be a multiple of 32".into(),
@@ -364,28 +408,6 @@ pub fn make(
         room::check_memory(plan.record.peak_memory_bytes, options.offload.is_some())?;
     }
     Ok(plan)
-}
-
-fn refuse_widths(offenders: &BTreeMap<(usize, &'static str), Vec<usize>>, scheme: Scheme, layers: usize) -> Result<()> {
-    if offenders.is_empty() {
-        return Ok(());
-    }
-    let count: usize = offenders.values().map(Vec::len).sum();
-    let group = scheme.group_cols(0);
-    let lines = offenders
-        .iter()
-        .map(|((width, suffix), blocks)| format!("{suffix} in {} of {layers} blocks: in = {width}", blocks.len()))
-        .collect();
-    let widths: Vec<usize> = offenders.keys().map(|k| k.0).collect();
-    let fits =
-        [128usize, 64, 32, 16].into_iter().find(|g| *g < group.max(1) && widths.iter().all(|w| w.is_multiple_of(*g)));
-    Err(QuantizeError::Plan {
-        summary: format!("{count} linears have an input width that group size {group} does not divide"),
-        offenders: lines,
-        hint: Some(
-            fits.map_or("use --group-size channel".into(), |g| format!("{g} divides every width: --group-size {g}")),
-        ),
-    })
 }
 
 fn assemble(
@@ -459,6 +481,23 @@ fn assemble(
             after_bytes: bytes,
         });
     }
+    for block in options.kv.iter().flat_map(|_| 0..ckpt.config.num_layers) {
+        let Some(kv) = options.kv else { continue };
+        let attention = format!("{}.layers.{block}.self_attn", decoder::prefix(ckpt)?);
+        for d in declare_kv(kv, &attention, ckpt.config.num_kv_heads, layout) {
+            tensors.push(PlannedTensor {
+                name: d.name.clone(),
+                shape: d.shape.clone(),
+                action: "add".into(),
+                scheme: Some(kv.name()),
+                reason: "scale of cached keys or values".into(),
+                component: "attention".into(),
+                before_bytes: 0,
+                after_bytes: d.bytes(),
+            });
+            declared.push(d);
+        }
+    }
     let config = written_config(ckpt, options, &linears, &reasons, untie);
     let mut sizes: BTreeMap<String, ComponentSize> = BTreeMap::new();
     for t in &tensors {
@@ -517,32 +556,36 @@ fn written_config(
     let q = match options.format {
         PackFormat::CompressedTensors => {
             let observer = if options.scale_search == ScaleSearch::Hessian { "mse" } else { "memoryless_minmax" };
-            let mut groups = vec![WrittenGroup {
-                scheme: options.scheme,
-                targets: vec!["Linear".into()],
-                observer,
-                static_act_order: options.act_order && options.method.calibrated(),
-            }];
-            if let Some(first) = tables.first() {
-                // The narrow targets first: loaders take the first rule that matches.
-                groups.insert(
-                    0,
-                    WrittenGroup {
-                        scheme: first.scheme,
-                        targets: tables.iter().map(|t| t.module.clone()).collect(),
-                        observer,
-                        static_act_order: false,
-                    },
-                );
+            // One group a scheme. The narrow targets first: loaders take the first rule that matches.
+            let mut groups: Vec<WrittenGroup<'_>> = Vec::new();
+            for l in linears.iter().filter(|l| l.block.is_none() || l.scheme != options.scheme) {
+                let static_act_order = l.block.is_some() && options.act_order && options.method.calibrated();
+                let same = |g: &&mut WrittenGroup<'_>| g.scheme == l.scheme && g.static_act_order == static_act_order;
+                match groups.iter_mut().find(same) {
+                    Some(g) => g.targets.push(l.module.clone()),
+                    None => {
+                        let targets = vec![l.module.clone()];
+                        groups.push(WrittenGroup { scheme: l.scheme, targets, observer, static_act_order });
+                    }
+                }
+            }
+            if linears.iter().any(|l| l.block.is_some() && l.scheme == options.scheme) {
+                groups.push(WrittenGroup {
+                    scheme: options.scheme,
+                    targets: vec!["Linear".into()],
+                    observer,
+                    static_act_order: options.act_order && options.method.calibrated(),
+                });
             }
             if !tables.iter().any(|t| t.module == head_module) {
                 ignore.push(head_module.into());
             }
-            write_compressed_tensors(&groups, &ignore)
+            write_compressed_tensors(&groups, &ignore, options.kv)
         }
         _ => {
             let damp = options.method.calibrated().then_some(options.damp_frac);
-            write_gptq(options.scheme, damp, false, &ignore)
+            // `make` lets nothing else come here.
+            options.scheme.int().map_or(Value::Null, |scheme| write_gptq(scheme, damp, false, &ignore))
         }
     };
     if let Some(map) = config.as_object_mut() {

@@ -1,12 +1,14 @@
 //! One linear from its statistics to its codes: the composition of the pure pieces.
 
 use lowbit_calibration::InputStats;
-use lowbit_kernels::QuantizedMatrix;
+use lowbit_kernels::{QuantizedMatrix, QuantizedWeight, WeightFormat};
 
 use crate::descent::descend;
 use crate::factor::{Factor, SolveError, factorize};
+use crate::floats::quantize_float;
 use crate::gptq::gptq_codes;
 use crate::loss::{Loss, proxy_loss};
+use crate::rtn::quantize_rtn;
 use crate::scale_search::SolverOptions;
 use crate::target::corrected_target;
 
@@ -59,4 +61,40 @@ pub fn solve_linear(
         return Err(SolveError::NonFinite { what: "proxy loss", index: 0 });
     }
     Ok((matrix, loss))
+}
+
+/// [`solve_linear`] for integers, GPTQ onto the grid of float codes for the others; `set_max` as in [`quantize_float`].
+pub fn solve_any(
+    w: &[f32],
+    out: usize,
+    n: usize,
+    format: WeightFormat,
+    set_max: f32,
+    shared: &Shared,
+    opts: &SolverOptions,
+) -> Result<(QuantizedWeight, Loss), SolveError> {
+    if let WeightFormat::Int(_) = format {
+        return solve_linear(w, out, n, shared, opts).map(|(m, loss)| (QuantizedWeight::Int(m), loss));
+    }
+    let q = quantize_float(w, out, n, format, set_max, Some(&shared.factor), opts)?;
+    let loss = proxy_loss(w, &q.dequantize()?, &shared.stats.hessian, out, n);
+    if !(loss.proxy.is_finite() && loss.reference.is_finite()) {
+        return Err(SolveError::NonFinite { what: "proxy loss", index: 0 });
+    }
+    Ok((QuantizedWeight::Float(q), loss))
+}
+
+/// Every weight on its own, in any format.
+pub fn round_any(
+    w: &[f32],
+    out: usize,
+    n: usize,
+    format: WeightFormat,
+    set_max: f32,
+    opts: &SolverOptions,
+) -> Result<QuantizedWeight, SolveError> {
+    Ok(match format {
+        WeightFormat::Int(_) => QuantizedWeight::Int(quantize_rtn(w, out, n, None, opts)?),
+        _ => QuantizedWeight::Float(quantize_float(w, out, n, format, set_max, None, opts)?),
+    })
 }

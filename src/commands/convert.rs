@@ -48,7 +48,8 @@ struct Item {
     module: String,
     out: usize,
     n: usize,
-    scheme: Scheme,
+    /// Of integer codes.
+    scheme: Option<Scheme>,
     declared: Vec<Declared>,
 }
 
@@ -81,7 +82,10 @@ fn repack(ctx: &Context, ckpt: &Checkpoint, args: &ConvertArgs) -> Result<()> {
             .any(|p| name.strip_prefix(p.as_str()).is_some_and(|rest| rest != "bias" && !rest.contains('.')))
     };
     let mut declared: Vec<Declared> = items.iter().flat_map(|i| i.declared.clone()).collect();
-    let copies: Vec<String> = ckpt.store.iter().map(|(n, _)| n.to_string()).filter(|n| !of_packed(n)).collect();
+    // Scales of keys and values mean nothing without the scheme that names them.
+    let of_cache = |name: &str| q.kv.is_some() && (name.ends_with(".k_scale") || name.ends_with(".v_scale"));
+    let copies: Vec<String> =
+        ckpt.store.iter().map(|(n, _)| n.to_string()).filter(|n| !of_packed(n) && !of_cache(n)).collect();
     for name in &copies {
         let t = ckpt.store.get(name)?;
         declared.push(Declared { name: name.clone(), dtype: t.dtype, shape: t.shape.clone() });
@@ -95,8 +99,18 @@ fn repack(ctx: &Context, ckpt: &Checkpoint, args: &ConvertArgs) -> Result<()> {
     }
     for item in &items {
         ctx.check_stop()?;
-        let HostWeight::Packed(p) = ckpt.linear(&item.module, item.out, item.n)? else { continue };
-        let matrix = linear::unpack(&p)?;
+        let matrix = match ckpt.linear(&item.module, item.out, item.n)? {
+            HostWeight::Packed(p) => linear::unpack(&p)?,
+            // Only `collect` with no other format in view lets these pass.
+            HostWeight::Float(f) => {
+                let bytes: Vec<u8> =
+                    f.dequantize()?.iter().flat_map(|w| half::bf16::from_f32(*w).to_le_bytes()).collect();
+                writer.write(&format!("{}.weight", item.module), &bytes)?;
+                ctx.progress.advance(1);
+                continue;
+            }
+            HostWeight::Dense { .. } => continue,
+        };
         match target {
             None => {
                 let bytes: Vec<u8> =
@@ -129,18 +143,20 @@ fn repack(ctx: &Context, ckpt: &Checkpoint, args: &ConvertArgs) -> Result<()> {
                 let groups: Vec<WrittenGroup<'_>> = q
                     .groups
                     .iter()
-                    .map(|g| WrittenGroup {
-                        scheme: g.scheme,
+                    .filter_map(|g| g.scheme.int())
+                    .map(|scheme| WrittenGroup {
+                        scheme: scheme.into(),
                         targets: vec!["Linear".into()],
                         observer: "memoryless_minmax",
                         static_act_order: false,
                     })
                     .collect();
-                Some(write_compressed_tensors(&groups, &dense))
+                Some(write_compressed_tensors(&groups, &dense, None))
             }
             Some(_) => items
                 .first()
-                .map(|i| write_gptq(i.scheme, None, items.iter().any(|i| i.module.ends_with("lm_head")), &dense)),
+                .and_then(|i| i.scheme)
+                .map(|scheme| write_gptq(scheme, None, items.iter().any(|i| i.module.ends_with("lm_head")), &dense)),
         };
         if let Some(w) = written {
             if format != Some(PackFormat::CompressedTensors) {
@@ -173,23 +189,30 @@ fn collect(ckpt: &Checkpoint, target: Option<Layout>) -> Result<(Vec<Item>, Vec<
     let mut items = Vec::new();
     let mut dense = Vec::new();
     for (module, out, n) in modules {
-        let HostWeight::Packed(p) = ckpt.linear(&module, out, n)? else {
-            // The embedding is not a linear: no rule would ever cover it.
-            if !module.ends_with("embed_tokens") {
-                dense.push(module);
+        let (scheme, shuffled) = match ckpt.linear(&module, out, n)? {
+            HostWeight::Packed(p) => (Some(p.scheme), p.group_index.is_some()),
+            HostWeight::Float(_) => (None, false),
+            HostWeight::Dense { .. } => {
+                // The embedding is not a linear: no rule would ever cover it.
+                if !module.ends_with("embed_tokens") {
+                    dense.push(module);
+                }
+                continue;
             }
-            continue;
         };
-        if target.is_some() && p.group_index.is_some() {
+        if target.is_some() && shuffled {
             bail!(
                 "`{module}` has an unsorted g_idx: its columns cannot be carried into the other format losslessly\nhint: --format bf16"
             );
         }
-        let declared = match target {
-            None => vec![Declared { name: format!("{module}.weight"), dtype: Dtype::BF16, shape: vec![out, n] }],
-            Some(f) => linear::declare(&module, p.scheme, f, out, n)?,
+        let declared = match (target, scheme) {
+            (None, _) => vec![Declared { name: format!("{module}.weight"), dtype: Dtype::BF16, shape: vec![out, n] }],
+            (Some(f), Some(scheme)) => linear::declare(&module, scheme, f, out, n)?,
+            (Some(_), None) => {
+                bail!("`{module}` holds float codes: no other packed format holds them\nhint: --format bf16")
+            }
         };
-        items.push(Item { module, out, n, scheme: p.scheme, declared });
+        items.push(Item { module, out, n, scheme, declared });
     }
     Ok((items, dense))
 }

@@ -7,17 +7,18 @@ use anyhow::{Result, bail};
 use lowbit_calibration::{Source, WindowOrder, Windows, build_windows, load_texts};
 use lowbit_checkpoint::chat_template::ChatTemplate;
 use lowbit_checkpoint::hub;
-use lowbit_checkpoint::quant_config::PackFormat;
+use lowbit_checkpoint::quant_config::{KvScheme, PackFormat};
 use lowbit_checkpoint::tokenizer::Tokenizer;
 use lowbit_checkpoint::{Checkpoint, CheckpointError};
-use lowbit_kernels::{GroupSize, Scheme};
+use lowbit_kernels::activation::InputCode;
+use lowbit_kernels::{GroupSize, LinearScheme};
 use lowbit_model::Model;
 use lowbit_quantize::plan::{self, Plan};
 use lowbit_quantize::record::{PlanRecord, QuantizeRecord};
 use lowbit_quantize::scale_search::ScaleSearch;
 use lowbit_quantize::{Method, Progress, QuantizeOptions};
 
-use crate::args::{FormatArg, HeadArg, MethodArg, PlanArgs, QuantOptions, QuantizeArgs};
+use crate::args::{FormatArg, HeadArg, KvSchemeArg, MethodArg, PlanArgs, QuantOptions, QuantizeArgs};
 use crate::commands::table::{megabytes, table};
 use crate::context::{Context, Purpose};
 use crate::models::{self, Located};
@@ -39,7 +40,15 @@ pub fn options(q: &QuantOptions) -> Result<QuantizeOptions> {
     if q.samples == 0 || q.seq_len == 0 {
         bail!("--samples and --seq-len must be at least 1");
     }
-    let scheme = Scheme::parse(&q.scheme, group, !q.asymmetric)?;
+    let scheme = LinearScheme::parse(&q.scheme, group, !q.asymmetric)?;
+    let plain = scheme.int().is_some() && scheme.input.is_none();
+    if !plain && q.group_size.is_some() {
+        bail!("--group-size: {} fixes its groups\nhint: leave --group-size out", q.scheme);
+    }
+    if !plain && q.asymmetric {
+        bail!("--asymmetric: {} is symmetric\nhint: leave --asymmetric out", q.scheme);
+    }
+    let modules = q.module.iter().map(|m| module_rule(m, group, !q.asymmetric)).collect::<Result<_>>()?;
     let format = match q.format {
         FormatArg::CompressedTensors => PackFormat::CompressedTensors,
         FormatArg::Gptq => PackFormat::GptqV1,
@@ -62,9 +71,36 @@ pub fn options(q: &QuantOptions) -> Result<QuantizeOptions> {
         ignore: q.ignore.clone(),
         strict: q.strict,
         offload: q.offload.clone(),
+        modules,
+        kv: q.kv_scheme.map(|kv| match kv {
+            KvSchemeArg::Fp8 => KvScheme { code: InputCode::Fp8, per_head: false },
+            KvSchemeArg::Fp8Head => KvScheme { code: InputCode::Fp8, per_head: true },
+            KvSchemeArg::Int8 => KvScheme { code: InputCode::Int8, per_head: false },
+            KvSchemeArg::Int8Head => KvScheme { code: InputCode::Int8, per_head: true },
+        }),
         shard_bytes: q.shard_mb.max(1).saturating_mul(1_000_000),
         ..QuantizeOptions::new(scheme)
     })
+}
+
+/// `PATTERN=SCHEME` or `PATTERN=SCHEME:GROUP`; a pattern may hold `=` itself.
+fn module_rule(text: &str, group: GroupSize, symmetric: bool) -> Result<(String, LinearScheme)> {
+    let Some((pattern, scheme)) = text.rsplit_once('=').filter(|(p, s)| !p.is_empty() && !s.is_empty()) else {
+        bail!("--module {text}: expected PATTERN=SCHEME\nhint: for example --module 're:.*down_proj=w8a16'");
+    };
+    let (name, group) = match scheme.split_once(':') {
+        Some((name, "channel" | "-1")) => (name, GroupSize::PerChannel),
+        Some((name, n)) => match n.parse::<usize>() {
+            Ok(n) if n > 0 => (name, GroupSize::Cols(n)),
+            _ => bail!("--module {text}: group {n}: expected a positive number or `channel`"),
+        },
+        None => (scheme, group),
+    };
+    let parsed = LinearScheme::parse(name, group, symmetric)?;
+    if scheme.contains(':') && (parsed.int().is_none() || parsed.input.is_some()) {
+        bail!("--module {text}: {name} fixes its groups\nhint: leave `:GROUP` out");
+    }
+    Ok((pattern.to_string(), parsed))
 }
 
 /// The full options of a run, for the record.
@@ -94,7 +130,7 @@ pub fn make_plan(
     q: &QuantOptions,
     output: Option<&Path>,
 ) -> Result<Plan> {
-    let tokens = if options.method.calibrated() { q.samples.saturating_mul(q.seq_len) } else { 0 };
+    let tokens = if options.needs_data() { q.samples.saturating_mul(q.seq_len) } else { 0 };
     let mut made = plan::make(ckpt, options, output, tokens)?;
     made.record.provenance =
         provenance::gather(ctx, Purpose::Accuracy, located, None, q.seed.unwrap_or(0), option_map(options, q))?;
@@ -168,7 +204,7 @@ pub fn execute(
     force: bool,
 ) -> Result<QuantizeRecord> {
     let start = Instant::now();
-    let windows = if made.options.method.calibrated() { Some(calibration_windows(ctx, ckpt, q)?) } else { None };
+    let windows = if made.options.needs_data() { Some(calibration_windows(ctx, ckpt, q)?) } else { None };
     let writing = ctx.writing();
     let (outcome, writer) = lowbit_quantize::quantize(
         ckpt,
@@ -233,7 +269,7 @@ pub fn summary(r: &QuantizeRecord) -> String {
 fn calibration_windows(ctx: &Context, ckpt: &Checkpoint, q: &QuantOptions) -> Result<Windows> {
     let Some(given) = q.calib.as_deref() else {
         bail!(
-            "this method needs calibration data\nhint: give --calib FILE (.txt, .jsonl, .parquet), a hub data set, or `self`; or choose --method rtn"
+            "this method or scheme needs calibration data\nhint: give --calib FILE (.txt, .jsonl, .parquet), a hub data set, or `self`; or choose --method rtn and a scheme without stored scales"
         );
     };
     let order = q.seed.map_or(WindowOrder::Packed, WindowOrder::Random);

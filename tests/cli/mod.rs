@@ -16,6 +16,7 @@ mod golden;
 mod hardship;
 mod load;
 mod mistakes;
+mod narrow;
 mod pipeline;
 mod scores;
 mod serve;

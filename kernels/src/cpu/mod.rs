@@ -12,6 +12,7 @@ pub(crate) mod checks;
 mod cross;
 mod dense;
 mod elementwise;
+mod floats;
 mod gemv;
 mod hessian;
 mod integer;
@@ -38,8 +39,10 @@ pub use simd::Level;
 use simd::Simd;
 
 use self::dense::DenseWeight;
+use self::floats::FloatMatrix;
 use self::kv::Cache;
 use self::packed::PackedMatrix;
+use crate::activation::InputRule;
 use crate::backend::{
     Activation, AttentionShape, Backend, Buffer, HostWeight, KvBuffer, KvFormat, KvUsage, Segment, TokenScore,
     WeightHandle,
@@ -63,6 +66,7 @@ pub struct CpuBackend {
 enum Weight {
     Dense(DenseWeight),
     Packed(PackedMatrix),
+    Float(FloatMatrix),
 }
 
 impl Weight {
@@ -70,6 +74,7 @@ impl Weight {
         match self {
             Weight::Dense(w) => w.widen(simd, rows, out),
             Weight::Packed(w) => w.widen(rows, out),
+            Weight::Float(w) => w.widen(rows, out),
         }
     }
 }
@@ -174,6 +179,7 @@ impl Backend for CpuBackend {
                 Weight::Dense(DenseWeight::new(*dtype, *out_features, *in_features, data.clone())?)
             }
             HostWeight::Packed(p) => Weight::Packed(PackedMatrix::new(p)?),
+            HostWeight::Float(f) => Weight::Float(FloatMatrix::new(f)?),
         };
         Ok(WeightHandle { out_features, in_features, stored_bytes: w.stored_bytes(), memory: Box::new(memory) })
     }
@@ -214,6 +220,7 @@ impl Backend for CpuBackend {
             match inner {
                 Weight::Dense(w) => w.panels(self.simd, x, t, &mut y)?,
                 Weight::Packed(w) => w.panels(self.simd, x, t, &mut y)?,
+                Weight::Float(w) => w.panels(self.simd, x, t, &mut y)?,
             }
         }
         if let Some(bias) = bias {
@@ -356,6 +363,10 @@ impl Backend for CpuBackend {
         check_len("cross input", checks::product("cross input", t, n)?, y.len())?;
         check_len("cross product", checks::product("cross product", m, n)?, h.len())?;
         if h.is_empty() || t == 0 { Ok(()) } else { hessian::cross(self.simd, h, x, y, m, n) }
+    }
+
+    fn quantize_input(&self, x: &Buffer, width: usize, rule: &InputRule) -> Result<Buffer> {
+        floats::quantize_input(host(NAME, x)?, width, rule).map(buffer)
     }
 
     fn subtract(&self, x: &Buffer, y: &Buffer) -> Result<Buffer> {
