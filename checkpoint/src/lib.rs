@@ -1,6 +1,7 @@
 //! Bytes on disk to named tensors and back: safetensors, `config.json`, tokenizer, chat template, quantization configs,
 //! GGUF import, hub download, provenance hashes. Computes nothing.
 
+pub mod awq;
 pub mod chat_template;
 pub mod checkpoint;
 pub mod config;

@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use safetensors::Dtype;
 
 use crate::error::{CheckpointError, Result};
+use crate::gguf::{self, write::FileLayout};
 
 mod place;
 
@@ -60,23 +61,7 @@ impl CheckpointWriter {
     /// Starts `target`. An existing target is refused unless `force`; then a checkpoint is replaced, at [`Self::finish`], and
     /// anything else is refused all the same. What a killed process left beside the target is removed.
     pub fn create(target: &Path, mut tensors: Vec<Declared>, shard_bytes: u64, force: bool) -> Result<Self> {
-        let target = &place::followed(target);
-        let partial = partial_path(target)?;
-        if let Some(parent) = partial.parent() {
-            std::fs::create_dir_all(parent).map_err(|e| CheckpointError::io(parent, e))?;
-        }
-        place::recover(target, &place::old_path(&partial))?;
-        place::refuse(target, force)?;
-        let lock = place::claim(target, &partial)?;
-        let mut writer = Self {
-            target: target.to_path_buf(),
-            partial,
-            _lock: lock,
-            files: Vec::new(),
-            slots: BTreeMap::new(),
-            force,
-            finished: false,
-        };
+        let mut writer = Self::start(target, force)?;
         tensors.sort_by(|a, b| a.name.cmp(&b.name));
         let mut shards: Vec<Vec<Declared>> = vec![Vec::new()];
         let mut in_shard = 0u64;
@@ -104,6 +89,49 @@ impl CheckpointWriter {
             writer.write_index()?;
         }
         Ok(writer)
+    }
+
+    /// As [`Self::create`], for a folder whose weights are one GGUF file.
+    pub fn create_gguf(target: &Path, layout: &FileLayout, force: bool) -> Result<Self> {
+        let mut writer = Self::start(target, force)?;
+        let path = writer.partial.join(gguf::write::FILE);
+        let (header, tensors, end) = layout.parts();
+        let write = || -> std::io::Result<File> {
+            let mut file = File::create(&path)?;
+            file.write_all(header)?;
+            file.set_len(end)?;
+            if let Some((at, data)) = layout.made() {
+                file.seek(SeekFrom::Start(at))?;
+                file.write_all(data)?;
+            }
+            Ok(file)
+        };
+        let file = write().map_err(|e| CheckpointError::io(&path, e))?;
+        for (name, offset, bytes) in tensors {
+            writer.slots.insert(name.to_string(), Slot { file: 0, offset, bytes, written: false });
+        }
+        writer.files.push((path, file));
+        Ok(writer)
+    }
+
+    fn start(target: &Path, force: bool) -> Result<Self> {
+        let target = &place::followed(target);
+        let partial = partial_path(target)?;
+        if let Some(parent) = partial.parent() {
+            std::fs::create_dir_all(parent).map_err(|e| CheckpointError::io(parent, e))?;
+        }
+        place::recover(target, &place::old_path(&partial))?;
+        place::refuse(target, force)?;
+        let lock = place::claim(target, &partial)?;
+        Ok(Self {
+            target: target.to_path_buf(),
+            partial,
+            _lock: lock,
+            files: Vec::new(),
+            slots: BTreeMap::new(),
+            force,
+            finished: false,
+        })
     }
 
     fn start_shard(&mut self, name: &str, tensors: &[Declared]) -> Result<()> {

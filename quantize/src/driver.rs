@@ -74,6 +74,9 @@ pub fn quantize(
     progress: &dyn Progress,
     stop: &AtomicBool,
 ) -> Result<(Outcome, CheckpointWriter)> {
+    if let Some(gguf) = &plan.gguf {
+        return crate::gguf::quantize(ckpt, backend, (plan, gguf), windows, target, force, progress, stop);
+    }
     let writer = CheckpointWriter::create(target, plan.declared.clone(), plan.options.shard_bytes, force)?;
     let mut run = Run { ckpt, plan, writer, layers: Vec::new(), stage_seconds: BTreeMap::new(), stop };
     run.copy(progress)?;
@@ -84,21 +87,10 @@ pub fn quantize(
         }
         (_, Some(w)) => {
             run.calibrated(backend, w, progress)?;
-            Some(CalibrationRecord {
-                source: w.source.clone(),
-                windows_sha256: w.sha256.clone(),
-                windows: w.tokens.len(),
-                window_tokens: w.tokens.iter().map(Vec::len).max().unwrap_or(0),
-                tokens: w.token_count() as u64,
-                seed: w.seed,
-            })
+            Some(CalibrationRecord::of(w))
         }
         (method, None) => {
-            return Err(QuantizeError::Plan {
-                summary: format!("method {} needs calibration data", method.name()),
-                offenders: vec![],
-                hint: Some("give --calib FILE, or choose --method rtn".into()),
-            });
+            return Err(QuantizeError::no_data(method.name()));
         }
     };
     run.tables(progress)?;
@@ -106,7 +98,7 @@ pub fn quantize(
     run.writer.carry_over(&ckpt.dir, &["config.json", "recipe.yaml", "quantize_config.json", "quantize.json"])?;
     let text = format!("{:#}\n", plan.config);
     run.writer.write_file("config.json", text.as_bytes())?;
-    if plan.options.format != PackFormat::CompressedTensors
+    if matches!(plan.options.format, PackFormat::GptqV1 | PackFormat::GptqV2)
         && let Some(q) = plan.config.get("quantization_config")
     {
         run.writer.write_file("quantize_config.json", format!("{q:#}\n").as_bytes())?;
@@ -300,23 +292,7 @@ impl Run<'_> {
     }
 
     fn dense(&self, l: &PlannedLinear) -> Result<Vec<f32>> {
-        let name = format!("{}.weight", l.source);
-        let t = self.ckpt.store.get(&name)?;
-        if t.shape != [l.out_features, l.in_features] {
-            let expected = format!("shape [{}, {}]", l.out_features, l.in_features);
-            return Err(self.ckpt.store.mismatch(&name, expected, format!("{:?}", t.shape)).into());
-        }
-        let w = t
-            .to_f32()
-            .ok_or_else(|| self.ckpt.store.mismatch(&name, "f32, f16 or bf16".into(), format!("{:?}", t.dtype)))?;
-        if let Some(i) = w.iter().position(|x| !x.is_finite()) {
-            return Err(self
-                .ckpt
-                .store
-                .mismatch(&name, "finite weights".into(), format!("{} at element {i}", w[i]))
-                .into());
-        }
-        Ok(w)
+        read_dense(self.ckpt, &l.source, l.out_features, l.in_features)
     }
 
     fn keep(&mut self, l: &PlannedLinear, q: &QuantizedMatrix, record: LayerRecord) -> Result<()> {
@@ -334,4 +310,20 @@ impl Run<'_> {
         self.layers.push(record);
         Ok(())
     }
+}
+
+/// The weight of `module` in f32; all of it finite.
+pub(crate) fn read_dense(ckpt: &Checkpoint, module: &str, out: usize, n: usize) -> Result<Vec<f32>> {
+    let name = format!("{module}.weight");
+    let t = ckpt.store.get(&name)?;
+    if t.shape != [out, n] {
+        let expected = format!("shape [{out}, {n}]");
+        return Err(ckpt.store.mismatch(&name, expected, format!("{:?}", t.shape)).into());
+    }
+    let w =
+        t.to_f32().ok_or_else(|| ckpt.store.mismatch(&name, "f32, f16 or bf16".into(), format!("{:?}", t.dtype)))?;
+    if let Some(i) = w.iter().position(|x| !x.is_finite()) {
+        return Err(ckpt.store.mismatch(&name, "finite weights".into(), format!("{} at element {i}", w[i])).into());
+    }
+    Ok(w)
 }

@@ -1,9 +1,11 @@
 //! How weights change: the plan, one pure file per algorithm, and the driver that streams a model through them.
 
+pub mod blocks;
 pub mod descent;
 pub mod driver;
 pub mod error;
 pub mod factor;
+pub mod gguf;
 pub mod gptq;
 pub mod loss;
 pub mod plan;

@@ -5,16 +5,18 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use lowbit_checkpoint::provenance::Provenance;
-use lowbit_checkpoint::quant_config::{Layout, PackFormat, WrittenGroup, write_compressed_tensors, write_gptq};
+use lowbit_checkpoint::quant_config::{Layout, PackFormat, WrittenGroup, write_compressed_tensors, write_uniform};
 use lowbit_checkpoint::writer::{DEFAULT_SHARD_BYTES, Declared};
-use lowbit_checkpoint::{Checkpoint, linear};
+use lowbit_checkpoint::{Checkpoint, awq, linear};
 use lowbit_kernels::backend::FloatType;
+use lowbit_kernels::ggml::GgmlType;
 use lowbit_kernels::{GroupSize, ScaleType, Scheme};
 use lowbit_model::block::linear_shapes;
 use lowbit_model::decoder;
 use serde_json::Value;
 
 use crate::error::{QuantizeError, Result};
+use crate::gguf::{self, GgufChoice, GgufPlan, scheme_name};
 use crate::record::{ComponentSize, PlanRecord, PlannedTensor};
 use crate::room;
 use crate::scale_search::{ScaleSearch, SolverOptions};
@@ -108,6 +110,8 @@ pub struct QuantizeOptions {
     pub shard_bytes: u64,
     /// Folder for the carried activations; in memory when absent. Does not change the result.
     pub offload: Option<PathBuf>,
+    /// Write one GGUF file with these types; `scheme`, `format` and `shard_bytes` are not read then.
+    pub gguf: Option<GgufChoice>,
 }
 
 impl QuantizeOptions {
@@ -127,7 +131,18 @@ impl QuantizeOptions {
             strict: false,
             shard_bytes: DEFAULT_SHARD_BYTES,
             offload: None,
+            gguf: None,
         }
+    }
+
+    /// What the linears of the blocks become: the full name of a scheme, or a type of GGUF.
+    pub fn scheme_name(&self) -> String {
+        self.gguf.map_or_else(|| self.scheme.full_name(), |g| scheme_name(g.kind))
+    }
+
+    /// The layout's name.
+    pub fn format_name(&self) -> &'static str {
+        if self.gguf.is_some() { "gguf" } else { self.format.name() }
     }
 
     /// Solver settings for a scheme whose scales are stored as `scale_type`.
@@ -137,6 +152,7 @@ impl QuantizeOptions {
             act_order: self.act_order && self.method.calibrated(),
             scale_search: self.scale_search,
             signed_scales: self.signed_scales,
+            min_zero: u8::from(self.format == PackFormat::GptqV1),
             correction: self.method.recipe().correction,
             sweeps: self.method.recipe().sweeps,
             ..SolverOptions::new(scheme, scale_type)
@@ -146,9 +162,9 @@ impl QuantizeOptions {
     /// All options by name, for records.
     pub fn to_map(&self) -> BTreeMap<String, Value> {
         let mut m = BTreeMap::new();
-        m.insert("scheme".into(), self.scheme.full_name().into());
+        m.insert("scheme".into(), self.scheme_name().into());
         m.insert("method".into(), self.method.name().into());
-        m.insert("format".into(), self.format.name().into());
+        m.insert("format".into(), self.format_name().into());
         let recipe = self.method.recipe();
         m.insert("input_correction".into(), f64::from(recipe.correction.input).into());
         m.insert("residual_correction".into(), f64::from(recipe.correction.residual).into());
@@ -161,8 +177,12 @@ impl QuantizeOptions {
             if self.scale_search == ScaleSearch::Hessian { "hessian" } else { "minmax" }.into(),
         );
         m.insert("signed_scales".into(), self.signed_scales.into());
-        m.insert("head".into(), if self.head_w8 { "w8" } else { "keep" }.into());
-        m.insert("embedding".into(), if self.embedding_w8 { "w8" } else { "keep" }.into());
+        let table = |w8: bool, kind: fn(&GgufChoice) -> Option<GgmlType>| match self.gguf.as_ref().and_then(kind) {
+            Some(kind) => scheme_name(kind),
+            None => if w8 { "w8" } else { "keep" }.into(),
+        };
+        m.insert("head".into(), table(self.head_w8, |g| g.head).into());
+        m.insert("embedding".into(), table(self.embedding_w8, |g| g.embedding).into());
         m.insert("ignore".into(), self.ignore.clone().into());
         m.insert("strict".into(), self.strict.into());
         m.insert("shard_bytes".into(), self.shard_bytes.into());
@@ -201,6 +221,8 @@ pub struct Plan {
     pub layout: Layout,
     /// `config.json` of the output.
     pub config: Value,
+    /// One GGUF file instead of `linears`, `copies` and `declared`.
+    pub gguf: Option<GgufPlan>,
     /// The record (provenance still empty).
     pub record: PlanRecord,
 }
@@ -217,12 +239,12 @@ pub fn component(name: &str) -> &'static str {
     rules.iter().find(|(k, _)| name.contains(k)).map_or("other", |(_, c)| c)
 }
 
-struct Ignore {
+pub(crate) struct Ignore {
     rules: Vec<(String, Option<regex::Regex>, bool)>,
 }
 
 impl Ignore {
-    fn new(patterns: &[String]) -> Result<Self> {
+    pub(crate) fn new(patterns: &[String]) -> Result<Self> {
         let rules = patterns
             .iter()
             .map(|p| {
@@ -238,7 +260,12 @@ impl Ignore {
         Ok(Self { rules })
     }
 
-    fn hit(&mut self, module: &str) -> Option<String> {
+    /// One line for each pattern that matched nothing.
+    pub(crate) fn unused(&self) -> Vec<String> {
+        self.rules.iter().filter(|r| !r.2).map(|r| format!("--ignore {} matches no linear", r.0)).collect()
+    }
+
+    pub(crate) fn hit(&mut self, module: &str) -> Option<String> {
         let mut found = None;
         for (text, pattern, used) in &mut self.rules {
             if pattern.as_ref().map_or(text == module, |p| p.is_match(module)) {
@@ -263,6 +290,10 @@ pub fn make(
             offenders: vec![],
             hint: Some("start from the original weights".into()),
         });
+    }
+    if let Some(choice) = &options.gguf {
+        let plan = gguf::make(ckpt, options, choice, calibration_tokens)?;
+        return room_for(plan, options, output);
     }
     let c = &ckpt.config;
     let prefix = decoder::prefix(ckpt)?;
@@ -337,8 +368,7 @@ pub fn make(
     if options.head_w8 && !head_ignored {
         linears.push(table(head_module.into(), if c.tie_word_embeddings { embedding } else { head_module.into() }));
     }
-    let unused: Vec<String> =
-        ignore.rules.iter().filter(|r| !r.2).map(|r| format!("--ignore {} matches no linear", r.0)).collect();
+    let unused = ignore.unused();
     if !unused.is_empty() {
         return Err(QuantizeError::Plan {
             summary: "patterns that match nothing".into(),
@@ -348,22 +378,46 @@ pub fn make(
             )),
         });
     }
-    if options.format != PackFormat::CompressedTensors
-        && (linears.iter().any(|l| l.block.is_none())
-            || linears.iter().any(|l| !(l.out_features * l.scheme.bits as usize).is_multiple_of(32)))
-    {
-        return Err(QuantizeError::Plan {
-            summary: "the GPTQ format holds one bit width, and rows · bits must be a multiple of 32".into(),
-            offenders: vec![],
-            hint: Some("use --format compressed-tensors".into()),
-        });
-    }
+    refuse_layout(options.format, &linears)?;
     let plan = assemble(ckpt, options, linears, reasons, untie, calibration_tokens)?;
+    room_for(plan, options, output)
+}
+
+fn room_for(plan: Plan, options: &QuantizeOptions, output: Option<&Path>) -> Result<Plan> {
     if let Some(output) = output {
         room::check_disk(output, plan.record.after_bytes)?;
         room::check_memory(plan.record.peak_memory_bytes, options.offload.is_some())?;
     }
     Ok(plan)
+}
+
+/// What a layout of one scheme cannot hold.
+fn refuse_layout(format: PackFormat, linears: &[PlannedLinear]) -> Result<()> {
+    let (summary, holds): (&str, fn(&PlannedLinear) -> bool) = match format {
+        PackFormat::CompressedTensors => return Ok(()),
+        PackFormat::Awq => ("the AWQ format holds 4 bits, and rows must be a multiple of 8", |l| {
+            l.block.is_some() && awq::holds(l.scheme, l.out_features)
+        }),
+        PackFormat::GptqV1 | PackFormat::GptqV2 => {
+            ("the GPTQ format holds one bit width, and rows · bits and columns · bits must be multiples of 32", |l| {
+                let whole = |n: usize| (n * l.scheme.bits as usize).is_multiple_of(32);
+                l.block.is_some() && whole(l.out_features) && whole(l.in_features)
+            })
+        }
+    };
+    let offenders: Vec<String> = linears
+        .iter()
+        .filter(|l| !holds(l))
+        .map(|l| format!("{}: {} [{}, {}]", l.module, l.scheme.full_name(), l.out_features, l.in_features))
+        .collect();
+    match offenders.is_empty() {
+        true => Ok(()),
+        false => Err(QuantizeError::Plan {
+            summary: summary.into(),
+            offenders,
+            hint: Some("use --format compressed-tensors".into()),
+        }),
+    }
 }
 
 fn refuse_widths(offenders: &BTreeMap<(usize, &'static str), Vec<usize>>, scheme: Scheme, layers: usize) -> Result<()> {
@@ -460,14 +514,6 @@ fn assemble(
         });
     }
     let config = written_config(ckpt, options, &linears, &reasons, untie);
-    let mut sizes: BTreeMap<String, ComponentSize> = BTreeMap::new();
-    for t in &tensors {
-        let s = sizes
-            .entry(t.component.clone())
-            .or_insert_with(|| ComponentSize { component: t.component.clone(), ..Default::default() });
-        s.before_bytes += t.before_bytes;
-        s.after_bytes += t.after_bytes;
-    }
     let quantized = linears.len();
     let record = PlanRecord {
         schema: 1,
@@ -482,14 +528,28 @@ fn assemble(
         ),
         quantized_linears: quantized,
         kept_linears: reasons.len(),
-        sizes: sizes.into_values().collect(),
+        sizes: component_sizes(&tensors),
+        notes: Vec::new(),
         tensors,
     };
-    Ok(Plan { options: options.clone(), linears, copies, declared, layout, config, record })
+    Ok(Plan { options: options.clone(), linears, copies, declared, layout, config, gguf: None, record })
+}
+
+/// Bytes before and after of each component.
+pub(crate) fn component_sizes(tensors: &[PlannedTensor]) -> Vec<ComponentSize> {
+    let mut sizes: BTreeMap<String, ComponentSize> = BTreeMap::new();
+    for t in tensors {
+        let s = sizes
+            .entry(t.component.clone())
+            .or_insert_with(|| ComponentSize { component: t.component.clone(), ..Default::default() });
+        s.before_bytes += t.before_bytes;
+        s.after_bytes += t.after_bytes;
+    }
+    sizes.into_values().collect()
 }
 
 /// Estimate: carried activations of each stream, the widest group's Hessian with its factors, and one block in f32.
-fn peak_memory(ckpt: &Checkpoint, tokens: usize, recipe: Recipe) -> u64 {
+pub(crate) fn peak_memory(ckpt: &Checkpoint, tokens: usize, recipe: Recipe) -> u64 {
     let c = &ckpt.config;
     let (h, m) = (c.hidden_size as u64, c.intermediate_size as u64);
     let t = tokens as u64;
@@ -542,7 +602,7 @@ fn written_config(
         }
         _ => {
             let damp = options.method.calibrated().then_some(options.damp_frac);
-            write_gptq(options.scheme, damp, false, &ignore)
+            write_uniform(options.format, options.scheme, damp, false, &ignore)
         }
     };
     if let Some(map) = config.as_object_mut() {

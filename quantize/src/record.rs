@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use lowbit_calibration::Windows;
 use lowbit_checkpoint::provenance::Provenance;
 use serde::{Deserialize, Serialize};
 
@@ -58,6 +59,9 @@ pub struct PlanRecord {
     pub quantized_linears: usize,
     /// Linears left as they are.
     pub kept_linears: usize,
+    /// What a reader should know: linears that do not get the type asked for.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub notes: Vec<String>,
 }
 
 /// What happened to one linear.
@@ -125,6 +129,20 @@ pub struct QuantizeRecord {
     pub stage_seconds: BTreeMap<String, f64>,
     /// Peak resident memory of the process.
     pub peak_rss_bytes: Option<u64>,
+}
+
+impl CalibrationRecord {
+    /// Of these windows.
+    pub fn of(w: &Windows) -> Self {
+        Self {
+            source: w.source.clone(),
+            windows_sha256: w.sha256.clone(),
+            windows: w.tokens.len(),
+            window_tokens: w.tokens.iter().map(Vec::len).max().unwrap_or(0),
+            tokens: w.token_count() as u64,
+            seed: w.seed,
+        }
+    }
 }
 
 /// Which data was used.

@@ -11,6 +11,7 @@ mod emulated;
 mod endpoint;
 mod errors;
 mod faults;
+mod formats;
 mod gate;
 mod golden;
 mod hardship;

@@ -123,6 +123,7 @@ pub fn plan() -> PlanRecord {
         peak_memory_bytes: 3_000_000_000,
         quantized_linears: 168,
         kept_linears: 1,
+        notes: Vec::new(),
     }
 }
 
