@@ -94,6 +94,7 @@ pub fn total(entries: &[Entry], target: &str) -> Option<Entry> {
 
 #[test]
 fn runs_add_up() {
+    let _one = crate::watched();
     let tmp = tempfile::tempdir().unwrap();
     let path = tmp.path().join("l");
     let entry = |target: &str, seed: u64, commit: &str| Entry {

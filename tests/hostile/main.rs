@@ -79,7 +79,8 @@ fn chosen() -> Vec<Target> {
     targets::all().into_iter().filter(wanted).collect()
 }
 
-/// Watches panics, time and single large requests from here on.
+/// Watches panics, time and single large requests from here on. Every test of this file holds it: panics and bytes are counted for the
+/// whole process.
 fn watched() -> MutexGuard<'static, ()> {
     static ONCE: Once = Once::new();
     let guard = MEASURING.lock().unwrap_or_else(PoisonError::into_inner);
@@ -300,6 +301,7 @@ fn table() -> String {
 
 #[test]
 fn the_table_is_that_of_the_ledger() {
+    let _one = watched();
     let path = root().join("docs/security.md");
     let text = std::fs::read_to_string(&path).unwrap();
     let (start, end) = ("<!-- generated -->\n", "<!-- end -->");
@@ -318,6 +320,7 @@ fn the_table_is_that_of_the_ledger() {
 /// Every kind of input, and no seed twice.
 #[test]
 fn the_ledger_adds_up() {
+    let _one = watched();
     let entries = ledger::read(&ledger_file());
     for t in targets::all() {
         assert!(ledger::total(&entries, t.name).is_some(), "{}: no long run", t.name);
@@ -332,7 +335,11 @@ fn the_ledger_adds_up() {
 #[test]
 fn the_measure_itself() {
     let _one = watched();
-    assert!((100_000..110_000).contains(&allocator::measured(|| drop(std::hint::black_box(vec![1u8; 100_000])))));
+    // The threads of this process are counted together: what the harness itself holds for a moment is not in the middle one.
+    let mut seen: Vec<_> =
+        (0..9).map(|_| allocator::measured(|| drop(std::hint::black_box(vec![1u8; 100_000])))).collect();
+    seen.sort_unstable();
+    assert!((100_000..110_000).contains(&seen[4]), "{seen:?}");
     let mut a = mutate::Random::new(3);
     let mut b = mutate::Random::new(3);
     let seeds = [b"{\"a\": [1, 2]}".to_vec(), vec![]];

@@ -8,6 +8,7 @@ use std::sync::{Mutex, PoisonError};
 
 use rayon::prelude::*;
 
+use super::aligned::Aligned;
 use super::elementwise::{Max, exp};
 use super::kv::{Cache, Part};
 use super::pool::Pool;
@@ -131,7 +132,7 @@ fn by_block(simd: Simd, q: &[f32], cache: &Cache, shape: &AttentionShape, t: &Ta
     };
     let q = Left { data: t.queries(q, shape), row: width, step: 1 };
     let mut weights = vec![0f32; t.count * n];
-    let (mut rows, mut panel) = (Vec::with_capacity(WIDTH * d), vec![0f32; WIDTH * d]);
+    let (mut rows, mut panel) = (Vec::with_capacity(WIDTH * d), Aligned::zeros(WIDTH * d));
     for first in (begin..end).step_by(WIDTH) {
         rows.clear();
         runs(Part::Keys, first, end.min(first + WIDTH), &mut |keys| rows.extend_from_slice(keys));
@@ -156,7 +157,7 @@ fn by_block(simd: Simd, q: &[f32], cache: &Cache, shape: &AttentionShape, t: &Ta
     }
     let padded = d.next_multiple_of(WIDTH);
     let mut mixed = vec![0f32; t.count * padded];
-    let mut values = vec![0f32; VALUES * padded];
+    let mut values = Aligned::zeros(VALUES * padded);
     for first in (begin..end).step_by(VALUES) {
         let last = end.min(first + VALUES);
         let mut held = values.chunks_exact_mut(padded);

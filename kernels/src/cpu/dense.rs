@@ -173,19 +173,18 @@ impl<E: Element> Kernel for Fill<'_, E> {
     unsafe fn run<L: Lanes>(self) {
         let _ = &self.element;
         let row_bytes = self.bytes.len() / self.count.max(1);
-        let block = |r: usize, b: usize| {
+        let block = |r: usize, b: usize, values: &mut [f32; BLOCK]| {
             let row = &self.bytes[r * row_bytes..(r + 1) * row_bytes];
             let bytes = &row[b * BLOCK * E::SIZE..row_bytes.min((b + 1) * BLOCK * E::SIZE)];
-            let mut values = [0f32; BLOCK];
             if bytes.len() == BLOCK * E::SIZE {
                 for i in (0..BLOCK).step_by(L::N) {
                     // SAFETY: `i + N ≤ 32` elements exist on both sides; the caller vouches for the instruction set.
                     unsafe { L::store(values.as_mut_ptr().add(i), E::lanes::<L>(bytes.as_ptr().add(i * E::SIZE))) };
                 }
             } else {
+                *values = [0.0; BLOCK];
                 values.iter_mut().zip(bytes.chunks_exact(E::SIZE)).for_each(|(v, b)| *v = E::widen(b));
             }
-            values
         };
         // SAFETY: the caller vouches for the instruction set.
         unsafe { self.panel.fill_by_rows::<L>(self.count, block) };

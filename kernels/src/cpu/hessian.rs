@@ -4,6 +4,7 @@
 
 use rayon::prelude::*;
 
+use super::aligned::Aligned;
 use super::fixed::{self, Columns};
 use super::product::{Left, Panel, Strip, WIDTH, strip};
 use super::simd::Simd;
@@ -12,7 +13,7 @@ use crate::error::Result;
 /// The columns of x `[t, n]` in panels, as left and right factor.
 enum Sides {
     Fixed(Columns),
-    F32 { panels: Vec<f32>, t: usize },
+    F32 { panels: Aligned<f32>, t: usize },
 }
 
 impl Sides {
@@ -56,8 +57,8 @@ impl Sides {
 }
 
 /// Sixteen columns of x `[t, n]` side by side, `[panel][t, 16]`: both factors then read memory in order. Missing columns are zero.
-fn side_by_side(x: &[f32], n: usize, t: usize) -> Vec<f32> {
-    let mut panels = vec![0f32; n.div_ceil(WIDTH) * t * WIDTH];
+fn side_by_side(x: &[f32], n: usize, t: usize) -> Aligned<f32> {
+    let mut panels = Aligned::zeros(n.div_ceil(WIDTH) * t * WIDTH);
     panels.par_chunks_mut((t * WIDTH).max(1)).enumerate().for_each(|(p, panel)| {
         let columns = p * WIDTH..n.min((p + 1) * WIDTH);
         for (out, row) in panel.as_chunks_mut::<WIDTH>().0.iter_mut().zip(x.chunks_exact(n)) {

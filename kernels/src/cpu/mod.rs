@@ -6,6 +6,7 @@
 //! ([`Backend::decode_phase`]) has loops that read each weight once from memory, and there packed weights meet activations rounded to
 //! fifteen bits (`rounded.rs`). [`CpuBackend::exact`] keeps f32 in both.
 
+mod aligned;
 mod attention;
 mod bandwidth;
 pub(crate) mod checks;

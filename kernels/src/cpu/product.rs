@@ -8,6 +8,7 @@
 
 use rayon::prelude::*;
 
+use super::aligned::Aligned;
 use super::simd::{Kernel, Lanes, Simd};
 use crate::error::{KernelError, Result};
 
@@ -290,7 +291,7 @@ where
     let stripes = Stripes(y.as_mut_ptr());
     let stripes = &stripes;
     (0..n.div_ceil(WIDTH)).into_par_iter().for_each_init(
-        || vec![0f32; WIDTH * k],
+        || Aligned::<f32>::zeros(WIDTH * k),
         |panel, p| {
             let first = p * WIDTH;
             let columns = WIDTH.min(n - first);

@@ -111,6 +111,29 @@ pub unsafe trait Lanes {
         let _ = p;
     }
 
+    /// The largest magnitude's bits, which order as magnitudes do, NaN above infinity.
+    /// # Safety
+    /// See the trait.
+    #[inline(always)]
+    unsafe fn top(x: &[f32; 32]) -> u32 {
+        x.iter().fold(0, |top, v| top.max(v.to_bits() & 0x7fff_ffff))
+    }
+
+    /// Products with `inverse`, rounded half to even and kept from `-most` to `most` (at most 32767; NaN becomes `-most`), two in each
+    /// word, the first in its low half.
+    /// # Safety
+    /// See the trait.
+    #[expect(clippy::manual_clamp, reason = "`clamp` keeps NaN, which has no integer")]
+    #[inline(always)]
+    unsafe fn round(x: &[f32; 32], inverse: f32, most: f32, to: &mut [u32; 16]) {
+        // |v| < 2²²: adding 1.5 · 2²³ leaves no place for a fraction.
+        const MAGIC: f32 = 12_582_912.0;
+        let word = |v: f32| ((v * inverse).max(-most).min(most) + MAGIC).to_bits() as i32 - MAGIC.to_bits() as i32;
+        for (to, v) in to.iter_mut().zip(x.as_chunks::<2>().0) {
+            *to = (word(v[0]) as u32 & 0xffff) | (word(v[1]) as u32) << 16;
+        }
+    }
+
     /// `block[r][c]` and `block[c][r]` change places.
     /// # Safety
     /// See the trait.
@@ -220,6 +243,44 @@ pub(super) mod x86 {
         _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps::<1>(two, two)))
     }
 
+    /// [`Lanes::top`].
+    ///
+    /// # Safety
+    /// AVX2 is available.
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn top_256(x: &[f32; 32]) -> u32 {
+        let magnitudes = _mm256_set1_epi32(0x7fff_ffff);
+        // SAFETY: `i` is 0, 8, 16 or 24 of 32.
+        let load = |i: usize| unsafe { _mm256_and_si256(_mm256_loadu_si256(x.as_ptr().add(i).cast()), magnitudes) };
+        let eight = _mm256_max_epu32(_mm256_max_epu32(load(0), load(8)), _mm256_max_epu32(load(16), load(24)));
+        let four = _mm_max_epu32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256::<1>(eight));
+        let two = _mm_max_epu32(four, _mm_shuffle_epi32::<0b01_00_11_10>(four));
+        _mm_cvtsi128_si32(_mm_max_epu32(two, _mm_shuffle_epi32::<0b10_11_00_01>(two))) as u32
+    }
+
+    /// [`Lanes::round`].
+    ///
+    /// # Safety
+    /// AVX2 is available.
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn round_256(x: &[f32; 32], inverse: f32, most: f32, to: &mut [u32; 16]) {
+        let (inverse, low, high) = (_mm256_set1_ps(inverse), _mm256_set1_ps(-most), _mm256_set1_ps(most));
+        let eight = |i: usize| {
+            // SAFETY: `i + 8 ≤ 32`.
+            let v = _mm256_mul_ps(unsafe { _mm256_loadu_ps(x.as_ptr().add(i)) }, inverse);
+            // Where one is NaN, the second operand is taken.
+            _mm256_cvtps_epi32(_mm256_min_ps(_mm256_max_ps(v, low), high))
+        };
+        for i in [0, 16] {
+            // Packing takes four and four of either register.
+            let words = _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packs_epi32(eight(i), eight(i + 8)));
+            // SAFETY: eight words from 0 or 8 of sixteen.
+            unsafe { _mm256_storeu_si256(to.as_mut_ptr().add(i / 2).cast(), words) };
+        }
+    }
+
     /// Eight lanes.
     pub struct Avx2;
 
@@ -272,6 +333,18 @@ pub(super) mod x86 {
                     }
                 }
             }
+        }
+        #[inline]
+        #[target_feature(enable = "avx2,fma,f16c")]
+        unsafe fn top(x: &[f32; 32]) -> u32 {
+            // SAFETY: the caller's contract.
+            unsafe { top_256(x) }
+        }
+        #[inline]
+        #[target_feature(enable = "avx2,fma,f16c")]
+        unsafe fn round(x: &[f32; 32], inverse: f32, most: f32, to: &mut [u32; 16]) {
+            // SAFETY: the caller's contract.
+            unsafe { round_256(x, inverse, most, to) }
         }
         #[inline(always)]
         fn prefetch(p: *const u8) {
@@ -367,6 +440,18 @@ pub(super) mod x86 {
                 // SAFETY: a row is sixteen u32.
                 unsafe { _mm512_storeu_si512(row.as_mut_ptr().cast(), b) };
             }
+        }
+        #[inline]
+        #[target_feature(enable = "avx512f,avx2,fma,f16c")]
+        unsafe fn top(x: &[f32; 32]) -> u32 {
+            // SAFETY: the caller's contract.
+            unsafe { top_256(x) }
+        }
+        #[inline]
+        #[target_feature(enable = "avx512f,avx2,fma,f16c")]
+        unsafe fn round(x: &[f32; 32], inverse: f32, most: f32, to: &mut [u32; 16]) {
+            // SAFETY: the caller's contract.
+            unsafe { round_256(x, inverse, most, to) }
         }
         #[inline(always)]
         fn prefetch(p: *const u8) {

@@ -14,6 +14,7 @@ mod product;
 use rayon::prelude::*;
 
 pub use self::product::{Out, linear, register_products, strip};
+use super::aligned::Aligned;
 use super::simd::{Kernel, Lanes, Simd};
 
 /// Columns of a panel.
@@ -56,13 +57,19 @@ fn unit(top: u32) -> f32 {
     f32::from_bits(((254 << 23) - (top & 0x7f80_0000).min(253 << 23)).min(253 << 23))
 }
 
+/// `1 / v`, exact, of a power of two from 2⁻¹²⁶ to 2¹²⁶.
+#[inline(always)]
+fn reciprocal(v: f32) -> f32 {
+    f32::from_bits((254 << 23) - v.to_bits())
+}
+
 /// The step that keeps values of a block within [`MOST`] and their Euclidean norm within [`NORM`], from the largest magnitude's bits
 /// and the sum of squares of the values times [`unit`]. Not finite where `top` is not, so that it reaches the result.
 #[inline(always)]
 fn step(top: u32, squares: f32) -> f32 {
     let (magnitude, unit) = (f32::from_bits(top), unit(top));
     // Where the top is infinite or NaN its unit is 2⁻¹²⁶, and the first product is not finite.
-    let by_norm = squares.sqrt() * (1.0 / NORM) / unit;
+    let by_norm = squares.sqrt() * (1.0 / NORM) * reciprocal(unit);
     let by_top = magnitude * (1.0 / MOST);
     if by_norm > by_top { by_norm } else { by_top }
 }
@@ -100,12 +107,6 @@ unsafe fn squares<L: Lanes>(x: &[f32; BLOCK], unit: f32) -> f32 {
     }
 }
 
-/// The largest magnitude's bits, which order as magnitudes do, NaN above infinity.
-#[inline(always)]
-fn top(x: &[f32; BLOCK]) -> u32 {
-    x.iter().fold(0u32, |m, v| m.max(v.to_bits() & 0x7fff_ffff))
-}
-
 /// `v · inverse`, rounded and within range.
 #[expect(clippy::manual_clamp, reason = "`clamp` keeps NaN, which has no integer")]
 #[inline(always)]
@@ -113,36 +114,33 @@ fn word(v: f32, inverse: f32) -> i32 {
     rounded((v * inverse).max(-MOST).min(MOST))
 }
 
-/// Rounds a block of sixteen rows, element `(step, row)` by its bits, to binary steps; `put(pair, rows)` takes the pairs.
+/// Rounds up to sixteen blocks side by side to pairs; `up` makes steps of the smallest ones ([`binary`] or none).
+///
+/// # Safety
+/// The instruction set of `L` is available.
 #[inline(always)]
-fn round_lanes(bits: &[[u32; ROWS]], steps: &mut [f32; ROWS], mut put: impl FnMut(usize, &[u32; ROWS])) {
-    let mut tops = [0u32; ROWS];
-    for row in bits {
-        for r in 0..ROWS {
-            tops[r] = tops[r].max(row[r] & 0x7fff_ffff);
+unsafe fn round_blocks<L: Lanes>(
+    blocks: &[[f32; BLOCK]],
+    up: impl Fn(f32) -> f32,
+    steps: &mut [f32; ROWS],
+    pairs: &mut [[u32; PAIRS]],
+) {
+    let (mut tops, mut sums, mut inverses) = ([0u32; ROWS], [0f32; ROWS], [0f32; ROWS]);
+    for ((x, top), sum) in blocks.iter().zip(&mut tops).zip(&mut sums) {
+        // SAFETY: the caller's contract.
+        unsafe {
+            *top = L::top(x);
+            *sum = squares::<L>(x, unit(*top));
         }
     }
-    let (mut units, mut sums, mut inverses) = ([0f32; ROWS], [0f32; ROWS], [0f32; ROWS]);
+    // Not one at a time: a root and a quotient take as long for all as for one.
     for r in 0..ROWS {
-        units[r] = unit(tops[r]);
-    }
-    for row in bits {
-        for r in 0..ROWS {
-            let v = f32::from_bits(row[r]) * units[r];
-            sums[r] += v * v;
-        }
-    }
-    for r in 0..ROWS {
-        steps[r] = binary(step(tops[r], sums[r]));
+        steps[r] = up(step(tops[r], sums[r]));
         inverses[r] = inverse(steps[r]);
     }
-    for (p, rows) in bits.as_chunks::<2>().0.iter().enumerate() {
-        let mut lanes = [0u32; ROWS];
-        for r in 0..ROWS {
-            let value = |i: usize| word(f32::from_bits(rows[i][r]), inverses[r]);
-            lanes[r] = pair(value(0), value(1));
-        }
-        put(p, &lanes);
+    for ((x, to), inverse) in blocks.iter().zip(pairs).zip(inverses) {
+        // SAFETY: as above.
+        unsafe { L::round(x, inverse, MOST, to) };
     }
 }
 
@@ -185,9 +183,9 @@ impl Rows {
 /// Columns of x `[t, n]`, rounded along the tokens: both factors of `xᵀ x`.
 pub struct Columns {
     /// `[panels, blocks · 16, 32]`.
-    pairs: Vec<u32>,
+    pairs: Aligned<u32>,
     /// `[panels, blocks, 32]`.
-    scales: Vec<f32>,
+    scales: Aligned<f32>,
     blocks: usize,
 }
 
@@ -196,8 +194,8 @@ impl Columns {
     pub fn new(simd: Simd, x: &[f32], n: usize) -> Self {
         let (blocks, panels) = (blocks_of(x.len().checked_div(n).unwrap_or(0)), n.div_ceil(WIDTH));
         let mut c = Self {
-            pairs: vec![0; panels * blocks * PAIRS * WIDTH],
-            scales: vec![0.0; panels * blocks * WIDTH],
+            pairs: Aligned::zeros(panels * blocks * PAIRS * WIDTH),
+            scales: Aligned::zeros(panels * blocks * WIDTH),
             blocks,
         };
         let pairs = c.pairs.par_chunks_mut((blocks * PAIRS * WIDTH).max(1));
@@ -286,39 +284,20 @@ impl Kernel for Round<'_> {
         for ((x, pairs), scales) in rows.zip(self.scales.chunks_exact_mut(blocks)) {
             let (whole, rest) = x.as_chunks::<BLOCK>();
             let (to, _) = pairs.as_chunks_mut::<PAIRS>();
-            for ((x, to), scale) in whole.iter().zip(&mut *to).zip(&mut *scales) {
+            let mut steps = [0f32; ROWS];
+            for ((x, to), scales) in whole.chunks(ROWS).zip(to.chunks_mut(ROWS)).zip(scales.chunks_mut(ROWS)) {
                 // SAFETY: the caller vouches for the instruction set.
-                *scale = unsafe { round_block::<L>(x, to) };
+                unsafe { round_blocks::<L>(x, |s| s, &mut steps, to) };
+                scales.copy_from_slice(&steps[..scales.len()]);
             }
             if let (false, Some(to), Some(scale)) = (rest.is_empty(), to.last_mut(), scales.last_mut()) {
                 let mut block = [0f32; BLOCK];
                 block[..rest.len()].copy_from_slice(rest);
                 // SAFETY: as above.
-                *scale = unsafe { round_block::<L>(&block, to) };
+                unsafe { round_blocks::<L>(&[block], |s| s, &mut steps, std::slice::from_mut(to)) };
+                *scale = steps[0];
             }
         }
-    }
-}
-
-/// # Safety
-/// The instruction set of `L` is available.
-#[inline(always)]
-unsafe fn round_block<L: Lanes>(x: &[f32; BLOCK], to: &mut [u32; PAIRS]) -> f32 {
-    let top = top(x);
-    // SAFETY: the caller's contract.
-    let scale = step(top, unsafe { squares::<L>(x, unit(top)) });
-    to_pairs(x, inverse(scale), to);
-    scale
-}
-
-#[inline(always)]
-fn to_pairs(x: &[f32; BLOCK], inverse: f32, to: &mut [u32; PAIRS]) {
-    let mut words = [0i16; BLOCK];
-    for (w, v) in words.iter_mut().zip(x) {
-        *w = word(*v, inverse) as i16;
-    }
-    for (p, w) in to.iter_mut().zip(words.as_chunks::<2>().0) {
-        *p = pair(w[0].into(), w[1].into());
     }
 }
 
@@ -343,16 +322,16 @@ pub struct Panel<'a> {
 /// A panel in the making; missing columns are zero.
 pub struct PanelBuffer {
     /// `[blocks · 16, 32]`.
-    pub pairs: Vec<u32>,
+    pub pairs: Aligned<u32>,
     /// `[blocks, 32]`.
-    pub scales: Vec<f32>,
+    pub scales: Aligned<f32>,
 }
 
 impl PanelBuffer {
     /// For `k` inner steps.
     pub fn new(k: usize) -> Self {
         let blocks = blocks_of(k);
-        Self { pairs: vec![0; blocks * PAIRS * WIDTH], scales: vec![0.0; blocks * WIDTH] }
+        Self { pairs: Aligned::zeros(blocks * PAIRS * WIDTH), scales: Aligned::zeros(blocks * WIDTH) }
     }
 
     /// Fills it with `rows` rows of a weight: `block(r, b)` has row `r`'s block `b`, zero beyond `k`, whose scale will be a power of two.
@@ -360,26 +339,25 @@ impl PanelBuffer {
     /// # Safety
     /// The instruction set of `L` is available.
     #[inline(always)]
-    pub unsafe fn fill_by_rows<L: Lanes>(&mut self, rows: usize, block: impl Fn(usize, usize) -> [f32; BLOCK]) {
-        let blocks = self.pairs.chunks_exact_mut(PAIRS * WIDTH).zip(self.scales.as_chunks_mut::<WIDTH>().0);
-        for (b, (pairs, scales)) in blocks.enumerate() {
-            for half in 0..WIDTH / ROWS {
-                // Steps 0 .. 16 and 16 .. 32 of sixteen rows, turned so that what follows works on a row a lane.
-                let mut squares = [[[0u32; ROWS]; ROWS]; 2];
+    pub unsafe fn fill_by_rows<L: Lanes>(&mut self, rows: usize, block: impl Fn(usize, usize, &mut [f32; BLOCK])) {
+        for half in 0..WIDTH / ROWS {
+            // Rows beyond the weight's stay zero.
+            let mut values = [[0f32; BLOCK]; ROWS];
+            let blocks = self.pairs.chunks_exact_mut(PAIRS * WIDTH).zip(self.scales.as_chunks_mut::<WIDTH>().0);
+            for (b, (pairs, scales)) in blocks.enumerate() {
                 for r in 0..ROWS.min(rows.saturating_sub(half * ROWS)) {
-                    let values = block(half * ROWS + r, b).map(f32::to_bits);
-                    squares[0][r].copy_from_slice(&values[..ROWS]);
-                    squares[1][r].copy_from_slice(&values[ROWS..]);
+                    block(half * ROWS + r, b, &mut values[r]);
                 }
-                for square in &mut squares {
-                    // SAFETY: the caller's contract.
-                    unsafe { L::transpose(square) };
+                let (mut steps, mut turned) = ([0f32; ROWS], [[0u32; PAIRS]; ROWS]);
+                // SAFETY: the caller's contract.
+                unsafe {
+                    round_blocks::<L>(&values, binary, &mut steps, &mut turned);
+                    L::transpose(&mut turned);
                 }
                 let columns = half * ROWS..(half + 1) * ROWS;
-                let mut steps = [0f32; ROWS];
-                round_lanes(squares.as_flattened(), &mut steps, |p, lanes| {
-                    pairs[p * WIDTH..][columns.clone()].copy_from_slice(lanes);
-                });
+                for (to, pairs) in pairs.as_chunks_mut::<WIDTH>().0.iter_mut().zip(&turned) {
+                    to[columns.clone()].copy_from_slice(pairs);
+                }
                 scales[columns].copy_from_slice(&steps);
             }
         }
@@ -415,9 +393,10 @@ mod tests {
         type Output = ();
         #[inline(always)]
         unsafe fn run<L: Lanes>(self) {
-            let block = |r: usize, b: usize| {
+            let block = |r: usize, b: usize, to: &mut [f32; BLOCK]| {
                 let row = &self.w[r * self.k..(r + 1) * self.k];
-                std::array::from_fn(|i| row.get(b * BLOCK + i).copied().unwrap_or(0.0))
+                let part = &row[b * BLOCK..self.k.min((b + 1) * BLOCK)];
+                to[..part.len()].copy_from_slice(part);
             };
             // SAFETY: the caller vouches for the instruction set.
             unsafe { self.panel.fill_by_rows::<L>(self.w.len() / self.k, block) };
@@ -507,7 +486,7 @@ mod tests {
         for scale in [0.0, 1e-45, 1e-39, 1.2e-38, 0.3, 1.0, 1e30, 3e38] {
             for x in [vec![1.0; BLOCK], odd.clone(), [vec![1.0], vec![0.0; BLOCK - 1]].concat()] {
                 let x: [f32; BLOCK] = std::array::from_fn(|i| x[i] * scale);
-                let top = top(&x);
+                let top = unsafe { Portable::top(&x) };
                 // SAFETY: portable code.
                 let exact = step(top, unsafe { squares::<Portable>(&x, unit(top)) });
                 for s in [exact, binary(exact)] {

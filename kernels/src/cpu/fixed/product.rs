@@ -241,20 +241,27 @@ pub fn register_products(simd: Simd, steps: usize) -> usize {
 /// The instruction set of `P`.
 #[inline(always)]
 pub(super) unsafe fn chains<P: Pairs>(steps: usize) -> usize {
-    /// More than an instruction's latency times the instructions a cycle.
-    const CHAINS: usize = 12;
-    let one = std::hint::black_box(super::pair(1, 1));
-    // SAFETY: the caller's contract; `one` is a pair.
+    /// Rows and registers of a tile: eight sums, more than the latencies of a product and a sum.
+    const M: usize = 2;
+    const V: usize = 4;
+    // Read anew each step, so that no product can be made once for all steps.
+    let x: [u32; 64] = std::hint::black_box(std::array::from_fn(|i| super::pair(i as i32, 1)));
+    // SAFETY: the caller's contract; `x` holds the pairs that are read.
     unsafe {
-        let w = P::splat(&one);
-        let mut sums = [w; CHAINS];
-        for _ in 0..steps {
-            // Each product takes another chain's sum, so that none can be made once for all steps.
-            for i in 0..CHAINS {
-                sums[i] = P::accumulate(sums[i], sums[(i + CHAINS / 2) % CHAINS], w);
+        let mut w = [P::zero(); V];
+        for (v, w) in w.iter_mut().enumerate() {
+            *w = P::splat(&x[v]);
+        }
+        let mut sums = [[P::zero(); V]; M];
+        for s in 0..steps {
+            for m in 0..M {
+                let x = P::splat(&x[(s * M + m) % x.len()]);
+                for v in 0..V {
+                    sums[m][v] = P::accumulate(sums[m][v], x, w[v]);
+                }
             }
         }
-        std::hint::black_box(sums.map(|s| P::L::sum(P::float(s))));
+        std::hint::black_box(sums.map(|s| s.map(|s| P::L::sum(P::float(s)))));
     }
-    2 * steps * CHAINS * P::L::N
+    2 * steps * M * V * P::L::N
 }
