@@ -65,10 +65,18 @@ fn clients_that_are_not_here_are_told() {
     let python = tmp.path().join("python");
     std::fs::write(&python, "#!/bin/sh\n[ \"$1\" = -c ] && exit 1\nexec python3 \"$@\"\n").unwrap();
     std::fs::set_permissions(&python, std::fs::Permissions::from_mode(0o755)).unwrap();
-    let out = script("clients-check").env("LOWBIT_CACHE", tmp.path()).arg("--python").arg(&python).output().unwrap();
+    let record = tmp.path().join("clients.json");
+    let mut c = script("clients-check");
+    c.env("LOWBIT_CACHE", tmp.path()).arg("--python").arg(&python).arg("--out").arg(&record);
+    let out = c.output().unwrap();
     let text = String::from_utf8_lossy(&out.stdout).into_owned();
     assert_eq!(out.status.code(), Some(2), "{text}{}", stderr(&out));
     assert_eq!(text.matches("absent").count(), 6, "{text}");
     assert!(stderr(&out).contains("lacks a client"));
+    let r = json(&record);
+    assert_eq!((r["checks"].as_array().unwrap().len(), &r["pass"]), (6, &false.into()), "{r}");
+    let table =
+        String::from_utf8(ok(super::script("serve/clients-check").arg("--render").arg(&record)).stdout).unwrap();
+    assert_eq!(table.lines().filter(|l| l.ends_with("| absent |")).count(), 6, "{table}");
     assert_eq!(script("clients-check").arg("--tea").output().unwrap().status.code(), Some(3));
 }
