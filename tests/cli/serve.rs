@@ -2,6 +2,7 @@
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -24,14 +25,13 @@ impl Drop for Serving {
 }
 
 pub(super) fn start(args: &[&str], env: &[(&str, &str)]) -> Serving {
+    start_model(&demo(), args, env)
+}
+
+pub(super) fn start_model(model: &Path, args: &[&str], env: &[(&str, &str)]) -> Serving {
     let cache = tempfile::tempdir().unwrap();
     let mut c = lowbit(cache.path());
-    c.args(["--quiet", "--device", "cpu", "--json", "serve"]).arg(demo()).args([
-        "--port",
-        "0",
-        "--served-name",
-        "demo",
-    ]);
+    c.args(["--quiet", "--device", "cpu", "--json", "serve"]).arg(model).args(["--port", "0", "--served-name", "demo"]);
     c.args(args).envs(env.iter().copied()).stdout(Stdio::piped()).stderr(Stdio::inherit());
     let mut child = c.spawn().unwrap();
     let mut text = String::new();
@@ -52,6 +52,11 @@ pub(super) struct Reply {
 impl Reply {
     pub(super) fn json(&self) -> Value {
         serde_json::from_str(&self.body).unwrap_or_else(|e| panic!("{e}: {self:?}"))
+    }
+
+    /// A header's value, in lower case.
+    pub(super) fn header(&self, name: &str) -> Option<&str> {
+        self.head.lines().find_map(|l| l.strip_prefix(name)?.strip_prefix(": "))
     }
 
     /// The chunks of a stream, which must end in `[DONE]`.
