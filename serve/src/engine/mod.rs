@@ -138,8 +138,10 @@ pub enum Event {
     Piece {
         /// What is said.
         text: String,
-        /// Its tokens.
+        /// Its tokens, where log-probabilities are asked for.
         tokens: Vec<TokenLog>,
+        /// Tokens read and made so far.
+        usage: Usage,
     },
     /// The end.
     Done {
@@ -150,6 +152,17 @@ pub enum Event {
     },
     /// The end, by a fault.
     Failed(String),
+}
+
+impl Event {
+    /// Tokens read and made up to here, as far as the event tells.
+    pub fn usage(&self) -> Usage {
+        match self {
+            Self::Prompt(logs) => Usage { prompt: logs.len(), ..Usage::default() },
+            Self::Piece { usage, .. } | Self::Done { usage, .. } => *usage,
+            Self::Failed(_) => Usage::default(),
+        }
+    }
 }
 
 /// One answer to be made. Dropping the receiver cancels it.

@@ -146,7 +146,7 @@ impl Sequence {
             return self.end(finish, text, tokens, metrics);
         }
         if !piece.text.is_empty() || !tokens.is_empty() {
-            self.send(Event::Piece { text: piece.text, tokens });
+            self.send(Event::Piece { text: piece.text, tokens, usage: self.usage });
         }
         Ok(())
     }
@@ -158,7 +158,7 @@ impl Sequence {
 
     fn end(&mut self, finish: Finish, text: String, tokens: Vec<TokenLog>, metrics: &Metrics) -> Result<()> {
         self.over = true;
-        self.send(Event::Piece { text, tokens });
+        self.send(Event::Piece { text, tokens, usage: self.usage });
         self.send(Event::Done { finish, usage: self.usage });
         metrics.finished(finish, self.job.arrived.elapsed());
         Ok(())
