@@ -192,6 +192,16 @@ pub enum KvCacheArg {
     Int8,
 }
 
+impl KvCacheArg {
+    /// As it is typed.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Float => "float",
+            Self::Int8 => "int8",
+        }
+    }
+}
+
 /// Endpoint of an OpenAI-compatible server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum EndpointArg {

@@ -206,6 +206,18 @@ fn completions_stream_stop_echo_and_count() {
     let top = logs["top_logprobs"][n].as_object().unwrap();
     assert_eq!(top.values().next().unwrap(), &values[n], "greedy takes the most likely token");
 
+    // Counted under vLLM's names: so far 24 + 24 tokens, those before the stop, and one.
+    assert_eq!(s.metric("vllm:request_generation_tokens_count"), 4.0);
+    let made = s.metric("vllm:request_generation_tokens_sum");
+    assert_eq!(made, s.metric("vllm:generation_tokens_total"));
+    assert_eq!(s.metric("vllm:request_prompt_tokens_sum"), 4.0 * n as f64);
+    assert_eq!(s.metric("vllm:request_params_max_tokens_sum"), 73.0);
+    assert_eq!(s.metric("vllm:request_params_n_sum"), 4.0);
+    let spans = ["prefill", "decode", "queue"].map(|p| s.metric(&format!("vllm:request_{p}_time_seconds_sum")));
+    let whole = s.metric("vllm:e2e_request_latency_seconds_sum");
+    assert!(spans.iter().all(|t| *t > 0.0) && spans.iter().sum::<f64>() <= whole, "{spans:?} of {whole}");
+    assert_eq!(s.metric("vllm:cache_config_info"), 1.0);
+
     let several =
         s.complete(json!({"prompt": [prompt(1), prompt(2)], "n": 2, "max_tokens": 6, "temperature": 1, "seed": 5}));
     let texts: Vec<&str> = several["choices"].as_array().unwrap().iter().map(|c| c["text"].as_str().unwrap()).collect();

@@ -46,6 +46,8 @@ pub struct EngineOptions {
     pub draft_tokens: usize,
     /// With a draft model: sequences up to which it is asked; beyond, weights are shared well enough without.
     pub draft_max_running: usize,
+    /// How keys and values are kept, for `/metrics`.
+    pub kv_format: &'static str,
 }
 
 impl Default for EngineOptions {
@@ -59,6 +61,7 @@ impl Default for EngineOptions {
             kept_prompts: 64,
             draft_tokens: 4,
             draft_max_running: 4,
+            kv_format: "float",
         }
     }
 }

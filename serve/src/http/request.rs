@@ -243,7 +243,7 @@ pub fn submit(
     params: &Params,
 ) -> Result<UnboundedReceiver<(usize, Event)>, ApiError> {
     let (events, receiver) = unbounded_channel();
-    let arrived = Instant::now();
+    let (arrived, asked) = (Instant::now(), prompts.len());
     let mut jobs = Vec::new();
     for (p, prompt) in prompts.into_iter().enumerate() {
         for i in 0..n {
@@ -253,5 +253,6 @@ pub fn submit(
         }
     }
     engine.submit(jobs).map_err(|e| ApiError::from_engine(&e, engine.retry_after().as_secs().max(1)))?;
+    (0..asked).for_each(|_| engine.metrics.choices.observe(n));
     Ok(receiver)
 }
