@@ -163,11 +163,19 @@ impl Sequence {
 
     fn end(&mut self, finish: Finish, text: String, tokens: Vec<TokenLog>, metrics: &Metrics) -> Result<()> {
         self.over = true;
-        self.send(Event::Piece { text, tokens, usage: self.usage });
-        self.send(Event::Done { finish, usage: self.usage });
         let (usage, max_tokens, arrived) = (self.usage, self.job.params.max_tokens, self.job.arrived);
-        let tokens = self.first.zip(self.last);
-        metrics.finished(&Ended { finish, usage, max_tokens, arrived, admitted: self.admitted, tokens });
+        let first_and_last = self.first.zip(self.last);
+        // Before it is told: whoever has the answer finds it counted.
+        metrics.finished(&Ended {
+            finish,
+            usage,
+            max_tokens,
+            arrived,
+            admitted: self.admitted,
+            tokens: first_and_last,
+        });
+        self.send(Event::Piece { text, tokens, usage });
+        self.send(Event::Done { finish, usage });
         Ok(())
     }
 
