@@ -369,8 +369,9 @@ fn sixteen_streams_equal_one_and_prompts_are_shared() {
 
 /// Rounding knows nothing of the batch or of where a prompt's pages came from.
 #[test]
-fn with_an_int8_cache_too() {
+fn with_caches_in_eight_bits_too() {
     streams_equal_one(&["--kv-cache", "int8"]);
+    streams_equal_one(&["--kv-cache", "fp8"]);
 }
 
 fn streams_equal_one(kv: &[&str]) {
