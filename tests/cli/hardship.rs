@@ -259,12 +259,19 @@ impl Soak {
         self.seen.left[1].fetch_add(1, Ordering::SeqCst);
     }
 
-    /// Everybody at once, until so many sound requests were answered and so much time went by.
+    /// Everybody at once, until so many sound requests were answered, some of each kind and some left half heard, and so much time went by.
     fn run(&self, answers: usize, time: Duration) {
         let (before, begun, over, next) =
             (self.seen.answers(), Instant::now(), AtomicBool::new(false), AtomicUsize::new(0));
-        let enough = || self.seen.answers() - before >= answers && begun.elapsed() >= time;
-        let going = || !over.load(Ordering::SeqCst);
+        let some = |counts: &[AtomicUsize]| counts.iter().all(|c| c.load(Ordering::SeqCst) > 0);
+        let enough = || {
+            self.seen.answers() - before >= answers
+                && begun.elapsed() >= time
+                && some(&self.seen.answered)
+                && some(&self.seen.left)
+        };
+        // Where much is wrong more of it says nothing.
+        let going = || !over.load(Ordering::SeqCst) && self.seen.wrong.lock().unwrap().len() < 100;
         std::thread::scope(|t| {
             for _ in 0..CLIENTS {
                 t.spawn(|| {
