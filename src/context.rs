@@ -91,7 +91,11 @@ impl Context {
         match (kv, usual.name()) {
             (KvCacheArg::Float, _) => Ok(usual),
             (KvCacheArg::Int8, "cpu") => Ok(Arc::new(self.on_cpu().with_kv(KvFormat::Int8))),
-            (_, other) => bail!("--kv-cache int8 is there on the CPU only, not on {other}\nhint: --device cpu"),
+            (KvCacheArg::Fp8, "cpu") => Ok(Arc::new(self.on_cpu().with_kv(KvFormat::Fp8))),
+            (eight, other) => bail!(
+                "--kv-cache {} is there on the CPU only; {other} keeps keys and values as `--kv-cache float` does\nhint: --device cpu, or --kv-cache float",
+                eight.name()
+            ),
         }
     }
 

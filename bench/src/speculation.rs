@@ -22,7 +22,7 @@ pub struct Answer {
     pub drafted: u64,
     /// Of these, what the model itself said.
     pub accepted: u64,
-    /// The same tokens both ways.
+    /// The same text both ways.
     pub identical: bool,
 }
 

@@ -166,6 +166,8 @@ pub enum KvFormat {
     Float,
     /// Eight bits, symmetric, a scale for each token and head: `x ≈ scale · code`, scale = largest magnitude / 127.
     Int8,
+    /// The same with codes that are e4m3 floats (four bits of exponent, three of mantissa, 448 at most): scale = largest magnitude / 448.
+    Fp8,
 }
 
 /// Attention shape.

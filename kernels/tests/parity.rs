@@ -206,15 +206,32 @@ fn foreign_handles_and_overlapping_segments_are_refused() {
 /// A cache in eight bits is attended like a float cache that holds the rounded numbers, bit for bit: in both phases, over pages, after a
 /// fork, on every instruction set.
 #[test]
-fn an_int8_cache_is_a_float_cache_of_rounded_numbers() {
+fn a_cache_in_eight_bits_is_a_float_cache_of_rounded_numbers() {
+    // The nearest of all e4m3 numbers, the even one of two.
+    let sizes: Vec<f32> = (0..0x7f)
+        .map(|c| match (c / 8, (c % 8) as f32 / 8.0) {
+            (0, m) => m * 2f32.powi(-6),
+            (e, m) => (1.0 + m) * 2f32.powi(e - 7),
+        })
+        .collect();
+    let e4m3 = |v: f32| {
+        let far = |c: usize| (f64::from(sizes[c]) - f64::from(v.abs())).abs();
+        let nearest = (0..sizes.len()).min_by(|a, b| far(*a).total_cmp(&far(*b)).then((a % 2).cmp(&(b % 2)))).unwrap();
+        sizes[nearest].copysign(v)
+    };
+    cache_of_rounded_numbers(KvFormat::Int8, 127.0, &|v: f32| v.round_ties_even());
+    cache_of_rounded_numbers(KvFormat::Fp8, 448.0, &e4m3);
+}
+
+fn cache_of_rounded_numbers(format: KvFormat, most: f32, nearest: &dyn Fn(f32) -> f32) {
     let mut noise = Noise(21);
     let shape = AttentionShape { heads: 4, kv_heads: 2, head_dim: 20, scale: 0.3, window: None, soft_cap: None };
     let (width, tokens) = (shape.kv_heads * shape.head_dim, 131);
     let (q, k, v) = (noise.many(tokens * 80), noise.many(tokens * width), noise.many(tokens * width));
     let round = |x: &[f32]| -> Vec<f32> {
         let row = |r: &[f32]| {
-            let scale = r.iter().fold(0f32, |m, v| m.max(v.abs())) / 127.0;
-            r.iter().map(|v| (v / scale).round_ties_even() * scale).collect::<Vec<f32>>()
+            let scale = r.iter().fold(0f32, |m, v| m.max(v.abs())) / most;
+            r.iter().map(|v| nearest(v / scale) * scale).collect::<Vec<f32>>()
         };
         x.chunks_exact(shape.head_dim).flat_map(row).collect()
     };
@@ -233,10 +250,10 @@ fn an_int8_cache_is_a_float_cache_of_rounded_numbers() {
         [b.download(&first).unwrap(), b.download(&second).unwrap()].concat()
     };
     for float in backends() {
-        let int8 = CpuBackend::with_level(float.level()).exact(true).with_kv(KvFormat::Int8);
-        let (got, want) = (run(&int8, &k, &v), run(&float, &round(&k), &round(&v)));
-        assert_eq!(got, want, "{:?}", float.level());
+        let eight = CpuBackend::with_level(float.level()).exact(true).with_kv(format);
+        let (got, want) = (run(&eight, &k, &v), run(&float, &round(&k), &round(&v)));
+        assert_eq!(got, want, "{format:?} {:?}", float.level());
         assert_ne!(got, run(&float, &k, &v), "rounding does something");
-        assert_eq!((int8.kv_element_bytes(20), float.kv_element_bytes(20)), (1, 4));
+        assert_eq!((eight.kv_element_bytes(20), float.kv_element_bytes(20)), (1, 4));
     }
 }

@@ -38,8 +38,8 @@ pub struct ServeArgs {
     /// Tokens the KV cache holds.
     #[arg(long, default_value_t = 32_768)]
     pub kv_tokens: usize,
-    /// How keys and values are kept: `float` as the device does by itself, `int8` in a quarter of the memory (CPU), a scale for each
-    /// token and head.
+    /// How keys and values are kept: `float` as the device does by itself, `int8` or `fp8` in a quarter of the memory (CPU), a scale for
+    /// each token and head.
     #[arg(long, value_enum, default_value_t = KvCacheArg::Float)]
     pub kv_cache: KvCacheArg,
     /// Longest prompt plus answer (default: the model's own limit).
@@ -190,6 +190,19 @@ pub enum KvCacheArg {
     Float,
     /// Eight bits.
     Int8,
+    /// Eight bits, floats (e4m3).
+    Fp8,
+}
+
+impl KvCacheArg {
+    /// As it is typed.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Float => "float",
+            Self::Int8 => "int8",
+            Self::Fp8 => "fp8",
+        }
+    }
 }
 
 /// Endpoint of an OpenAI-compatible server.

@@ -41,7 +41,7 @@ pub fn bench(ctx: &Context, args: &BenchArgs) -> Result<()> {
             let wanted = options(ctx, args, &BenchOptions::default());
             let mut record = measure(ctx, &candidate, reference.as_ref(), &wanted, args.kv_cache)?;
             if args.kv_cache != KvCacheArg::Float {
-                record.provenance.options.insert("kv_cache".into(), "int8".into());
+                record.provenance.options.insert("kv_cache".into(), args.kv_cache.name().into());
             }
             record
         }

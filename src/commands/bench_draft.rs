@@ -24,9 +24,9 @@ const PROMPTS: usize = 4;
 /// Tokens of a prompt.
 const PROMPT_TOKENS: usize = 48;
 
-/// An answer: its tokens, tokens a second after the first, and what the draft did.
+/// An answer: its text, tokens a second after the first, and what the draft did.
 struct Said {
-    tokens: Vec<u32>,
+    text: String,
     rate: f64,
     usage: Usage,
 }
@@ -122,7 +122,7 @@ pub fn measure(
                 tokens_per_second: with.rate,
                 drafted: with.usage.drafted as u64,
                 accepted: with.usage.accepted as u64,
-                identical: with.tokens == without.tokens,
+                identical: with.text == without.text,
             });
             ctx.progress.advance(1);
         }
@@ -138,15 +138,15 @@ pub fn measure(
 fn say(engine: &Engine, prompt: &[u32], tokens: usize, drafted: bool) -> Result<Said> {
     let mut params = Params { max_tokens: tokens, ignore_eos: true, without_draft: !drafted, ..Params::default() };
     params.sampling.temperature = 0.0;
-    let (mut first, mut said) = (None, Vec::new());
+    let (mut first, mut said) = (None, String::new());
     let usage = engine.answer(prompt.to_vec(), params, &mut |event| {
-        if let Event::Piece { tokens, .. } = event {
+        if let Event::Piece { text, .. } = event {
             first.get_or_insert_with(Instant::now);
-            said.extend(tokens.into_iter().map(|t| t.id));
+            said.push_str(&text);
         }
     })?;
     let seconds = first.map_or(0.0, |f| f.elapsed().as_secs_f64());
-    Ok(Said { tokens: said, rate: (tokens - 1) as f64 / seconds.max(1e-9), usage })
+    Ok(Said { text: said, rate: (tokens - 1) as f64 / seconds.max(1e-9), usage })
 }
 
 /// The result as text.

@@ -96,6 +96,7 @@ fn row(r: &BenchRecord, b: &BenchRow, several: bool) -> Row {
     let (prompt, generated, depth) = counts(&b.test);
     let gpu = p.gpu.is_some();
     let kv = memory.map_or("f32", |m| match m.kv_element_bytes {
+        1 if p.options.get("kv_cache").is_some_and(|v| v == "fp8") => "f8_e4m3",
         1 => "q8_0",
         2 => "bf16",
         _ => "f32",

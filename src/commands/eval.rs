@@ -138,7 +138,7 @@ pub fn eval(ctx: &Context, args: &EvalArgs) -> Result<()> {
     let models = Models::load(ctx, candidate, reference, args.kv_cache)?;
     let mut record = evaluate(ctx, args, &request, (job.as_ref(), judge.as_ref()), models, output.as_ref())?;
     if args.kv_cache != KvCacheArg::Float {
-        record.provenance.options.insert("kv_cache".into(), "int8".into());
+        record.provenance.options.insert("kv_cache".into(), args.kv_cache.name().into());
     }
     if let Some(output) = &output {
         write_atomic(&output.record, &serde_json::to_vec_pretty(&record)?)?;

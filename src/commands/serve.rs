@@ -57,6 +57,7 @@ pub fn serve(ctx: &Context, args: &ServeArgs) -> Result<()> {
             kept_prompts: args.kept_prompts,
             draft_tokens: args.draft_tokens,
             draft_max_running: args.draft_max_running,
+            kv_format: args.kv_cache.name(),
         },
     )?;
     let template = ChatTemplate::load(&located.dir)?;

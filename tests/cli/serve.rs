@@ -2,6 +2,7 @@
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -24,14 +25,13 @@ impl Drop for Serving {
 }
 
 pub(super) fn start(args: &[&str], env: &[(&str, &str)]) -> Serving {
+    start_model(&demo(), args, env)
+}
+
+pub(super) fn start_model(model: &Path, args: &[&str], env: &[(&str, &str)]) -> Serving {
     let cache = tempfile::tempdir().unwrap();
     let mut c = lowbit(cache.path());
-    c.args(["--quiet", "--device", "cpu", "--json", "serve"]).arg(demo()).args([
-        "--port",
-        "0",
-        "--served-name",
-        "demo",
-    ]);
+    c.args(["--quiet", "--device", "cpu", "--json", "serve"]).arg(model).args(["--port", "0", "--served-name", "demo"]);
     c.args(args).envs(env.iter().copied()).stdout(Stdio::piped()).stderr(Stdio::inherit());
     let mut child = c.spawn().unwrap();
     let mut text = String::new();
@@ -52,6 +52,11 @@ pub(super) struct Reply {
 impl Reply {
     pub(super) fn json(&self) -> Value {
         serde_json::from_str(&self.body).unwrap_or_else(|e| panic!("{e}: {self:?}"))
+    }
+
+    /// A header's value, in lower case.
+    pub(super) fn header(&self, name: &str) -> Option<&str> {
+        self.head.lines().find_map(|l| l.strip_prefix(name)?.strip_prefix(": "))
     }
 
     /// The chunks of a stream, which must end in `[DONE]`.
@@ -201,6 +206,18 @@ fn completions_stream_stop_echo_and_count() {
     let top = logs["top_logprobs"][n].as_object().unwrap();
     assert_eq!(top.values().next().unwrap(), &values[n], "greedy takes the most likely token");
 
+    // Counted under vLLM's names: so far 24 + 24 tokens, those before the stop, and one.
+    assert_eq!(s.metric("vllm:request_generation_tokens_count"), 4.0);
+    let made = s.metric("vllm:request_generation_tokens_sum");
+    assert_eq!(made, s.metric("vllm:generation_tokens_total"));
+    assert_eq!(s.metric("vllm:request_prompt_tokens_sum"), 4.0 * n as f64);
+    assert_eq!(s.metric("vllm:request_params_max_tokens_sum"), 73.0);
+    assert_eq!(s.metric("vllm:request_params_n_sum"), 4.0);
+    let spans = ["prefill", "decode", "queue"].map(|p| s.metric(&format!("vllm:request_{p}_time_seconds_sum")));
+    let whole = s.metric("vllm:e2e_request_latency_seconds_sum");
+    assert!(spans.iter().all(|t| *t > 0.0) && spans.iter().sum::<f64>() <= whole, "{spans:?} of {whole}");
+    assert_eq!(s.metric("vllm:cache_config_info"), 1.0);
+
     let several =
         s.complete(json!({"prompt": [prompt(1), prompt(2)], "n": 2, "max_tokens": 6, "temperature": 1, "seed": 5}));
     let texts: Vec<&str> = several["choices"].as_array().unwrap().iter().map(|c| c["text"].as_str().unwrap()).collect();
@@ -234,12 +251,72 @@ fn chat_answers_and_forms_hold() {
     assert!(text.len() == 6 && text.as_bytes()[3] == b'-' && text.replace('-', "").parse::<u32>().is_ok(), "{text:?}");
     let schema = json!({"type": "object", "properties": {"ok": {"type": "boolean"}, "n": {"type": "integer", "minimum": 0, "maximum": 99}},
         "required": ["ok", "n"], "additionalProperties": false});
-    let format = json!({"type": "json_schema", "json_schema": {"name": "x", "schema": schema}});
+    let format = json!({"type": "json_schema", "json_schema": {"name": "x", "schema": &schema}});
     let object = ask(json!({"response_format": format})).json();
     let text = object["choices"][0]["message"]["content"].as_str().unwrap();
     let value: Value = serde_json::from_str(text).unwrap_or_else(|e| panic!("{e}: {text:?}"));
     assert!(value["ok"].is_boolean() && value["n"].is_u64(), "{text}");
     assert_eq!(ask(json!({"guided_regex": "["})).status, 400);
+
+    // The same under vLLM's later name.
+    let said = |more: Value| {
+        let reply = ask(json!({"structured_outputs": more}));
+        assert_eq!(reply.status, 200, "{reply:?}");
+        reply.json()["choices"][0]["message"]["content"].as_str().unwrap().to_string()
+    };
+    assert!(["red fish", "blue fish"].contains(&said(json!({"choice": ["red fish", "blue fish"]})).as_str()));
+    let text = said(json!({"regex": "[0-9]{3}-[0-9]{2}", "json": null}));
+    assert!(text.len() == 6 && text.as_bytes()[3] == b'-' && text.replace('-', "").parse::<u32>().is_ok(), "{text:?}");
+    for schema in [schema.clone(), schema.to_string().into()] {
+        let value: Value = serde_json::from_str(&said(json!({"json": schema}))).unwrap();
+        assert!(value["ok"].is_boolean() && value["n"].is_u64(), "{value}");
+    }
+    for (refused, word) in [
+        (json!({"structured_outputs": {"regex": "a+", "whitespace_pattern": " "}}), "whitespace_pattern"),
+        (json!({"structured_outputs": {"regex": "a+", "choice": ["a"]}}), "exactly one"),
+        (json!({"structured_outputs": {}}), "exactly one"),
+        (json!({"structured_outputs": {"choice": [1]}}), "choice"),
+        (json!({"structured_outputs": "a+"}), "object"),
+        (json!({"structured_outputs": {"regex": "a+"}, "guided_regex": "a+"}), "only one"),
+    ] {
+        let reply = ask(refused.clone());
+        assert_eq!(reply.status, 400, "{refused}");
+        assert!(reply.json()["error"]["message"].as_str().unwrap().contains(word), "{refused}: {reply:?}");
+    }
+}
+
+#[test]
+fn a_stream_tells_its_usage_as_asked() {
+    let s = start(&[], &[]);
+    for (path, ask) in [
+        ("/v1/completions", json!({"prompt": prompt(1)})),
+        ("/v1/chat/completions", json!({"messages": [{"role": "user", "content": "Hello"}]})),
+    ] {
+        let stream = |options: Value| {
+            let mut body = json!({"max_tokens": 12, "temperature": 0, "ignore_eos": true, "n": 2, "stream": true,
+                "stream_options": options});
+            body.as_object_mut().unwrap().extend(ask.as_object().unwrap().clone());
+            s.post(path, &body).events()
+        };
+        let each = stream(json!({"include_usage": true, "continuous_usage_stats": true}));
+        let (last, chunks) = each.split_last().unwrap();
+        assert_eq!(last["usage"]["completion_tokens"], 24);
+        for answer in 0..2 {
+            let of = chunks.iter().filter(|c| c["choices"][0]["index"] == answer);
+            let told: Vec<u64> = of
+                .map(|c| {
+                    assert_eq!(c["usage"]["prompt_tokens"], last["usage"]["prompt_tokens"], "{c}");
+                    c["usage"]["completion_tokens"].as_u64().unwrap()
+                })
+                .collect();
+            assert!(told.is_sorted() && told.len() > 4 && told.last() == Some(&12), "{path}: {told:?}");
+        }
+        let once = stream(json!({"include_usage": true}));
+        let (last, chunks) = once.split_last().unwrap();
+        assert!(last["usage"].is_object() && chunks.iter().all(|c| c.get("usage") == Some(&Value::Null)), "{once:?}");
+        let never = stream(json!({"continuous_usage_stats": true}));
+        assert!(never.iter().all(|c| c.get("usage").is_none()), "{never:?}");
+    }
 }
 
 #[test]
@@ -292,8 +369,9 @@ fn sixteen_streams_equal_one_and_prompts_are_shared() {
 
 /// Rounding knows nothing of the batch or of where a prompt's pages came from.
 #[test]
-fn with_an_int8_cache_too() {
+fn with_caches_in_eight_bits_too() {
     streams_equal_one(&["--kv-cache", "int8"]);
+    streams_equal_one(&["--kv-cache", "fp8"]);
 }
 
 fn streams_equal_one(kv: &[&str]) {

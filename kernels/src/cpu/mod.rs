@@ -282,7 +282,7 @@ impl Backend for CpuBackend {
 
     fn kv_element_bytes(&self, _head_dim: usize) -> usize {
         // The scale of a token and head aside.
-        if self.kv == KvFormat::Int8 { 1 } else { 4 }
+        if self.kv == KvFormat::Float { 4 } else { 1 }
     }
 
     fn kv_append(&self, cache: &mut KvBuffer, k: &Buffer, v: &Buffer, segments: &[Segment]) -> Result<()> {

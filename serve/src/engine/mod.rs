@@ -46,6 +46,8 @@ pub struct EngineOptions {
     pub draft_tokens: usize,
     /// With a draft model: sequences up to which it is asked; beyond, weights are shared well enough without.
     pub draft_max_running: usize,
+    /// How keys and values are kept, for `/metrics`.
+    pub kv_format: &'static str,
 }
 
 impl Default for EngineOptions {
@@ -59,6 +61,7 @@ impl Default for EngineOptions {
             kept_prompts: 64,
             draft_tokens: 4,
             draft_max_running: 4,
+            kv_format: "float",
         }
     }
 }
@@ -138,8 +141,10 @@ pub enum Event {
     Piece {
         /// What is said.
         text: String,
-        /// Its tokens.
+        /// Its tokens, where log-probabilities are asked for.
         tokens: Vec<TokenLog>,
+        /// Tokens read and made so far.
+        usage: Usage,
     },
     /// The end.
     Done {
@@ -150,6 +155,17 @@ pub enum Event {
     },
     /// The end, by a fault.
     Failed(String),
+}
+
+impl Event {
+    /// Tokens read and made up to here, as far as the event tells.
+    pub fn usage(&self) -> Usage {
+        match self {
+            Self::Prompt(logs) => Usage { prompt: logs.len(), ..Usage::default() },
+            Self::Piece { usage, .. } | Self::Done { usage, .. } => *usage,
+            Self::Failed(_) => Usage::default(),
+        }
+    }
 }
 
 /// One answer to be made. Dropping the receiver cancels it.

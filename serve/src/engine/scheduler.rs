@@ -13,7 +13,7 @@ use super::slots::{Slots, common};
 use super::{EngineOptions, Event, Job, Models, TokenLog};
 use crate::error::Result;
 use crate::guide::Guides;
-use crate::metrics::Metrics;
+use crate::metrics::{CacheConfig, Metrics};
 
 /// Shorter beginnings are computed anew: copying them costs as much.
 const SHARE_FROM: usize = 16;
@@ -62,6 +62,8 @@ impl Scheduler {
         let draft = draft.map(|d| Runner::new(d, slots, capacity)).transpose()?;
         let pages = options.kv_tokens.div_ceil(paged.unwrap_or(capacity)).max(1);
         metrics.pages[1].store(pages, Ordering::Relaxed);
+        let (page_tokens, keeps_prompts) = (paged.unwrap_or(capacity), options.kept_prompts > 0);
+        let _ = metrics.cache.set(CacheConfig { page_tokens, format: options.kv_format, keeps_prompts });
         Ok(Self {
             runner,
             draft,

@@ -9,7 +9,7 @@ use lowbit_model::sampling::{argmax, log_sum_exp, sample, top};
 use super::{Event, Finish, Job, TokenLog, Usage};
 use crate::error::Result;
 use crate::guide::{Guide, Guides};
-use crate::metrics::Metrics;
+use crate::metrics::{Ended, Metrics};
 use crate::text::TextStream;
 
 /// A job with a slot.
@@ -29,6 +29,8 @@ pub struct Sequence {
     pub over: bool,
     text: TextStream,
     guide: Option<Guide>,
+    admitted: Instant,
+    first: Option<Instant>,
     last: Option<Instant>,
 }
 
@@ -59,6 +61,8 @@ impl Sequence {
             over: false,
             text,
             guide,
+            admitted: Instant::now(),
+            first: None,
             last: None,
         })
     }
@@ -122,6 +126,7 @@ impl Sequence {
             None => metrics.first_token.observe(now.duration_since(self.job.arrived)),
             Some(last) => metrics.inter_token.observe(now.duration_since(last)),
         }
+        self.first = self.first.or(Some(now));
         self.last = Some(now);
         self.tokens.push(id);
         self.usage.completion += 1;
@@ -146,7 +151,7 @@ impl Sequence {
             return self.end(finish, text, tokens, metrics);
         }
         if !piece.text.is_empty() || !tokens.is_empty() {
-            self.send(Event::Piece { text: piece.text, tokens });
+            self.send(Event::Piece { text: piece.text, tokens, usage: self.usage });
         }
         Ok(())
     }
@@ -158,9 +163,19 @@ impl Sequence {
 
     fn end(&mut self, finish: Finish, text: String, tokens: Vec<TokenLog>, metrics: &Metrics) -> Result<()> {
         self.over = true;
-        self.send(Event::Piece { text, tokens });
-        self.send(Event::Done { finish, usage: self.usage });
-        metrics.finished(finish, self.job.arrived.elapsed());
+        let (usage, max_tokens, arrived) = (self.usage, self.job.params.max_tokens, self.job.arrived);
+        let first_and_last = self.first.zip(self.last);
+        // Before it is told: whoever has the answer finds it counted.
+        metrics.finished(&Ended {
+            finish,
+            usage,
+            max_tokens,
+            arrived,
+            admitted: self.admitted,
+            tokens: first_and_last,
+        });
+        self.send(Event::Piece { text, tokens, usage });
+        self.send(Event::Done { finish, usage });
         Ok(())
     }
 

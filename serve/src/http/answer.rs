@@ -24,7 +24,7 @@ pub async fn collect(mut events: UnboundedReceiver<(usize, Event)>, n: usize) ->
         let Some(a) = answers.get_mut(index) else { continue };
         match event {
             Event::Prompt(logs) => a.prompt = logs,
-            Event::Piece { text, tokens } => {
+            Event::Piece { text, tokens, .. } => {
                 a.text.push_str(&text);
                 a.tokens.extend(tokens);
             }

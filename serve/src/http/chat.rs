@@ -9,7 +9,7 @@ use serde_json::{Map, Value, json};
 
 use super::answer;
 use super::error::ApiError;
-use super::request::{self, Common};
+use super::request::{self, Common, StreamUsage};
 use super::{App, now, stream};
 use crate::engine::{Event, Usage};
 
@@ -87,9 +87,9 @@ pub async fn handle(app: Arc<App>, bytes: &[u8]) -> Result<Response, ApiError> {
     let wants = params.logprobs.is_some();
     if common.stream.unwrap_or(false) {
         let head = json!({"id": id, "object": "chat.completion.chunk", "created": now(), "model": app.name});
-        let include = common.stream_options.as_ref().is_some_and(|o| o.include_usage);
+        let tells = common.stream_usage();
         let usage = vec![Usage::default(); n];
-        return Ok(stream::response(events, n, Chunks { app, head, usage, include, wants, started: vec![false; n] }));
+        return Ok(stream::response(events, n, Chunks { app, head, usage, tells, wants, started: vec![false; n] }));
     }
     let all = answer::collect(events, n).await?;
     let choice = |(i, a): (usize, &answer::Answer)| {
@@ -108,7 +108,7 @@ struct Chunks {
     app: Arc<App>,
     head: Value,
     usage: Vec<Usage>,
-    include: bool,
+    tells: StreamUsage,
     wants: bool,
     started: Vec<bool>,
 }
@@ -117,8 +117,10 @@ impl Chunks {
     fn chunk(&self, index: usize, delta: Value, logprobs: Value, reason: Value) -> Value {
         let mut v = self.head.clone();
         v["choices"] = json!([{"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}]);
-        if self.include {
-            v["usage"] = Value::Null;
+        match self.tells {
+            StreamUsage::Never => {}
+            StreamUsage::Last => v["usage"] = Value::Null,
+            StreamUsage::Each => v["usage"] = answer::usage(&self.usage[index..=index], 1),
         }
         v
     }
@@ -127,12 +129,14 @@ impl Chunks {
 impl stream::Format for Chunks {
     fn chunks(&mut self, index: usize, event: Event) -> Vec<Value> {
         let mut out = Vec::new();
+        self.usage[index] = Usage { completion: 0, ..event.usage() };
         if !std::mem::replace(&mut self.started[index], true) {
             out.push(self.chunk(index, json!({"role": "assistant", "content": ""}), Value::Null, Value::Null));
         }
         match event {
             Event::Prompt(_) => {}
-            Event::Piece { text, tokens } => {
+            Event::Piece { text, tokens, usage } => {
+                self.usage[index] = usage;
                 let tokenizer = &self.app.engine.tokenizer;
                 let logprobs = if self.wants { answer::chat_logprobs(tokenizer, &tokens) } else { Value::Null };
                 if !text.is_empty() || !tokens.is_empty() {
@@ -149,7 +153,7 @@ impl stream::Format for Chunks {
     }
 
     fn last(&mut self) -> Vec<Value> {
-        if !self.include {
+        if self.tells == StreamUsage::Never {
             return Vec::new();
         }
         let mut v = self.head.clone();

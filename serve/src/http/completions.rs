@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use super::answer::{self, Answer};
 use super::error::ApiError;
-use super::request::{self, Common};
+use super::request::{self, Common, StreamUsage};
 use super::{App, now, stream};
 use crate::engine::{Event, Usage};
 
@@ -77,11 +77,11 @@ pub async fn handle(app: Arc<App>, bytes: &[u8]) -> Result<Response, ApiError> {
     let events = request::submit(&app.engine, prompts, n, &params)?;
     let head = json!({"id": app.next_id("cmpl"), "object": "text_completion", "created": now(), "model": app.name});
     if common.stream.unwrap_or(false) {
-        let include = common.stream_options.as_ref().is_some_and(|o| o.include_usage);
+        let tells = common.stream_usage();
         let usage = vec![Usage::default(); answers];
         let wants = params.logprobs.is_some();
         let offsets = vec![0; answers];
-        let format = Chunks { app, head, echoed, usage, n, include, wants, offsets, started: vec![false; answers] };
+        let format = Chunks { app, head, echoed, usage, n, tells, wants, offsets, started: vec![false; answers] };
         return Ok(stream::response(events, answers, format));
     }
     let all = answer::collect(events, answers).await?;
@@ -109,7 +109,7 @@ struct Chunks {
     echoed: Vec<String>,
     usage: Vec<Usage>,
     n: usize,
-    include: bool,
+    tells: StreamUsage,
     wants: bool,
     offsets: Vec<usize>,
     started: Vec<bool>,
@@ -119,8 +119,10 @@ impl Chunks {
     fn chunk(&self, index: usize, text: &str, logprobs: Value, reason: Value) -> Value {
         let mut v = self.head.clone();
         v["choices"] = json!([{"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}]);
-        if self.include {
-            v["usage"] = Value::Null;
+        match self.tells {
+            StreamUsage::Never => {}
+            StreamUsage::Last => v["usage"] = Value::Null,
+            StreamUsage::Each => v["usage"] = answer::usage(&self.usage[index..=index], 1),
         }
         v
     }
@@ -130,6 +132,7 @@ impl stream::Format for Chunks {
     fn chunks(&mut self, index: usize, event: Event) -> Vec<Value> {
         let mut out = Vec::new();
         let tokenizer = self.app.engine.tokenizer.clone();
+        self.usage[index] = Usage { completion: 0, ..event.usage() };
         if !std::mem::replace(&mut self.started[index], true)
             && let Some(echoed) = self.echoed.get(index / self.n)
             && !self.wants
@@ -143,7 +146,8 @@ impl stream::Format for Chunks {
                 self.offsets[index] = echoed.chars().count();
                 out.push(self.chunk(index, &echoed, logprobs, Value::Null));
             }
-            Event::Piece { text, tokens } => {
+            Event::Piece { text, tokens, usage } => {
+                self.usage[index] = usage;
                 let logprobs = match self.wants {
                     true => answer::legacy_logprobs(&tokenizer, &tokens, self.offsets[index]),
                     false => Value::Null,
@@ -163,7 +167,7 @@ impl stream::Format for Chunks {
     }
 
     fn last(&mut self) -> Vec<Value> {
-        if !self.include {
+        if self.tells == StreamUsage::Never {
             return Vec::new();
         }
         let mut v = self.head.clone();

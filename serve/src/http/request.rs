@@ -32,6 +32,20 @@ pub struct StreamOptions {
     /// A last chunk with the usage.
     #[serde(default)]
     pub include_usage: bool,
+    /// With `include_usage`: the usage so far with each chunk, as vLLM has it.
+    #[serde(default)]
+    pub continuous_usage_stats: bool,
+}
+
+/// Which usage a stream tells.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum StreamUsage {
+    /// None.
+    Never,
+    /// In a last chunk.
+    Last,
+    /// In a last chunk, and with each chunk that of its answer so far.
+    Each,
 }
 
 /// Fields both endpoints know. Unknown fields are ignored, as other servers do.
@@ -60,6 +74,42 @@ pub struct Common {
     pub guided_regex: Option<String>,
     pub guided_choice: Option<Vec<String>>,
     pub guided_grammar: Option<String>,
+    pub structured_outputs: Option<Value>,
+}
+
+/// A schema, or a text that is one.
+fn schema(field: &'static str, given: &Value) -> Result<Form, ApiError> {
+    let parsed = given.as_str().map(serde_json::from_str).transpose();
+    let parsed: Option<Value> = parsed.map_err(|e| ApiError::field(field, e.to_string()))?;
+    Ok(Form::Schema(parsed.unwrap_or_else(|| given.clone())))
+}
+
+/// vLLM's later name for the `guided_*` fields: an object with one of them.
+fn structured(given: &Value) -> Result<Form, ApiError> {
+    const FIELD: &str = "structured_outputs";
+    let wrong = |why: String| ApiError::field(FIELD, why);
+    let members = given.as_object().ok_or_else(|| wrong("an object with json, regex, choice or grammar".into()))?;
+    let mut forms = Vec::new();
+    for (name, value) in members.iter().filter(|(_, v)| !v.is_null()) {
+        let text = || value.as_str().map(str::to_string).ok_or_else(|| wrong(format!("`{name}` is a text")));
+        forms.push(match name.as_str() {
+            "json" => schema(FIELD, value)?,
+            "regex" => Form::Regex(text()?),
+            "grammar" => Form::Grammar(text()?),
+            "choice" => {
+                let texts = |l: &Vec<Value>| l.iter().map(|t| t.as_str().map(str::to_string)).collect();
+                let list: Option<Vec<String>> = value.as_array().and_then(texts);
+                Form::Choice(list.ok_or_else(|| wrong("`choice` is a list of texts".into()))?)
+            }
+            other => {
+                return Err(wrong(format!("`{other}` is not supported; json, regex, choice and grammar are")));
+            }
+        });
+    }
+    match (forms.pop(), forms.len()) {
+        (Some(form), 0) => Ok(form),
+        _ => Err(wrong("exactly one of json, regex, choice and grammar".into())),
+    }
 }
 
 fn within(name: &'static str, v: Option<f32>, low: f32, high: f32) -> Result<(), ApiError> {
@@ -75,6 +125,15 @@ impl Common {
         match self.n.unwrap_or(1) {
             n @ 1..=MOST_CHOICES => Ok(n),
             n => Err(ApiError::field("n", format!("{n} is not in 1 ..= {MOST_CHOICES}"))),
+        }
+    }
+
+    /// The usage that a stream tells.
+    pub fn stream_usage(&self) -> StreamUsage {
+        match &self.stream_options {
+            Some(o) if o.include_usage && o.continuous_usage_stats => StreamUsage::Each,
+            Some(o) if o.include_usage => StreamUsage::Last,
+            _ => StreamUsage::Never,
         }
     }
 
@@ -130,15 +189,16 @@ impl Common {
 
     fn form(&self) -> Result<Option<Form>, ApiError> {
         let mut forms = Vec::new();
-        if let Some(schema) = &self.guided_json {
+        if let Some(given) = &self.guided_json {
             // vLLM also takes the schema as text.
-            let parsed = schema.as_str().map(serde_json::from_str).transpose();
-            let parsed = parsed.map_err(|e| ApiError::field("guided_json", e.to_string()))?;
-            forms.push(Form::Schema(parsed.unwrap_or_else(|| schema.clone())));
+            forms.push(schema("guided_json", given)?);
         }
         forms.extend(self.guided_regex.clone().map(Form::Regex));
         forms.extend(self.guided_choice.clone().map(Form::Choice));
         forms.extend(self.guided_grammar.clone().map(Form::Grammar));
+        if let Some(given) = &self.structured_outputs {
+            forms.push(structured(given)?);
+        }
         if let Some(format) = &self.response_format {
             match format.get("type").and_then(Value::as_str) {
                 Some("text") => {}
@@ -153,7 +213,7 @@ impl Common {
         }
         match forms.len() {
             0 | 1 => Ok(forms.pop()),
-            _ => Err(ApiError::bad("only one of response_format and guided_* at a time")),
+            _ => Err(ApiError::bad("only one of response_format, structured_outputs and guided_* at a time")),
         }
     }
 
@@ -183,7 +243,7 @@ pub fn submit(
     params: &Params,
 ) -> Result<UnboundedReceiver<(usize, Event)>, ApiError> {
     let (events, receiver) = unbounded_channel();
-    let arrived = Instant::now();
+    let (arrived, asked) = (Instant::now(), prompts.len());
     let mut jobs = Vec::new();
     for (p, prompt) in prompts.into_iter().enumerate() {
         for i in 0..n {
@@ -193,5 +253,6 @@ pub fn submit(
         }
     }
     engine.submit(jobs).map_err(|e| ApiError::from_engine(&e, engine.retry_after().as_secs().max(1)))?;
+    (0..asked).for_each(|_| engine.metrics.choices.observe(n));
     Ok(receiver)
 }
