@@ -163,7 +163,7 @@ fn mistakes_name_file_task_row_and_column() {
         (format!("{CHOICE}process_docs: !function utils.f\n"), with(""), vec!["Python is not run", "utils.f"]),
         (format!("{CHOICE}num_fewshot: 9\n"), with(""), vec!["9 examples"]),
     ];
-    for (yaml, rows, says) in cases {
+    for (yaml, rows, says) in cases.into_iter().chain(mistakes_of_rows()) {
         let dir = folder(&[("mine.yaml", &yaml), ("rows.jsonl", &rows)]);
         let out = render(dir.path(), &["--tasks", dir.path().join("mine.yaml").to_str().unwrap()]);
         let text = stderr(&out);
@@ -176,6 +176,121 @@ fn mistakes_name_file_task_row_and_column() {
     let out = render(dir.path(), &["--tasks", "arc_eazy"]);
     assert_eq!(out.status.code(), Some(3));
     assert!(stderr(&out).contains("unknown task `arc_eazy`") && stderr(&out).contains("arc_easy"), "{}", stderr(&out));
+}
+
+/// Task file, rows and what is said of them: rows that cannot be asked, or whose answers could not be scored.
+fn mistakes_of_rows() -> Vec<(String, String, Vec<&'static str>)> {
+    let q = |more: &str| format!("{{\"question\": \"q\"{more}}}\n");
+    let with = |good: &str, bad: &str| q(good) + &q(bad);
+    let choice = |from: &str, to: &str| CHOICE.replace(from, to);
+    // Targets and choices that are templates: the columns they are made of.
+    let letters = choice(
+        "doc_to_target: label\ndoc_to_choice: options\n",
+        "doc_to_target: '{{choices.label.index(answerKey)}}'\ndoc_to_choice: '{{choices.text}}'\n",
+    );
+    let (texts, key) =
+        (", \"choices\": {\"text\": [\"a\", \"b\"], \"label\": [\"A\", \"B\"]}", ", \"answerKey\": \"B\"");
+    let templates = [
+        (
+            choice("doc_to_target: label", "doc_to_target: '{{label}}'"),
+            with(", \"options\": [\"a\", \"b\"], \"label\": 1", ", \"options\": [\"a\", \"b\"], \"label\": 2"),
+            vec!["row 2, column `label`", "label 2 is outside the 2 choices"],
+        ),
+        (
+            letters.clone(),
+            with(&format!("{texts}{key}"), &format!("{texts}, \"answerKey\": \"Z\"")),
+            vec!["row 2, columns `answerKey`, `choices`", "'Z' is not in ['A', 'B']"],
+        ),
+        (
+            letters.clone(),
+            with(&format!("{texts}{key}"), texts),
+            vec!["row 2, column `answerKey`", "`doc_to_target` needs"],
+        ),
+        (
+            letters,
+            with(&format!("{texts}{key}"), &format!("{key}, \"choices\": {{\"text\": \"a\", \"label\": [\"B\"]}}")),
+            vec!["row 2, column `choices`", "`doc_to_choice` gives `a`"],
+        ),
+        (
+            choice("doc_to_target: label", "doc_to_target: label\ndescription: '{{about.x}}'"),
+            q(", \"options\": [\"a\", \"b\"], \"label\": 1"),
+            vec!["row 1, column `about`", "`description` needs"],
+        ),
+    ];
+    // Scoring: told before a model is asked.
+    let written = |metric: &str| {
+        choice("output_type: multiple_choice\n", "")
+            .replace("doc_to_choice: options\n", &format!("metric_list:\n  - {metric}\n"))
+    };
+    let (options, copa) = (
+        ", \"options\": [\"a\", \"b\"], \"label\": 1",
+        ", \"choice1\": \"A\", \"choice2\": \"B\", \"premise\": \"It rained.\"",
+    );
+    let cause = choice("doc_to_target: label", "doc_to_target: !function copa.doc_to_target")
+        .replace("doc_to_choice: options", "doc_to_choice: !function copa.doc_to_choice");
+    let mc2 = format!("{CHOICE}metric_list:\n  - metric: mc2\n");
+    let rag = |keys: &str| {
+        written("metric: exact_match")
+            .replace("test_split", &format!("retrieval: {{contexts: passages, {keys}}}\ntest_split"))
+    };
+    let passages = ", \"label\": \"x\", \"passages\": [\"a\", \"b\"]";
+    let scores = [
+        (
+            cause.clone(),
+            with(&format!("{copa}, \"label\": 0"), &format!("{copa}, \"label\": 3")),
+            vec!["row 2, column `label`", "expected 0 or 1, found 3"],
+        ),
+        (cause, with(&format!("{copa}, \"label\": 0"), copa), vec!["row 2, column `label`", "no such column"]),
+        (format!("{CHOICE}cluster: pasage\n"), q(options), vec!["row 1, column `pasage`", "`cluster`"]),
+        (
+            format!("{CHOICE}cluster: passage\n"),
+            with(&format!("{options}, \"passage\": 1"), options),
+            vec!["row 2, column `passage`", "`cluster`"],
+        ),
+        (mc2.clone(), q(options), vec!["row 1, column `mc2_targets`", "`labels`"]),
+        (
+            mc2,
+            q(&format!("{options}, \"mc2_targets\": {{\"labels\": [1]}}")),
+            vec!["column `mc2_targets`", "1 labels for 2 answers"],
+        ),
+        (
+            written("metric: numeric"),
+            with(", \"label\": \"1,000\"", ", \"label\": \"many\""),
+            vec!["row 2, column `label`", "`numeric`", "`many` is not a number"],
+        ),
+        (
+            written("metric: json_equal").replace("doc_to_target: label", "doc_to_target: '{{label}}'"),
+            with(", \"label\": \"{}\"", ", \"label\": \"{\""),
+            vec!["row 2, column `label`", "`json_equal`", "is not JSON"],
+        ),
+        (
+            written("metric: regex"),
+            q(", \"label\": \"(\""),
+            vec!["row 1, column `label`", "`regex`", "is not a pattern"],
+        ),
+        (
+            written("{metric: json_schema, schema_column: form}"),
+            with(", \"label\": 1, \"form\": {\"type\": \"object\"}", ", \"label\": 1, \"form\": {\"type\": \"thing\"}"),
+            vec!["row 2, column `form`", "`json_schema`", "thing"],
+        ),
+        (
+            written("{metric: json_schema, schema_column: form}"),
+            q(", \"label\": 1"),
+            vec!["row 1, column `form`", "no such column"],
+        ),
+        (
+            rag("relevant: marks"),
+            with(&format!("{passages}, \"marks\": [1, 0]"), &format!("{passages}, \"marks\": [1]")),
+            vec!["row 2, column `marks`", "1 labels for 2 contexts"],
+        ),
+        (rag("supporting: facts"), q(passages), vec!["row 1, column `facts`", "no such column"]),
+        (
+            written("metric: exact_match") + "filter_list:\n  - {name: f, filter: [{function: multi_choice_regex}]}\n",
+            q(", \"label\": \"x\""),
+            vec!["row 1", "filter `f`", "needs rows with a list `choices`"],
+        ),
+    ];
+    templates.into_iter().chain(scores).collect()
 }
 
 #[test]
