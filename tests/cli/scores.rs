@@ -38,9 +38,13 @@ pub fn tasks(dir: &Path, most: usize) -> (PathBuf, PathBuf) {
 }
 
 fn eval(dir: &Path, tasks: &(PathBuf, PathBuf), out: &str, more: &[&str]) -> Command {
+    eval_of("demo", dir, tasks, out, more)
+}
+
+fn eval_of(model: &str, dir: &Path, tasks: &(PathBuf, PathBuf), out: &str, more: &[&str]) -> Command {
     let mut c = lowbit(dir);
     let names = format!("{},{}:2", tasks.0.display(), tasks.1.display());
-    c.args(["--quiet", "eval", "demo", "--tasks", &names, "-o"]).arg(dir.join(out)).args(more);
+    c.args(["--quiet", "eval", model, "--tasks", &names, "-o"]).arg(dir.join(out)).args(more);
     c
 }
 
@@ -74,18 +78,25 @@ fn grows(child: &mut Child, file: &Path, size: u64) -> bool {
     }
 }
 
+/// A quantized model beside the original on two tasks, with KL on a text: once whole, and once killed three times.
 #[test]
 fn a_run_killed_three_times_ends_with_the_same_bytes() {
     let tmp = tempfile::tempdir().unwrap();
     let dir = tmp.path();
+    let w4 = dir.join("w4");
+    let mut q = lowbit(dir);
+    q.args(["--quiet", "quantize"]).arg(super::demo()).arg("-o").arg(&w4);
+    ok(q.args(["--scheme", "w4a16", "--group-size", "64", "--calib", "self", "--samples", "8", "--seq-len", "64"]));
     let tasks = tasks(dir, 120);
-    let more = ["--reference", "demo", "--threads", "1"];
-    ok(&mut eval(dir, &tasks, "whole.json", &more));
+    let text = root().join("assets/demo-text/evaluation.txt");
+    let kl = ["--kl", text.to_str().unwrap(), "--kl-window", "128"];
+    let more = [&["--reference", "demo", "--threads", "1"][..], &kl[..]].concat();
+    let eval = |out: &str| eval_of(w4.to_str().unwrap(), dir, &tasks, out, &more);
+    ok(&mut eval("whole.json"));
     let journal = dir.join("cut.journal");
     let mut size = 0;
     for round in 0..3 {
-        let mut child =
-            eval(dir, &tasks, "cut.json", &more).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+        let mut child = eval("cut.json").stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
         assert!(grows(&mut child, &journal, size.max(200)), "round {round}: the run ended before it was killed");
         child.kill().unwrap();
         child.wait().unwrap();
@@ -94,7 +105,7 @@ fn a_run_killed_three_times_ends_with_the_same_bytes() {
     }
     // A kill may tear a frame, too.
     std::fs::OpenOptions::new().append(true).open(&journal).unwrap().set_len(size - 7).unwrap();
-    ok(&mut eval(dir, &tasks, "cut.json", &more));
+    ok(&mut eval("cut.json"));
     assert!(!journal.exists());
     for end in [".items.jsonl", ".reference.items.jsonl"] {
         let bytes = |run: &str| std::fs::read(dir.join(format!("{run}{end}"))).unwrap();
@@ -102,11 +113,21 @@ fn a_run_killed_three_times_ends_with_the_same_bytes() {
     }
     assert_eq!(lasting(&dir.join("cut.json")), lasting(&dir.join("whole.json")));
     let record = read(&dir.join("whole.json"));
+    let drift = |v: &Value| v["mean"].as_f64().unwrap();
+    assert!(drift(&record["kl"]) > 1e-7 && drift(&record["task_drift"]["words"]) > 1e-7, "{record:#}");
+    // Nothing is overwritten unasked.
+    let again = eval("cut.json").output().unwrap();
+    assert_eq!(again.status.code(), Some(3), "{}", stderr(&again));
+}
+
+#[test]
+fn a_model_beside_itself_loses_nothing() {
+    let tmp = tempfile::tempdir().unwrap();
+    let dir = tmp.path();
+    ok(&mut eval(dir, &tasks(dir, 60), "self.json", &["--reference", "demo"]));
+    let record = read(&dir.join("self.json"));
     assert_eq!(record["tasks"]["words"]["delta"]["acc"], 0.0);
     assert!(record["task_drift"]["words"]["mean"].as_f64().unwrap() <= 1e-7);
-    // Nothing is overwritten unasked.
-    let again = eval(dir, &tasks, "cut.json", &more).output().unwrap();
-    assert_eq!(again.status.code(), Some(3), "{}", stderr(&again));
 }
 
 #[test]
