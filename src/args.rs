@@ -382,7 +382,7 @@ pub struct EvalArgs {
     #[command(subcommand)]
     pub command: Option<EvalCommand>,
     /// Model.
-    #[arg(required_unless_present = "endpoint")]
+    #[arg(required_unless_present_any = ["endpoint", "render"])]
     pub model: Option<String>,
     /// The model to compare with.
     #[arg(long)]

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::io::{BufWriter, Write};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
 use lowbit_checkpoint::chat_template::ChatTemplate;
 use lowbit_checkpoint::hub;
 use lowbit_eval::tasks::{ChatOptions, DataOptions, Registry, RequestKind, Suite};
@@ -86,13 +86,16 @@ pub fn chat_options<'a>(args: &'a TaskArgs, template: Option<&'a ChatTemplate>, 
     ChatOptions { template, multiturn: args.fewshot_as_multiturn, system: args.system_instruction.as_deref(), messages }
 }
 
-/// `--render`: every request on a line. The model is looked at for its chat template only.
+/// `--render`: every request on a line. A model is looked at for its chat template only, and plain prompts need none.
 pub fn render(ctx: &Context, args: &EvalArgs) -> Result<()> {
-    let suite = load(ctx, &args.tasks)?;
     let template = match template_of(args) {
         Some(model) => chat_template(ctx, &args.tasks, model)?,
+        None if args.tasks.apply_chat_template && !asks_chat(args) => {
+            bail!("--apply-chat-template without a model: prompts go through a model's own template\nhint: give MODEL")
+        }
         None => None,
     };
+    let suite = load(ctx, &args.tasks)?;
     let chat = chat_options(&args.tasks, template.as_ref(), asks_chat(args));
     let mut out = BufWriter::with_capacity(1 << 20, std::io::stdout().lock());
     for task in &suite.tasks {

@@ -124,6 +124,26 @@ fn chat_templates_wrap_prompts() {
 }
 
 #[test]
+fn plain_prompts_need_no_model() {
+    let dir = folder(&[
+        ("mine.yaml", CHOICE),
+        ("rows.jsonl", "{\"question\": \"2+2?\", \"options\": [\"3\", \"4\"], \"label\": 1}\n"),
+    ]);
+    let file = dir.path().join("mine.yaml");
+    let alone = |more: &[&str]| {
+        lowbit(dir.path()).args(["eval", "--render", "--tasks"]).arg(&file).args(more).output().unwrap()
+    };
+    let out = alone(&[]);
+    assert_eq!(lines(&out), lines(&render(dir.path(), &["--tasks", file.to_str().unwrap()])));
+    let out = alone(&["--apply-chat-template"]);
+    assert_eq!(out.status.code(), Some(3), "{}", stderr(&out));
+    assert!(stderr(&out).contains("--apply-chat-template without a model"), "{}", stderr(&out));
+    // Scoring needs one.
+    let out = lowbit(dir.path()).args(["eval", "--tasks"]).arg(&file).output().unwrap();
+    assert!(out.status.code() == Some(3) && stderr(&out).contains("MODEL"), "{}", stderr(&out));
+}
+
+#[test]
 fn mistakes_name_file_task_row_and_column() {
     let good = "{\"question\": \"q\", \"options\": [\"a\", \"b\"], \"label\": 1}\n";
     let with = |row: &str| format!("{good}{row}\n");
