@@ -224,7 +224,9 @@ pub fn default_margin(bits: Option<u32>) -> f64 {
 }
 
 fn policy(args: &GateArgs, record: Option<&EvalRecord>) -> Policy {
-    let margin = args.margin.unwrap_or_else(|| default_margin(record.and_then(|r| r.bits)));
+    // A run that stopped once its verdict was clear was looked at by its own margin.
+    let recorded = record.and_then(|r| r.provenance.options.get("margin")).and_then(serde_json::Value::as_f64);
+    let margin = args.margin.or(recorded).unwrap_or_else(|| default_margin(record.and_then(|r| r.bits)));
     Policy {
         margin: margin / 100.0,
         alpha: args.alpha,

@@ -149,6 +149,12 @@ fn a_clear_verdict_ends_the_run() {
     let path = evaluated(dir, "w8a16", &["--until-decided", "--looks", "3", "--margin", "0.001"]);
     let record = read(&path);
     assert_eq!((&record["look"]["index"], &record["items"]["candidate"]["items"]), (&json!(2), &json!(whole)));
+    // The gate goes by the margin of the looks, unless it is told another.
+    let margin = |more: &[&str]| {
+        let out = gate(dir, &[&[path.to_str().unwrap()][..], more].concat());
+        super::gate::record(&out)["policy"]["margin"].as_f64().unwrap()
+    };
+    assert!((margin(&[]) - 1e-5).abs() < 1e-12 && (margin(&["--margin", "2"]) - 0.02).abs() < 1e-12);
 }
 
 #[test]
