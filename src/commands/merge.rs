@@ -69,6 +69,7 @@ pub fn merge(ctx: &Context, args: &MergeArgs) -> Result<()> {
         ..EvalRecord::default()
     };
     scores::score(&suite, &plan, &found, None)?.fill(&mut record, Some(&output))?;
+    record.detectable = scores::sizes(&suite, &plan).filter(|_| record.items.reference.is_some());
     for (name, task) in &record.tasks {
         for part in &parts {
             let theirs =

@@ -15,7 +15,9 @@ use lowbit_eval::engine::{
 use lowbit_eval::judge::Judging;
 use lowbit_eval::record::{EvalRecord, ItemFile};
 use lowbit_eval::tasks::{Evaluated, Item, Plan, Suite, TaskRecord};
-use lowbit_eval::verdict::{Look, power};
+use lowbit_eval::verdict::record::count;
+use lowbit_eval::verdict::sizes::Size;
+use lowbit_eval::verdict::{Look, Policy, Sizes};
 use serde_json::Value;
 
 use crate::args::{Compat, EvalArgs};
@@ -89,6 +91,8 @@ pub struct Job {
     pub compat: Compat,
     /// Most tokens of one input.
     pub max_length: Option<usize>,
+    /// What all shards together can find beside a reference; none without items that a verdict pairs.
+    pub sizes: Option<Sizes>,
     cache: Option<PathBuf>,
     journals: Option<[PathBuf; 2]>,
     file: Option<PathBuf>,
@@ -133,6 +137,7 @@ impl Job {
         };
         let chat = tasks::chat_options(&args.tasks, template.as_ref(), tasks::asks_chat(args));
         let all = suite.plan(chat, args.limit)?;
+        let sizes = sizes(&suite, &all);
         let mut options = tasks::options(&args.tasks, args.limit);
         let plan = match args.tasks.shard {
             Some(shard) => {
@@ -153,6 +158,7 @@ impl Job {
             shard: args.tasks.shard,
             compat: args.tasks.compat,
             max_length: args.tasks.max_length,
+            sizes,
             cache: args.tasks.cache.clone(),
             journals: output.map(|o| o.journals.clone()),
             file: output.map(|o| o.answers.clone()),
@@ -190,12 +196,8 @@ impl Job {
             stores.push(open_stores(ctx, path, self.cache.as_deref(), &party.identity)?);
         }
         ctx.say(format!("tasks: {} documents, {} requests", self.plan.len(), self.plan.requests.len()));
-        if compared {
-            let found = power::detectable(self.plan.len() as u64, 0.05, 0.05, 0.8);
-            ctx.say(format!(
-                "tasks: where 5 % of so many items change, a loss of {:.2} pp is found with power 80 %",
-                100.0 * found
-            ));
+        if let (true, Some(sizes)) = (compared, &self.sizes) {
+            say_sizes(ctx, sizes);
         }
         if self.looks.is_some() {
             // Later looks ask again what earlier ones did.
@@ -241,6 +243,24 @@ impl Job {
         }
         Ok(())
     }
+}
+
+/// What a plan can find, at the levels and power of the gate.
+pub fn sizes(suite: &Suite, plan: &Plan) -> Option<Sizes> {
+    let items = suite.sizes(plan);
+    (!items.is_empty()).then(|| Sizes::planned(&items, &Policy::default()))
+}
+
+fn say_sizes(ctx: &Context, sizes: &Sizes) {
+    let (changed, power) = (100.0 * sizes.discordant, 100.0 * sizes.power);
+    ctx.say(format!(
+        "tasks: where {changed:.0} % of the items change, the gate finds with power {power:.0} % a loss of"
+    ));
+    let line = |name: &str, s: &Size| ctx.say(format!("  {:.2} pp in {name} ({} items)", 100.0 * s.loss, count(s.n)));
+    if sizes.tasks.len() > 1 {
+        line("all tasks", &sizes.pool);
+    }
+    sizes.tasks.iter().for_each(|(name, size)| line(name, size));
 }
 
 /// Journal and cache of a run.

@@ -131,6 +131,30 @@ fn a_model_beside_itself_loses_nothing() {
 }
 
 #[test]
+fn what_a_run_can_find_is_said_before_it() {
+    let tmp = tempfile::tempdir().unwrap();
+    let dir = tmp.path();
+    let (words, pick) = tasks(dir, 40);
+    let run = |out: &str, more: &[&str]| {
+        let mut c = lowbit(dir);
+        c.args(["eval", "demo", "--tasks", &format!("{},{}", words.display(), pick.display())]).args(more);
+        let done = ok(c.arg("-o").arg(dir.join(out)));
+        (stderr(&done), read(&dir.join(out)))
+    };
+    let (said, record) = run("beside.json", &["--reference", "demo"]);
+    // At 0.8 of alpha in all items, at 0.1 in each of two tasks.
+    for line in ["6.48 pp in all tasks (80 items)", "12.08 pp in pick (40 items)", "12.08 pp in words (40 items)"] {
+        assert!(said.contains(line), "{said}");
+    }
+    let sizes = &record["detectable"];
+    assert_eq!((&sizes["alpha"], &sizes["power"], &sizes["pool"]["n"]), (&json!(0.05), &json!(0.8), &json!(80)));
+    assert!((sizes["tasks"]["pick"]["loss"].as_f64().unwrap() - 0.12083).abs() < 1e-5, "{sizes}");
+    // Nothing is compared with nothing.
+    let (said, record) = run("alone.json", &[]);
+    assert!(!said.contains("power") && record.get("detectable").is_none(), "{said}");
+}
+
+#[test]
 fn shards_merge_to_the_whole() {
     let tmp = tempfile::tempdir().unwrap();
     let dir = tmp.path();

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value as Json;
 
 use super::aggregate::Scores;
+use super::config::OutputType;
 use super::error::{Result, TaskError};
 use super::item::Item;
 use super::prompt::ChatOptions;
@@ -120,6 +121,21 @@ impl Suite {
             let group = self.groups.iter().find(|g| g.members.contains(&task.label));
             let name = group.map_or(&task.label, |g| &g.name);
             out.entry(name.clone()).or_default().push(task.label.clone());
+        }
+        out
+    }
+
+    /// Documents of a plan by the name they were asked for, as a verdict pairs them: without rolled texts, whose perplexity is
+    /// judged otherwise.
+    pub fn sizes(&self, plan: &Plan) -> BTreeMap<String, u64> {
+        let families = self.families();
+        let mut out = BTreeMap::new();
+        for (index, _, _) in &plan.documents {
+            let Some(task) = self.tasks.get(*index).filter(|t| t.config.output_type != OutputType::Rolling) else {
+                continue;
+            };
+            let family = families.iter().find(|(_, labels)| labels.contains(&task.label));
+            *out.entry(family.map_or(&task.label, |f| f.0).clone()).or_insert(0) += 1;
         }
         out
     }
