@@ -133,7 +133,7 @@ pub struct ItemFiles {
 /// Format of `eval.json`.
 pub const SCHEMA: u32 = 3;
 
-/// `eval.json`. Everything but `provenance` and `seconds` is the same for the same models and options.
+/// `eval.json`. Everything but `provenance` and seconds is the same for the same models and options.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct EvalRecord {
     /// Format of this record.
@@ -183,6 +183,9 @@ pub struct EvalRecord {
     /// Fewest bits of the candidate's quantized weights; none where it has none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bits: Option<u32>,
+    /// Wall seconds of rendering the tasks and answering their requests: without reading data and weights. Absent without tasks.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub scoring_seconds: Option<f64>,
     /// Wall seconds.
     pub seconds: f64,
 }

@@ -188,6 +188,7 @@ pub fn evaluate(
         record.provenance.options.extend(job.options.clone());
         record.shard = job.shard;
         record.look.clone_from(&answered.look);
+        record.scoring_seconds = Some(answered.seconds);
         record.detectable = job.sizes.clone().filter(|_| models.other.is_some());
         if let Some(judge) = judge {
             record.provenance.options.insert("judge".into(), judge.described());

@@ -65,6 +65,7 @@ pub fn merge(ctx: &Context, args: &MergeArgs) -> Result<()> {
         schema: first.record.schema,
         provenance,
         bits: first.record.bits,
+        scoring_seconds: parts.iter().map(|p| p.record.scoring_seconds).sum(),
         seconds: parts.iter().map(|p| p.record.seconds).sum(),
         ..EvalRecord::default()
     };

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use anyhow::{Context as _, Result, bail};
 use lowbit_checkpoint::CheckpointError;
@@ -91,6 +92,8 @@ pub struct Job {
     pub compat: Compat,
     /// Most tokens of one input.
     pub max_length: Option<usize>,
+    /// Seconds it took to render them.
+    pub rendering: f64,
     /// What all shards together can find beside a reference; none without items that a verdict pairs.
     pub sizes: Option<Sizes>,
     cache: Option<PathBuf>,
@@ -117,6 +120,8 @@ pub struct Answered {
     pub plan: Plan,
     /// Where a run with several looks ended.
     pub look: Option<Look>,
+    /// Wall seconds of rendering and answering.
+    pub seconds: f64,
 }
 
 impl Job {
@@ -136,7 +141,9 @@ impl Job {
             None => None,
         };
         let chat = tasks::chat_options(&args.tasks, template.as_ref(), tasks::asks_chat(args));
+        let start = Instant::now();
         let all = suite.plan(chat, args.limit)?;
+        let rendering = start.elapsed().as_secs_f64();
         let sizes = sizes(&suite, &all);
         let mut options = tasks::options(&args.tasks, args.limit);
         let plan = match args.tasks.shard {
@@ -158,6 +165,7 @@ impl Job {
             shard: args.tasks.shard,
             compat: args.tasks.compat,
             max_length: args.tasks.max_length,
+            rendering,
             sizes,
             cache: args.tasks.cache.clone(),
             journals: output.map(|o| o.journals.clone()),
@@ -190,6 +198,7 @@ impl Job {
     /// Answers every request by all parties, the candidate's first; what an earlier run finished is taken from its journal or the
     /// cache. `compared` says that there is a reference.
     pub fn answer(&self, ctx: &Context, parties: &[Party<'_>], compared: bool, bits: Option<u32>) -> Result<Answered> {
+        let start = Instant::now();
         let mut stores: Vec<Vec<Box<dyn Store>>> = Vec::new();
         for (i, party) in parties.iter().enumerate() {
             let path = self.journals.as_ref().and_then(|j| j.get(i));
@@ -214,13 +223,14 @@ impl Job {
             }
             answers.context("nobody is asked")
         };
-        let answered = match &self.looks {
+        let mut answered = match &self.looks {
             None => {
                 let answers = all(&self.plan)?;
-                Answered { answers, plan: self.plan.clone(), look: None }
+                Answered { answers, plan: self.plan.clone(), look: None, seconds: 0.0 }
             }
             Some(looks) => looks.run(ctx, &self.suite, &self.plan, bits, &mut all)?,
         };
+        answered.seconds = self.rendering + start.elapsed().as_secs_f64();
         if let (Some(path), Some(_)) = (&self.file, self.shard) {
             let identities: Vec<&str> = parties.iter().map(|p| p.identity.as_str()).collect();
             let identity = match identities.as_slice() {
