@@ -112,13 +112,24 @@ pub fn render(ctx: &Context, args: &EvalArgs) -> Result<()> {
                     RequestKind::LogLikelihood { context, continuation } => (context, continuation),
                     // What is scored or continued is lm-eval's first argument.
                     RequestKind::Rolling { text } => (text, String::new()),
-                    RequestKind::Generate { context, until, max_new_tokens, temperature, do_sample, messages } => {
+                    RequestKind::Generate {
+                        context,
+                        until,
+                        max_new_tokens,
+                        temperature,
+                        do_sample,
+                        messages,
+                        tools,
+                    } => {
                         line["until"] = until.into();
                         line["max_new_tokens"] = max_new_tokens.into();
                         line["temperature"] = temperature.into();
                         line["do_sample"] = do_sample.into();
                         if !messages.is_empty() {
                             line["messages"] = json!(messages);
+                        }
+                        if !tools.is_empty() {
+                            line["tools"] = tools.into();
                         }
                         (context, String::new())
                     }

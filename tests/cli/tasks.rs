@@ -340,5 +340,24 @@ fn pipelines_make_their_own_requests() {
     let second = out[1]["context"].as_str().unwrap();
     assert!(second.starts_with("System: ") && second.ends_with("User: Tool result: done\n\nAssistant:"), "{second}");
     let chat = ok(lowbit(dir.path()).args(["eval", "demo", "--render", "--apply-chat-template", "--tasks"]).arg(&file));
-    assert!(!lines(&chat)[1]["context"].as_str().unwrap().contains("User: "));
+    // The demo's template knows no tools: they are told in words.
+    let second = &lines(&chat)[1];
+    assert!(!second["context"].as_str().unwrap().contains("User: ") && second.get("tools").is_none(), "{second}");
+    assert!(second["context"].as_str().unwrap().starts_with("system: You can call these tools"), "{second}");
+    // One that knows them gets them as such.
+    let model = dir.path().join("model");
+    super::copy(&super::demo(), &model);
+    let template = "{{ tools | tojson }}{% for m in messages %}|{{ m.role }} {{ m.content }}{{ m.tool_calls | tojson if m.tool_calls else '' }}{% endfor %}|";
+    std::fs::write(model.join("chat_template.jinja"), template).unwrap();
+    let chat = ok(lowbit(dir.path()).arg("eval").arg(&model).args(["--render", "--chat", "--tasks"]).arg(&file));
+    let second = &lines(&chat)[1];
+    assert_eq!(second["tools"], json!([{"type": "function", "function": {"name": "f"}}]));
+    let context = second["context"].as_str().unwrap();
+    assert!(
+        context.starts_with("[{\"type\": \"function\", \"function\": {\"name\": \"f\"}}]|user Go|assistant [{"),
+        "{context}"
+    );
+    assert!(context.ends_with("|tool done|"), "{context}");
+    assert_eq!(second["messages"][1]["tool_calls"][0]["function"]["arguments"], json!({"a": 1}));
+    assert_eq!(second["messages"][2]["tool_call_id"], second["messages"][1]["tool_calls"][0]["id"]);
 }

@@ -1,5 +1,6 @@
 //! Requests of each document, in order.
 
+use lowbit_checkpoint::chat_template::ChatTemplate;
 use lowbit_checkpoint::hash::sha256_hex;
 use serde_json::{Map, Value as Json};
 
@@ -9,6 +10,7 @@ use crate::tasks::error::{Result, TaskError};
 use crate::tasks::fewshot::Sampler;
 use crate::tasks::metrics::Metric;
 use crate::tasks::pipeline::Pipeline;
+use crate::tasks::pipeline::agent::AgentTurn;
 use crate::tasks::prompt::{self, ChatOptions, Question, Turn};
 use crate::tasks::python::{ends_with_space, json_to_str};
 use crate::tasks::request::{Request, RequestKind};
@@ -104,7 +106,8 @@ impl Documents<'_> {
         let kinds = match &config.pipeline {
             Some(Pipeline::Agent(agent)) => {
                 let turns = agent.turns(&doc.values).map_err(|u| task.unfit(doc, u))?;
-                let kinds: Result<Vec<RequestKind>> = turns.into_iter().map(|t| self.conversation(t.history)).collect();
+                let tools = agent.tools_of(&doc.values).map_err(|u| task.unfit(doc, u))?;
+                let kinds: Result<Vec<RequestKind>> = turns.into_iter().map(|t| self.conversation(t, &tools)).collect();
                 kinds?
             }
             _ => self.kinds(doc, choices.as_deref(), &target, &targets)?,
@@ -257,15 +260,29 @@ impl Documents<'_> {
             .map_err(|source| TaskError::Chat { task: self.task.config.task.clone(), source })
     }
 
-    /// A conversation as it stands; in plain text with the roles' names.
-    fn conversation(&self, mut history: Vec<Turn>) -> Result<RequestKind> {
-        if let Some(system) = self.chat.system {
-            match history.first_mut() {
-                Some(first) if first.role == "system" => first.content = format!("{system}\n\n{}", first.content),
-                _ => history.insert(0, Turn::new("system", system)),
+    /// A conversation as it stands: with its tools and calls as such where a server takes it or the template knows tools, else in
+    /// words; in plain text with the roles' names.
+    fn conversation(&self, turn: AgentTurn, tools: &[Json]) -> Result<RequestKind> {
+        let begun = |mut turns: Vec<Turn>| {
+            if let Some(system) = self.chat.system {
+                match turns.first_mut() {
+                    Some(first) if first.role == "system" => first.content = format!("{system}\n\n{}", first.content),
+                    _ => turns.insert(0, Turn::new("system", system)),
+                }
             }
+            turns
+        };
+        let failed = |source| TaskError::Chat { task: self.task.config.task.clone(), source };
+        let chat = ChatOptions { multiturn: true, ..self.chat };
+        let native = self.chat.template.map_or(self.chat.messages, ChatTemplate::knows_tools);
+        let mut history = begun(turn.history);
+        let turns = if native { begun(turn.native) } else { history.clone() };
+        let tools = if native { tools.to_vec() } else { Vec::new() };
+        if let (Some(template), true) = (self.chat.template, native) {
+            let messages = chat.messages(turns.clone());
+            let context = prompt::render_tools(template, &messages, &tools).map_err(failed)?;
+            return Ok(self.generate(context, turns, &chat, tools));
         }
-        let turns = history.clone();
         if self.chat.template.is_none() {
             for turn in &mut history {
                 let mut role = turn.role.clone();
@@ -275,14 +292,12 @@ impl Documents<'_> {
             }
             history.push(Turn::new("assistant", "Assistant:"));
         }
-        let chat = ChatOptions { multiturn: true, ..self.chat };
-        let context = prompt::render(history, &chat, false)
-            .map_err(|source| TaskError::Chat { task: self.task.config.task.clone(), source })?;
-        Ok(self.generate(context, turns, &chat))
+        let context = prompt::render(history, &chat, false).map_err(failed)?;
+        Ok(self.generate(context, turns, &chat, tools))
     }
 
     /// `turns` are those the context was made of.
-    fn generate(&self, context: String, turns: Vec<Turn>, chat: &ChatOptions<'_>) -> RequestKind {
+    fn generate(&self, context: String, turns: Vec<Turn>, chat: &ChatOptions<'_>, tools: Vec<Json>) -> RequestKind {
         let g = &self.task.config.generation;
         let conversation = chat.template.is_some() || chat.messages;
         RequestKind::Generate {
@@ -292,6 +307,7 @@ impl Documents<'_> {
             temperature: g.temperature,
             do_sample: g.do_sample,
             messages: if conversation { chat.messages(turns) } else { Vec::new() },
+            tools,
         }
     }
 
@@ -366,7 +382,7 @@ impl Documents<'_> {
                 Ok(vec![RequestKind::LogLikelihood { context, continuation: json_to_str(target) }])
             }
             OutputType::Generate | OutputType::Rolling => {
-                let mut out = vec![self.generate(context.clone(), turns, &self.chat); config.repeats];
+                let mut out = vec![self.generate(context.clone(), turns, &self.chat, Vec::new()); config.repeats];
                 if let (Some(Pipeline::Retrieval(_)), Some(gold)) = (&config.pipeline, targets.first()) {
                     let closed = task.closed_text(doc)?;
                     let closed = self.ask(&opening, &closed, &prefix, &config.target_delimiter)?;
@@ -442,7 +458,7 @@ fn hash_kinds(kinds: &[RequestKind]) -> String {
                 part(&mut text, continuation);
             }
             RequestKind::Rolling { text: rolled } => part(&mut text, rolled),
-            RequestKind::Generate { context, until, max_new_tokens, temperature, do_sample, messages } => {
+            RequestKind::Generate { context, until, max_new_tokens, temperature, do_sample, messages, tools } => {
                 // A conversation is the same question whatever template spells it.
                 if messages.is_empty() {
                     part(&mut text, context);
@@ -450,7 +466,10 @@ fn hash_kinds(kinds: &[RequestKind]) -> String {
                 for message in messages {
                     part(&mut text, &message.role);
                     part(&mut text, &message.content);
+                    message.tool_calls.iter().for_each(|call| part(&mut text, &call.to_string()));
+                    message.tool_call_id.iter().for_each(|id| part(&mut text, id));
                 }
+                tools.iter().for_each(|tool| part(&mut text, &tool.to_string()));
                 text.push_str(&format!("{until:?} {max_new_tokens} {temperature} {do_sample}\n"));
             }
         }
