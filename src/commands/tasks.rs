@@ -45,7 +45,8 @@ pub fn options(args: &TaskArgs, limit: Option<usize>) -> BTreeMap<String, Value>
 
 /// Reads the task files and the data of what `--tasks` names.
 pub fn load(ctx: &Context, args: &TaskArgs) -> Result<Suite> {
-    let fetch = |spec: &str| hub::resolve_dataset(spec, &models::hub_options(), &ctx.progress);
+    let fetch =
+        |spec: &str, choice: hub::Choice<'_>| hub::resolve_chosen(spec, &models::hub_options(), &ctx.progress, choice);
     let data = DataOptions { dir: args.data.as_deref(), hub: Some(&fetch) };
     let mut registry = Registry::shipped()?;
     for dir in &args.include {
