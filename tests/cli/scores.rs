@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use safetensors::tensor::TensorView;
+use safetensors::{Dtype, SafeTensors};
 use serde_json::{Value, json};
 
 use super::{json as read, lowbit, ok, root, stderr};
@@ -220,6 +222,62 @@ fn the_cache_answers_and_one_changed_weight_byte_misses() {
     changed[last] ^= 1;
     std::fs::write(&weights, changed).unwrap();
     assert_eq!(run("c.json"), "0 of 40 requests answered before");
+}
+
+/// The demo with a tokenizer that puts BOS before every text; as Gemma with the norms that family has.
+fn with_bos(dir: &Path, gemma: bool) -> PathBuf {
+    let model = dir.join(if gemma { "gemma" } else { "llama" });
+    super::copy(&super::demo(), &model);
+    let edit = |file: &str, pairs: &[(&str, Value)]| {
+        let path = model.join(file);
+        let mut keys = read(&path);
+        pairs.iter().for_each(|(key, value)| keys[*key] = value.clone());
+        std::fs::write(&path, keys.to_string()).unwrap();
+    };
+    edit("tokenizer_config.json", &[("add_bos_token", json!(true))]);
+    if gemma {
+        edit("config.json", &[("model_type", json!("gemma3_text")), ("query_pre_attn_scalar", json!(64))]);
+        let path = model.join("model.safetensors");
+        let (bytes, zeros) = (std::fs::read(&path).unwrap(), [0u8; 2 * 256]);
+        let mut tensors = SafeTensors::deserialize(&bytes).unwrap().tensors();
+        let norms =
+            [("self_attn.q", 64), ("self_attn.k", 64), ("pre_feedforward_layer", 256), ("post_feedforward_layer", 256)];
+        for (norm, width) in norms {
+            for layer in 0..4 {
+                let mark = if width == 64 { "_norm" } else { "norm" };
+                let view = TensorView::new(Dtype::BF16, vec![width], &zeros[..2 * width]).unwrap();
+                tensors.push((format!("model.layers.{layer}.{norm}{mark}.weight"), view));
+            }
+        }
+        let made = safetensors::serialize(tensors, None).unwrap();
+        std::fs::write(&path, made).unwrap();
+    }
+    model
+}
+
+#[test]
+fn the_rule_of_older_releases_drops_bos_but_for_gemma() {
+    let tmp = tempfile::tempdir().unwrap();
+    let dir = tmp.path();
+    let (_, pick) = tasks(dir, 12);
+    let scores = |model: &Path, out: &str, more: &[&str]| -> Vec<Value> {
+        let mut c = lowbit(dir);
+        c.args(["--quiet", "--device", "cpu", "eval"]).arg(model).arg("--tasks").arg(&pick).args(more);
+        ok(c.arg("-o").arg(dir.join(format!("{out}.json"))));
+        let text = std::fs::read_to_string(dir.join(format!("{out}.items.jsonl"))).unwrap();
+        text.lines().map(|l| serde_json::from_str::<Value>(l).unwrap()["log_probs"].clone()).collect()
+    };
+    let old = ["--compat", "lm-eval-0.4.9.1"];
+    let (llama, gemma) = (with_bos(dir, false), with_bos(dir, true));
+    let bare = scores(&super::demo(), "bare", &[]);
+    assert_ne!(scores(&llama, "llama", &[]), bare);
+    assert_eq!(scores(&llama, "llama-old", &old), bare);
+    assert_eq!(read(&dir.join("llama-old.json"))["provenance"]["options"]["compat"], "lm-eval-0.4.9.1");
+    let begun = scores(&gemma, "gemma", &[]);
+    assert_eq!(scores(&gemma, "gemma-old", &old), begun);
+    // Which says something: without BOS they are others.
+    std::fs::copy(super::demo().join("tokenizer_config.json"), gemma.join("tokenizer_config.json")).unwrap();
+    assert_ne!(scores(&gemma, "gemma-bare", &[]), begun);
 }
 
 /// One document's log-likelihoods and greedy flags as lm-evaluation-harness has them.
