@@ -179,7 +179,6 @@ fn mistakes_name_file_task_row_and_column() {
             with(""),
             vec!["no data for its `test` split", "gone.jsonl", "--data"],
         ),
-        (format!("{CHOICE}metric_list:\n  - metric: accuracy\n"), with(""), vec!["`accuracy`", "acc_norm"]),
         (format!("{CHOICE}process_docs: !function utils.f\n"), with(""), vec!["Python is not run", "utils.f"]),
         (format!("{CHOICE}num_fewshot: 9\n"), with(""), vec!["9 examples"]),
     ];
@@ -311,6 +310,27 @@ fn mistakes_of_rows() -> Vec<(String, String, Vec<&'static str>)> {
         ),
     ];
     templates.into_iter().chain(scores).collect()
+}
+
+#[test]
+fn what_cannot_be_scored_is_rendered_all_the_same() {
+    for (keys, says) in [
+        ("metric_list:\n  - metric: accuracy\n", vec!["`metric_list`", "`accuracy`", "acc_norm"]),
+        ("metric_list:\n  - {metric: acc, aggregation: f1}\n", vec!["`acc`: unknown aggregation `f1`"]),
+        ("process_results: !function utils.f\nmetric_list:\n  - metric: em\n", vec!["`process_results`", "utils.f"]),
+    ] {
+        let row = "{\"question\": \"q\", \"options\": [\"a\", \"b\"], \"label\": 1}\n";
+        let dir = folder(&[("mine.yaml", &format!("{CHOICE}{keys}")), ("rows.jsonl", row)]);
+        let file = dir.path().join("mine.yaml");
+        assert_eq!(lines(&render(dir.path(), &["--tasks", file.to_str().unwrap()])).len(), 2);
+        // Before the model is looked for, let alone read.
+        let out = lowbit(dir.path()).args(["eval", "no/such/folder", "--tasks"]).arg(&file).output().unwrap();
+        let text = stderr(&out);
+        assert_eq!(out.status.code(), Some(3), "{text}");
+        for part in says.into_iter().chain(["mine.yaml: task `mine`"]) {
+            assert!(text.contains(part), "expected `{part}` in: {text}");
+        }
+    }
 }
 
 #[test]

@@ -111,6 +111,11 @@ const KNOWN: &str = "acc, acc_norm, acc_bytes, acc_mutual_info, mc2, exact_match
                      judge_pairwise";
 
 impl Metric {
+    /// Whether there is a metric of that name.
+    pub fn known(name: &str, pipeline: Option<&Pipeline>) -> bool {
+        KNOWN.split(", ").any(|known| known == name) || pipeline.is_some_and(|p| p.metric(name).is_some())
+    }
+
     /// Reads one entry of `metric_list`.
     pub fn parse(name: &str, entry: &Json, output: OutputType, pipeline: Option<&Pipeline>) -> Result<Self, String> {
         use OutputType::{Generate, LogLikelihood, MultipleChoice, Rolling};
@@ -330,6 +335,12 @@ mod tests {
         );
         assert_eq!(value("json_equal", json!({}), "{\"b\": [1], \"a\": 2.0}", &["{\"a\": 2, \"b\": [1]}"]), 1.0);
         assert!((value("rouge_l", json!({}), "the cat sat", &["the cat", "a dog"]) - 0.8).abs() < 1e-12);
+    }
+
+    #[test]
+    fn names_are_known() {
+        assert!(["acc", "judge", "judge_pairwise", "rouge_l", "perplexity"].iter().all(|n| Metric::known(n, None)));
+        assert!(!Metric::known("bleu", None) && !Metric::known("tool_calls", None) && !Metric::known("", None));
     }
 
     #[test]

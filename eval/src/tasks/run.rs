@@ -140,8 +140,13 @@ impl Suite {
         out
     }
 
-    /// Renders every task.
+    /// Renders every task, to be answered and scored.
     pub fn plan(&self, chat: ChatOptions<'_>, limit: Option<usize>) -> Result<Plan> {
+        for config in self.tasks.iter().map(|t| &t.config) {
+            if let Some((key, problem)) = config.unscored.clone() {
+                return Err(TaskError::Setting { file: config.file.clone(), task: config.task.clone(), key, problem });
+            }
+        }
         let mut plan = Plan::default();
         for (index, task) in self.tasks.iter().enumerate() {
             for rendered in task.documents(chat, limit) {
