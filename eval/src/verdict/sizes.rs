@@ -55,7 +55,9 @@ mod tests {
 
     #[test]
     fn levels_are_those_of_the_gate() {
-        let items = |list: &[(&str, u64)]| list.iter().map(|(t, n)| ((*t).to_owned(), *n)).collect();
+        let items = |list: &[(&str, u64)]| -> BTreeMap<String, u64> {
+            list.iter().map(|(t, n)| ((*t).to_owned(), *n)).collect()
+        };
         let one = Sizes::planned(&items(&[("a", 10_000)]), &Policy::default());
         // (1.6449 + 0.8416) · √(0.05 / 10,000).
         assert!((one.pool.loss - 0.00556).abs() < 1e-5 && one.tasks["a"] == one.pool, "{one:?}");
