@@ -2,7 +2,6 @@
 
 use lowbit_checkpoint::CheckpointError;
 use lowbit_checkpoint::chat_template::{ChatTemplate, Message as TemplateMessage};
-
 use serde_json::{Map, Value as Json, json};
 
 use super::python::{ends_with_space, starts_with_space};
