@@ -382,7 +382,7 @@ pub struct EvalArgs {
     #[command(subcommand)]
     pub command: Option<EvalCommand>,
     /// Model.
-    #[arg(required_unless_present = "endpoint")]
+    #[arg(required_unless_present_any = ["endpoint", "render"])]
     pub model: Option<String>,
     /// The model to compare with.
     #[arg(long)]
@@ -469,8 +469,8 @@ pub struct GateArgs {
     pub candidate: Option<PathBuf>,
     /// The same of the model compared with (default: the reference of the candidate's record).
     pub baseline: Option<PathBuf>,
-    /// Largest loss that is accepted, percentage points (default: 0.5 for candidates of 8 bits and more, else 1.0). 0 asks whether
-    /// anything was lost at all.
+    /// Largest loss that is accepted, percentage points (default: that of --until-decided where the record has one, else 0.5 for
+    /// candidates of 8 bits and more and 1.0 for others). 0 asks whether anything was lost at all.
     #[arg(long, value_name = "PP")]
     pub margin: Option<f64>,
     /// Probability of a false alarm, all tasks together, and of a false pass.

@@ -1,7 +1,7 @@
 """Seconds lm-evaluation-harness takes to score tasks: lm_eval_rate.py MODEL DATA DTYPE LIMIT TASK[:SHOTS]...
 
 Its own task definitions over local copies of their data (DATA as `lowbit eval --data`), transformers on two threads. Counted
-are rendering and scoring, not imports, the model's load or the reading of data. One JSON line a task.
+are rendering and scoring, not imports, the model's load or the reading of data, as in lowbit's `scoring_seconds`. One JSON line a task.
 """
 import glob
 import json

@@ -166,6 +166,11 @@ impl ChatTemplate {
         self.render_values(messages, Value::from(()), Vec::new(), add_generation_prompt, unix_time)
     }
 
+    /// Whether the template reads `tools`; one that does not would leave them out without a word.
+    pub fn knows_tools(&self) -> bool {
+        self.env.get_template(NAME).is_ok_and(|t| t.undeclared_variables(false).contains("tools"))
+    }
+
     /// Renders messages as a client sent them (whatever keys they carry), with the tools and further variables it sent.
     pub fn render_request(
         &self,
@@ -302,6 +307,9 @@ mod tests {
         let messages = serde_json::json!([{"role": "user", "content": "x", "name": "n"}]);
         let tools = serde_json::json!([{"type": "function", "function": {"strict": true, "n": 2}}]);
         let variables = serde_json::json!({"mode": "fast"}).as_object().unwrap().clone();
+        assert!(template.knows_tools() && !load(CHATML).knows_tools());
+        let set = "{% if not tools is defined %}{% set tools = none %}{% endif %}{% if tools %}x{% endif %}";
+        assert!(load(set).knows_tools());
         let text = template.render_request(&messages, Some(&tools), &variables, true).unwrap();
         let want = "[{\"type\": \"function\", \"function\": {\"strict\": true, \"n\": 2}}]|n|fast|False";
         assert_eq!(text, want);

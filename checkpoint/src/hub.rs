@@ -13,6 +13,8 @@ use crate::error::{CheckpointError, Result};
 use session::Session;
 
 const INDEX: &str = "model.safetensors.index.json";
+/// What a data set says of itself.
+const CARD: &str = "README.md";
 
 /// Told about downloads while they run.
 pub trait HubProgress: Sync {
@@ -148,6 +150,53 @@ pub fn resolve_dataset(spec: &str, options: &HubOptions, progress: &dyn HubProgr
     session.fetch(&sha, wanted.into_iter(), progress)?;
     session.remember(&sha)?;
     Ok(session.cache_repo(&session.revision).pointer_path(&sha).join(part))
+}
+
+/// Chooses files of a data set by the names of all and the text of its card.
+pub type Choice<'a> = &'a dyn Fn(&[String], Option<&str>) -> Vec<String>;
+
+/// Fetches the files of a data set named `org/name[@revision]` that are chosen, and returns their paths: none where none is. The card
+/// (`README.md`) is fetched for the choice. Offline the choice is among the files of the cache.
+pub fn resolve_chosen(
+    spec: &str,
+    options: &HubOptions,
+    progress: &dyn HubProgress,
+    choice: Choice<'_>,
+) -> Result<Vec<PathBuf>> {
+    let session = Session::new(spec, RepoType::Dataset, options)?;
+    let choose = |dir: &Path, names: &[String]| {
+        let card = crate::files::read_text(&dir.join(CARD)).ok();
+        let mut chosen = choice(names, card.as_deref());
+        chosen.retain(|c| names.contains(c));
+        chosen
+    };
+    if options.offline {
+        let dir = session.cached()?;
+        let mut names = Vec::new();
+        names_below(&dir, "", &mut names).map_err(|source| CheckpointError::Io { file: dir.clone(), source })?;
+        return Ok(choose(&dir, &names).iter().map(|name| dir.join(name)).collect());
+    }
+    let (sha, names) = session.list()?;
+    let dir = session.cache_repo(&session.revision).pointer_path(&sha);
+    session.fetch(&sha, names.iter().filter(|n| *n == CARD), progress)?;
+    let chosen = choose(&dir, &names);
+    session.fetch(&sha, chosen.iter(), progress)?;
+    session.remember(&sha)?;
+    Ok(chosen.iter().map(|name| dir.join(name)).collect())
+}
+
+/// Files of a snapshot, relative to it.
+fn names_below(dir: &Path, prefix: &str, out: &mut Vec<String>) -> std::io::Result<()> {
+    for entry in std::fs::read_dir(dir)? {
+        let entry = entry?;
+        let name = format!("{prefix}{}", entry.file_name().to_string_lossy());
+        if entry.path().is_dir() {
+            names_below(&entry.path(), &format!("{name}/"), out)?;
+        } else {
+            out.push(name);
+        }
+    }
+    Ok(())
 }
 
 /// Configuration, tokenizer, templates, licence: what belongs to a model besides its weights.

@@ -112,7 +112,7 @@ fn json_file(files: &[(String, Vec<u8>)], name: &str) -> Json {
 fn tensors_are_decoded_and_unpermuted() {
     let dir = tempfile::tempdir().unwrap();
     let mut model = GgufModel::open(&sample(dir.path(), "llama", true)).unwrap();
-    assert_eq!(model.architecture(), "llama");
+    assert_eq!((model.architecture(), model.bits()), ("llama", Some(4)));
     let names = model.tensor_names();
     assert_eq!(names.len(), 11);
     assert_eq!(names[0], ("model.embed_tokens.weight".to_string(), vec![10, HIDDEN]));

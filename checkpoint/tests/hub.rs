@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use lowbit_checkpoint::CheckpointError;
 use lowbit_checkpoint::hash::sha256_hex;
-use lowbit_checkpoint::hub::{HubOptions, HubProgress, resolve, resolve_dataset};
+use lowbit_checkpoint::hub::{HubOptions, HubProgress, resolve, resolve_chosen, resolve_dataset};
 
 const MAIN: &str = "1111111111111111111111111111111111111111";
 const OLD: &str = "2222222222222222222222222222222222222222";
@@ -398,6 +398,26 @@ fn a_hub_that_falls_silent_is_an_error_and_what_came_is_kept() {
         let resumed = hub.log().iter().any(|line| line.contains("config.json 3- "));
         assert_eq!(resumed, fault == Fault::Silent, "{:?}", hub.log());
     }
+}
+
+#[test]
+fn files_are_chosen_by_names_and_card() {
+    let cache = tempfile::tempdir().unwrap();
+    let hub = Hub::start(site(Fault::None));
+    let mut options = hub.options(cache.path());
+    let csv = |names: &[String], card: Option<&str>| -> Vec<String> {
+        assert_eq!(card, Some("x"));
+        names.iter().filter(|n| n.ends_with(".csv")).cloned().chain(["../secret".to_string()]).collect()
+    };
+    let found = resolve_chosen("org/data", &options, &(), &csv).unwrap();
+    assert_eq!(found.len(), 1);
+    assert!(found[0].ends_with("a/x.csv") && std::fs::read_to_string(&found[0]).unwrap() == "1");
+    assert!(!found[0].with_file_name("train.jsonl").exists(), "what was not chosen was fetched");
+    assert!(resolve_chosen("org/data@refs/convert/parquet", &options, &(), &csv).is_err());
+    assert!(hub.log().iter().any(|l| l.contains("refs%2Fconvert%2Fparquet")), "{:?}", hub.log());
+    drop(hub);
+    options.offline = true;
+    assert_eq!(resolve_chosen("org/data", &options, &(), &csv).unwrap(), found);
 }
 
 #[test]

@@ -12,7 +12,7 @@ use crate::drift::tokens::TokenView;
 use crate::engine::Shard;
 use crate::judge::JudgeRecord;
 use crate::tasks::TaskRecord;
-use crate::verdict::Look;
+use crate::verdict::{Look, Sizes};
 
 /// A value with a 95 % confidence interval, clustered by window.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -133,7 +133,7 @@ pub struct ItemFiles {
 /// Format of `eval.json`.
 pub const SCHEMA: u32 = 3;
 
-/// `eval.json`. Everything but `provenance` and `seconds` is the same for the same models and options.
+/// `eval.json`. Everything but `provenance` and seconds is the same for the same models and options.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct EvalRecord {
     /// Format of this record.
@@ -177,9 +177,15 @@ pub struct EvalRecord {
     /// Of a run that was to end once its verdict was clear: which look it ended at.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub look: Option<Look>,
+    /// What the run could find, as said before it; absent without a reference.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub detectable: Option<Sizes>,
     /// Fewest bits of the candidate's quantized weights; none where it has none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bits: Option<u32>,
+    /// Wall seconds of rendering the tasks and answering their requests: without reading data and weights. Absent without tasks.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub scoring_seconds: Option<f64>,
     /// Wall seconds.
     pub seconds: f64,
 }

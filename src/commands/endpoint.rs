@@ -196,6 +196,8 @@ pub fn eval(ctx: &Context, args: &EvalArgs) -> Result<()> {
         bits,
         shard: job.shard,
         look: answered.look.clone(),
+        scoring_seconds: Some(answered.seconds),
+        detectable: job.sizes.clone().filter(|_| parties.len() > 1),
         ..EvalRecord::default()
     };
     scores::judged(ctx, &job, &answered, judge.as_ref())?.fill(&mut record, output.as_ref())?;

@@ -1,10 +1,11 @@
 //! `lowbit eval`, and the evaluation that `run` does.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::{Result, bail};
+use lowbit_checkpoint::gguf::GgufModel;
 use lowbit_checkpoint::tokenizer::Tokenizer;
 use lowbit_checkpoint::writer::write_atomic;
 use lowbit_checkpoint::{Checkpoint, CheckpointError};
@@ -87,7 +88,13 @@ impl Models {
                 );
             }
         }
-        let bits = ckpt.quantization.as_ref().and_then(|q| q.groups.iter().map(|g| u32::from(g.scheme.bits)).min());
+        let packed = ckpt.quantization.as_ref().and_then(|q| q.groups.iter().map(|g| u32::from(g.scheme.bits)).min());
+        // An imported GGUF file is dense here, and was not there.
+        let file = Path::new(&candidate.name);
+        let bits = match packed {
+            None if file.is_file() && candidate.name.ends_with(".gguf") => GgufModel::open(file)?.bits(),
+            packed => packed,
+        };
         let family = ckpt.config.family.clone();
         let (second, other) = loaded.unzip();
         let checkpoints = [ckpt].into_iter().chain(second).collect();
@@ -181,6 +188,8 @@ pub fn evaluate(
         record.provenance.options.extend(job.options.clone());
         record.shard = job.shard;
         record.look.clone_from(&answered.look);
+        record.scoring_seconds = Some(answered.seconds);
+        record.detectable = job.sizes.clone().filter(|_| models.other.is_some());
         if let Some(judge) = judge {
             record.provenance.options.insert("judge".into(), judge.described());
         }

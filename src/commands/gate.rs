@@ -10,7 +10,7 @@ use lowbit_eval::judge::spec::PAIRWISE;
 use lowbit_eval::record::{EvalRecord, Interval, ItemFile};
 use lowbit_eval::stats::perplexity_ratio;
 use lowbit_eval::tasks::Item;
-use lowbit_eval::verdict::decide::{Policy, Verdict, judge};
+use lowbit_eval::verdict::decide::{Policy, Verdict, judge, pool_level};
 use lowbit_eval::verdict::record::{Endpoint, GateRecord, Threshold, count, pp};
 use lowbit_eval::verdict::simulate::{Rates, Scenario, simulate};
 use lowbit_eval::verdict::{Look, Paired, PairingOptions, junit, markdown, pair, power};
@@ -224,7 +224,9 @@ pub fn default_margin(bits: Option<u32>) -> f64 {
 }
 
 fn policy(args: &GateArgs, record: Option<&EvalRecord>) -> Policy {
-    let margin = args.margin.unwrap_or_else(|| default_margin(record.and_then(|r| r.bits)));
+    // A run that stopped once its verdict was clear was looked at by its own margin.
+    let recorded = record.and_then(|r| r.provenance.options.get("margin")).and_then(serde_json::Value::as_f64);
+    let margin = args.margin.or(recorded).unwrap_or_else(|| default_margin(record.and_then(|r| r.bits)));
     Policy {
         margin: margin / 100.0,
         alpha: args.alpha,
@@ -355,7 +357,7 @@ fn simulated(ctx: &Context, args: &GateArgs) -> Result<()> {
         ..Policy::default()
     };
     let total: u64 = args.items.iter().sum();
-    let detectable = power::detectable(total, args.discordant, args.alpha, args.power);
+    let detectable = power::detectable(total, args.discordant, pool_level(args.items.len(), args.alpha), args.power);
     let mut truths = vec![("no loss", 0.0), ("loss", args.loss / 100.0)];
     if policy.margin > 0.0 && policy.margin <= args.discordant {
         truths.push(("loss of the margin", policy.margin));

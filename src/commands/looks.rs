@@ -69,7 +69,7 @@ impl Looks {
                 core.verdict.name()
             ));
             if core.verdict != Verdict::Inconclusive || index == last {
-                return Ok(Answered { answers, plan: part, look: Some(look) });
+                return Ok(Answered { answers, plan: part, look: Some(look), seconds: 0.0 });
             }
         }
         bail!("no look was taken")

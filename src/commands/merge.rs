@@ -65,10 +65,12 @@ pub fn merge(ctx: &Context, args: &MergeArgs) -> Result<()> {
         schema: first.record.schema,
         provenance,
         bits: first.record.bits,
+        scoring_seconds: parts.iter().map(|p| p.record.scoring_seconds).sum(),
         seconds: parts.iter().map(|p| p.record.seconds).sum(),
         ..EvalRecord::default()
     };
     scores::score(&suite, &plan, &found, None)?.fill(&mut record, Some(&output))?;
+    record.detectable = scores::sizes(&suite, &plan).filter(|_| record.items.reference.is_some());
     for (name, task) in &record.tasks {
         for part in &parts {
             let theirs =

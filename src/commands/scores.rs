@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use anyhow::{Context as _, Result, bail};
 use lowbit_checkpoint::CheckpointError;
@@ -15,7 +16,9 @@ use lowbit_eval::engine::{
 use lowbit_eval::judge::Judging;
 use lowbit_eval::record::{EvalRecord, ItemFile};
 use lowbit_eval::tasks::{Evaluated, Item, Plan, Suite, TaskRecord};
-use lowbit_eval::verdict::{Look, power};
+use lowbit_eval::verdict::record::count;
+use lowbit_eval::verdict::sizes::Size;
+use lowbit_eval::verdict::{Look, Policy, Sizes};
 use serde_json::Value;
 
 use crate::args::{Compat, EvalArgs};
@@ -89,6 +92,10 @@ pub struct Job {
     pub compat: Compat,
     /// Most tokens of one input.
     pub max_length: Option<usize>,
+    /// Seconds it took to render them.
+    pub rendering: f64,
+    /// What all shards together can find beside a reference; none without items that a verdict pairs.
+    pub sizes: Option<Sizes>,
     cache: Option<PathBuf>,
     journals: Option<[PathBuf; 2]>,
     file: Option<PathBuf>,
@@ -113,6 +120,8 @@ pub struct Answered {
     pub plan: Plan,
     /// Where a run with several looks ended.
     pub look: Option<Look>,
+    /// Wall seconds of rendering and answering.
+    pub seconds: f64,
 }
 
 impl Job {
@@ -132,7 +141,10 @@ impl Job {
             None => None,
         };
         let chat = tasks::chat_options(&args.tasks, template.as_ref(), tasks::asks_chat(args));
+        let start = Instant::now();
         let all = suite.plan(chat, args.limit)?;
+        let rendering = start.elapsed().as_secs_f64();
+        let sizes = sizes(&suite, &all);
         let mut options = tasks::options(&args.tasks, args.limit);
         let plan = match args.tasks.shard {
             Some(shard) => {
@@ -153,6 +165,8 @@ impl Job {
             shard: args.tasks.shard,
             compat: args.tasks.compat,
             max_length: args.tasks.max_length,
+            rendering,
+            sizes,
             cache: args.tasks.cache.clone(),
             journals: output.map(|o| o.journals.clone()),
             file: output.map(|o| o.answers.clone()),
@@ -184,18 +198,15 @@ impl Job {
     /// Answers every request by all parties, the candidate's first; what an earlier run finished is taken from its journal or the
     /// cache. `compared` says that there is a reference.
     pub fn answer(&self, ctx: &Context, parties: &[Party<'_>], compared: bool, bits: Option<u32>) -> Result<Answered> {
+        let start = Instant::now();
         let mut stores: Vec<Vec<Box<dyn Store>>> = Vec::new();
         for (i, party) in parties.iter().enumerate() {
             let path = self.journals.as_ref().and_then(|j| j.get(i));
             stores.push(open_stores(ctx, path, self.cache.as_deref(), &party.identity)?);
         }
         ctx.say(format!("tasks: {} documents, {} requests", self.plan.len(), self.plan.requests.len()));
-        if compared {
-            let found = power::detectable(self.plan.len() as u64, 0.05, 0.05, 0.8);
-            ctx.say(format!(
-                "tasks: where 5 % of so many items change, a loss of {:.2} pp is found with power 80 %",
-                100.0 * found
-            ));
+        if let (true, Some(sizes)) = (compared, &self.sizes) {
+            say_sizes(ctx, sizes);
         }
         if self.looks.is_some() {
             // Later looks ask again what earlier ones did.
@@ -212,13 +223,14 @@ impl Job {
             }
             answers.context("nobody is asked")
         };
-        let answered = match &self.looks {
+        let mut answered = match &self.looks {
             None => {
                 let answers = all(&self.plan)?;
-                Answered { answers, plan: self.plan.clone(), look: None }
+                Answered { answers, plan: self.plan.clone(), look: None, seconds: 0.0 }
             }
             Some(looks) => looks.run(ctx, &self.suite, &self.plan, bits, &mut all)?,
         };
+        answered.seconds = self.rendering + start.elapsed().as_secs_f64();
         if let (Some(path), Some(_)) = (&self.file, self.shard) {
             let identities: Vec<&str> = parties.iter().map(|p| p.identity.as_str()).collect();
             let identity = match identities.as_slice() {
@@ -241,6 +253,24 @@ impl Job {
         }
         Ok(())
     }
+}
+
+/// What a plan can find, at the levels and power of the gate.
+pub fn sizes(suite: &Suite, plan: &Plan) -> Option<Sizes> {
+    let items = suite.sizes(plan);
+    (!items.is_empty()).then(|| Sizes::planned(&items, &Policy::default()))
+}
+
+fn say_sizes(ctx: &Context, sizes: &Sizes) {
+    let (changed, power) = (100.0 * sizes.discordant, 100.0 * sizes.power);
+    ctx.say(format!(
+        "tasks: where {changed:.0} % of the items change, the gate finds with power {power:.0} % a loss of"
+    ));
+    let line = |name: &str, s: &Size| ctx.say(format!("  {:.2} pp in {name} ({} items)", 100.0 * s.loss, count(s.n)));
+    if sizes.tasks.len() > 1 {
+        line("all tasks", &sizes.pool);
+    }
+    sizes.tasks.iter().for_each(|(name, size)| line(name, size));
 }
 
 /// Journal and cache of a run.

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::io::{BufWriter, Write};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
 use lowbit_checkpoint::chat_template::ChatTemplate;
 use lowbit_checkpoint::hub;
 use lowbit_eval::tasks::{ChatOptions, DataOptions, Registry, RequestKind, Suite};
@@ -45,7 +45,8 @@ pub fn options(args: &TaskArgs, limit: Option<usize>) -> BTreeMap<String, Value>
 
 /// Reads the task files and the data of what `--tasks` names.
 pub fn load(ctx: &Context, args: &TaskArgs) -> Result<Suite> {
-    let fetch = |spec: &str| hub::resolve_dataset(spec, &models::hub_options(), &ctx.progress);
+    let fetch =
+        |spec: &str, choice: hub::Choice<'_>| hub::resolve_chosen(spec, &models::hub_options(), &ctx.progress, choice);
     let data = DataOptions { dir: args.data.as_deref(), hub: Some(&fetch) };
     let mut registry = Registry::shipped()?;
     for dir in &args.include {
@@ -86,13 +87,16 @@ pub fn chat_options<'a>(args: &'a TaskArgs, template: Option<&'a ChatTemplate>, 
     ChatOptions { template, multiturn: args.fewshot_as_multiturn, system: args.system_instruction.as_deref(), messages }
 }
 
-/// `--render`: every request on a line. The model is looked at for its chat template only.
+/// `--render`: every request on a line. A model is looked at for its chat template only, and plain prompts need none.
 pub fn render(ctx: &Context, args: &EvalArgs) -> Result<()> {
-    let suite = load(ctx, &args.tasks)?;
     let template = match template_of(args) {
         Some(model) => chat_template(ctx, &args.tasks, model)?,
+        None if args.tasks.apply_chat_template && !asks_chat(args) => {
+            bail!("--apply-chat-template without a model: prompts go through a model's own template\nhint: give MODEL")
+        }
         None => None,
     };
+    let suite = load(ctx, &args.tasks)?;
     let chat = chat_options(&args.tasks, template.as_ref(), asks_chat(args));
     let mut out = BufWriter::with_capacity(1 << 20, std::io::stdout().lock());
     for task in &suite.tasks {
@@ -109,13 +113,24 @@ pub fn render(ctx: &Context, args: &EvalArgs) -> Result<()> {
                     RequestKind::LogLikelihood { context, continuation } => (context, continuation),
                     // What is scored or continued is lm-eval's first argument.
                     RequestKind::Rolling { text } => (text, String::new()),
-                    RequestKind::Generate { context, until, max_new_tokens, temperature, do_sample, messages } => {
+                    RequestKind::Generate {
+                        context,
+                        until,
+                        max_new_tokens,
+                        temperature,
+                        do_sample,
+                        messages,
+                        tools,
+                    } => {
                         line["until"] = until.into();
                         line["max_new_tokens"] = max_new_tokens.into();
                         line["temperature"] = temperature.into();
                         line["do_sample"] = do_sample.into();
                         if !messages.is_empty() {
                             line["messages"] = json!(messages);
+                        }
+                        if !tools.is_empty() {
+                            line["tools"] = tools.into();
                         }
                         (context, String::new())
                     }

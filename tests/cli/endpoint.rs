@@ -152,8 +152,29 @@ fn an_agents_calls_are_read_from_text_and_from_the_api() {
         .arg(dir.join("e.json")));
     let right: Vec<f64> = items(dir, "e").iter().map(|i| i["metrics"]["tool_calls"].as_f64().unwrap()).collect();
     assert_eq!(right, [1.0, 1.0, 0.0]);
+    // Tools go as tools, not in words.
     let asked = server.bodies("/v1/chat/completions");
-    assert!(asked.iter().all(|b| b["messages"][0]["role"] == "system" && b["messages"].as_array().unwrap().len() == 2));
+    assert!(asked.iter().all(|b| b["messages"][0]["role"] == "user" && b["messages"].as_array().unwrap().len() == 1));
+    let tool = json!([{"type": "function", "function": {"name": "weather"}}]);
+    assert!(asked.iter().all(|b| b["tools"] == tool), "{asked:?}");
+    // So do calls that were recorded, and what they returned.
+    let trip = json!({"tools": tool, "messages": [
+        {"role": "user", "content": "Where does it rain?"},
+        {"role": "assistant", "content": null, "tool_calls": call("Oslo")},
+        {"role": "tool", "tool_call_id": "1", "content": "Sun. Try Rome."},
+        {"role": "assistant", "content": null, "tool_calls": call("Rome")}]});
+    std::fs::write(dir.join("travel.jsonl"), trip.to_string()).unwrap();
+    ok(lowbit(dir)
+        .args(["--quiet", "eval", "--endpoint", &server.url, "--tasks"])
+        .arg(&task)
+        .arg("-o")
+        .arg(dir.join("t.json")));
+    let asked = server.bodies("/v1/chat/completions");
+    let second = asked.iter().find(|b| b["messages"].as_array().unwrap().len() == 3).unwrap();
+    assert_eq!(second["messages"][1], json!({"role": "assistant", "content": null, "tool_calls": call("Oslo")}));
+    assert_eq!(second["messages"][2], json!({"role": "tool", "content": "Sun. Try Rome.", "tool_call_id": "1"}));
+    // One of two turns: the first is answered by rain.
+    assert_eq!(items(dir, "t")[0]["metrics"]["tool_calls"], 0.5);
 }
 
 /// Answers `wrote N` to the prompt of row N.

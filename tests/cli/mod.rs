@@ -17,6 +17,7 @@ mod faults;
 mod gate;
 mod golden;
 mod hardship;
+mod hub;
 mod load;
 mod mistakes;
 mod pipeline;

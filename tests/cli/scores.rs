@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use safetensors::tensor::TensorView;
+use safetensors::{Dtype, SafeTensors};
 use serde_json::{Value, json};
 
 use super::{json as read, lowbit, ok, root, stderr};
@@ -38,9 +40,13 @@ pub fn tasks(dir: &Path, most: usize) -> (PathBuf, PathBuf) {
 }
 
 fn eval(dir: &Path, tasks: &(PathBuf, PathBuf), out: &str, more: &[&str]) -> Command {
+    eval_of("demo", dir, tasks, out, more)
+}
+
+fn eval_of(model: &str, dir: &Path, tasks: &(PathBuf, PathBuf), out: &str, more: &[&str]) -> Command {
     let mut c = lowbit(dir);
     let names = format!("{},{}:2", tasks.0.display(), tasks.1.display());
-    c.args(["--quiet", "eval", "demo", "--tasks", &names, "-o"]).arg(dir.join(out)).args(more);
+    c.args(["--quiet", "eval", model, "--tasks", &names, "-o"]).arg(dir.join(out)).args(more);
     c
 }
 
@@ -48,7 +54,10 @@ fn eval(dir: &Path, tasks: &(PathBuf, PathBuf), out: &str, more: &[&str]) -> Com
 fn lasting(path: &Path) -> Value {
     let mut v = read(path);
     let o = v.as_object_mut().unwrap();
-    o.remove("seconds");
+    let seconds = |v: Option<Value>| v.unwrap().as_f64().unwrap();
+    let (all, scoring) = (seconds(o.remove("seconds")), seconds(o.remove("scoring_seconds")));
+    // Rendering comes before the clock of the whole starts.
+    assert!(scoring > 0.0 && scoring < all + 5.0, "{scoring} of {all} s");
     o["items"]["candidate"].as_object_mut().unwrap().remove("file");
     if let Some(r) = o["items"].get_mut("reference") {
         r.as_object_mut().unwrap().remove("file");
@@ -74,18 +83,25 @@ fn grows(child: &mut Child, file: &Path, size: u64) -> bool {
     }
 }
 
+/// A quantized model beside the original on two tasks, with KL on a text: once whole, and once killed three times.
 #[test]
 fn a_run_killed_three_times_ends_with_the_same_bytes() {
     let tmp = tempfile::tempdir().unwrap();
     let dir = tmp.path();
+    let w4 = dir.join("w4");
+    let mut q = lowbit(dir);
+    q.args(["--quiet", "quantize"]).arg(super::demo()).arg("-o").arg(&w4);
+    ok(q.args(["--scheme", "w4a16", "--group-size", "64", "--calib", "self", "--samples", "8", "--seq-len", "64"]));
     let tasks = tasks(dir, 120);
-    let more = ["--reference", "demo", "--threads", "1"];
-    ok(&mut eval(dir, &tasks, "whole.json", &more));
+    let text = root().join("assets/demo-text/evaluation.txt");
+    let kl = ["--kl", text.to_str().unwrap(), "--kl-window", "128"];
+    let more = [&["--reference", "demo", "--threads", "1"][..], &kl[..]].concat();
+    let eval = |out: &str| eval_of(w4.to_str().unwrap(), dir, &tasks, out, &more);
+    ok(&mut eval("whole.json"));
     let journal = dir.join("cut.journal");
     let mut size = 0;
     for round in 0..3 {
-        let mut child =
-            eval(dir, &tasks, "cut.json", &more).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+        let mut child = eval("cut.json").stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
         assert!(grows(&mut child, &journal, size.max(200)), "round {round}: the run ended before it was killed");
         child.kill().unwrap();
         child.wait().unwrap();
@@ -94,7 +110,7 @@ fn a_run_killed_three_times_ends_with_the_same_bytes() {
     }
     // A kill may tear a frame, too.
     std::fs::OpenOptions::new().append(true).open(&journal).unwrap().set_len(size - 7).unwrap();
-    ok(&mut eval(dir, &tasks, "cut.json", &more));
+    ok(&mut eval("cut.json"));
     assert!(!journal.exists());
     for end in [".items.jsonl", ".reference.items.jsonl"] {
         let bytes = |run: &str| std::fs::read(dir.join(format!("{run}{end}"))).unwrap();
@@ -102,11 +118,45 @@ fn a_run_killed_three_times_ends_with_the_same_bytes() {
     }
     assert_eq!(lasting(&dir.join("cut.json")), lasting(&dir.join("whole.json")));
     let record = read(&dir.join("whole.json"));
+    let drift = |v: &Value| v["mean"].as_f64().unwrap();
+    assert!(drift(&record["kl"]) > 1e-7 && drift(&record["task_drift"]["words"]) > 1e-7, "{record:#}");
+    // Nothing is overwritten unasked.
+    let again = eval("cut.json").output().unwrap();
+    assert_eq!(again.status.code(), Some(3), "{}", stderr(&again));
+}
+
+#[test]
+fn a_model_beside_itself_loses_nothing() {
+    let tmp = tempfile::tempdir().unwrap();
+    let dir = tmp.path();
+    ok(&mut eval(dir, &tasks(dir, 60), "self.json", &["--reference", "demo"]));
+    let record = read(&dir.join("self.json"));
     assert_eq!(record["tasks"]["words"]["delta"]["acc"], 0.0);
     assert!(record["task_drift"]["words"]["mean"].as_f64().unwrap() <= 1e-7);
-    // Nothing is overwritten unasked.
-    let again = eval(dir, &tasks, "cut.json", &more).output().unwrap();
-    assert_eq!(again.status.code(), Some(3), "{}", stderr(&again));
+}
+
+#[test]
+fn what_a_run_can_find_is_said_before_it() {
+    let tmp = tempfile::tempdir().unwrap();
+    let dir = tmp.path();
+    let (words, pick) = tasks(dir, 40);
+    let run = |out: &str, more: &[&str]| {
+        let mut c = lowbit(dir);
+        c.args(["eval", "demo", "--tasks", &format!("{},{}", words.display(), pick.display())]).args(more);
+        let done = ok(c.arg("-o").arg(dir.join(out)));
+        (stderr(&done), read(&dir.join(out)))
+    };
+    let (said, record) = run("beside.json", &["--reference", "demo"]);
+    // At 0.8 of alpha in all items, at 0.1 in each of two tasks.
+    for line in ["6.48 pp in all tasks (80 items)", "12.08 pp in pick (40 items)", "12.08 pp in words (40 items)"] {
+        assert!(said.contains(line), "{said}");
+    }
+    let sizes = &record["detectable"];
+    assert_eq!((&sizes["alpha"], &sizes["power"], &sizes["pool"]["n"]), (&json!(0.05), &json!(0.8), &json!(80)));
+    assert!((sizes["tasks"]["pick"]["loss"].as_f64().unwrap() - 0.12083).abs() < 1e-5, "{sizes}");
+    // Nothing is compared with nothing.
+    let (said, record) = run("alone.json", &[]);
+    assert!(!said.contains("power") && record.get("detectable").is_none(), "{said}");
 }
 
 #[test]
@@ -172,6 +222,62 @@ fn the_cache_answers_and_one_changed_weight_byte_misses() {
     changed[last] ^= 1;
     std::fs::write(&weights, changed).unwrap();
     assert_eq!(run("c.json"), "0 of 40 requests answered before");
+}
+
+/// The demo with a tokenizer that puts BOS before every text; as Gemma with the norms that family has.
+fn with_bos(dir: &Path, gemma: bool) -> PathBuf {
+    let model = dir.join(if gemma { "gemma" } else { "llama" });
+    super::copy(&super::demo(), &model);
+    let edit = |file: &str, pairs: &[(&str, Value)]| {
+        let path = model.join(file);
+        let mut keys = read(&path);
+        pairs.iter().for_each(|(key, value)| keys[*key] = value.clone());
+        std::fs::write(&path, keys.to_string()).unwrap();
+    };
+    edit("tokenizer_config.json", &[("add_bos_token", json!(true))]);
+    if gemma {
+        edit("config.json", &[("model_type", json!("gemma3_text")), ("query_pre_attn_scalar", json!(64))]);
+        let path = model.join("model.safetensors");
+        let (bytes, zeros) = (std::fs::read(&path).unwrap(), [0u8; 2 * 256]);
+        let mut tensors = SafeTensors::deserialize(&bytes).unwrap().tensors();
+        let norms =
+            [("self_attn.q", 64), ("self_attn.k", 64), ("pre_feedforward_layer", 256), ("post_feedforward_layer", 256)];
+        for (norm, width) in norms {
+            for layer in 0..4 {
+                let mark = if width == 64 { "_norm" } else { "norm" };
+                let view = TensorView::new(Dtype::BF16, vec![width], &zeros[..2 * width]).unwrap();
+                tensors.push((format!("model.layers.{layer}.{norm}{mark}.weight"), view));
+            }
+        }
+        let made = safetensors::serialize(tensors, None).unwrap();
+        std::fs::write(&path, made).unwrap();
+    }
+    model
+}
+
+#[test]
+fn the_rule_of_older_releases_drops_bos_but_for_gemma() {
+    let tmp = tempfile::tempdir().unwrap();
+    let dir = tmp.path();
+    let (_, pick) = tasks(dir, 12);
+    let scores = |model: &Path, out: &str, more: &[&str]| -> Vec<Value> {
+        let mut c = lowbit(dir);
+        c.args(["--quiet", "--device", "cpu", "eval"]).arg(model).arg("--tasks").arg(&pick).args(more);
+        ok(c.arg("-o").arg(dir.join(format!("{out}.json"))));
+        let text = std::fs::read_to_string(dir.join(format!("{out}.items.jsonl"))).unwrap();
+        text.lines().map(|l| serde_json::from_str::<Value>(l).unwrap()["log_probs"].clone()).collect()
+    };
+    let old = ["--compat", "lm-eval-0.4.9.1"];
+    let (llama, gemma) = (with_bos(dir, false), with_bos(dir, true));
+    let bare = scores(&super::demo(), "bare", &[]);
+    assert_ne!(scores(&llama, "llama", &[]), bare);
+    assert_eq!(scores(&llama, "llama-old", &old), bare);
+    assert_eq!(read(&dir.join("llama-old.json"))["provenance"]["options"]["compat"], "lm-eval-0.4.9.1");
+    let begun = scores(&gemma, "gemma", &[]);
+    assert_eq!(scores(&gemma, "gemma-old", &old), begun);
+    // Which says something: without BOS they are others.
+    std::fs::copy(super::demo().join("tokenizer_config.json"), gemma.join("tokenizer_config.json")).unwrap();
+    assert_ne!(scores(&gemma, "gemma-bare", &[]), begun);
 }
 
 /// One document's log-likelihoods and greedy flags as lm-evaluation-harness has them.

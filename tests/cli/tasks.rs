@@ -124,6 +124,26 @@ fn chat_templates_wrap_prompts() {
 }
 
 #[test]
+fn plain_prompts_need_no_model() {
+    let dir = folder(&[
+        ("mine.yaml", CHOICE),
+        ("rows.jsonl", "{\"question\": \"2+2?\", \"options\": [\"3\", \"4\"], \"label\": 1}\n"),
+    ]);
+    let file = dir.path().join("mine.yaml");
+    let alone = |more: &[&str]| {
+        lowbit(dir.path()).args(["eval", "--render", "--tasks"]).arg(&file).args(more).output().unwrap()
+    };
+    let out = alone(&[]);
+    assert_eq!(lines(&out), lines(&render(dir.path(), &["--tasks", file.to_str().unwrap()])));
+    let out = alone(&["--apply-chat-template"]);
+    assert_eq!(out.status.code(), Some(3), "{}", stderr(&out));
+    assert!(stderr(&out).contains("--apply-chat-template without a model"), "{}", stderr(&out));
+    // Scoring needs one.
+    let out = lowbit(dir.path()).args(["eval", "--tasks"]).arg(&file).output().unwrap();
+    assert!(out.status.code() == Some(3) && stderr(&out).contains("MODEL"), "{}", stderr(&out));
+}
+
+#[test]
 fn mistakes_name_file_task_row_and_column() {
     let good = "{\"question\": \"q\", \"options\": [\"a\", \"b\"], \"label\": 1}\n";
     let with = |row: &str| format!("{good}{row}\n");
@@ -159,11 +179,10 @@ fn mistakes_name_file_task_row_and_column() {
             with(""),
             vec!["no data for its `test` split", "gone.jsonl", "--data"],
         ),
-        (format!("{CHOICE}metric_list:\n  - metric: accuracy\n"), with(""), vec!["`accuracy`", "acc_norm"]),
         (format!("{CHOICE}process_docs: !function utils.f\n"), with(""), vec!["Python is not run", "utils.f"]),
         (format!("{CHOICE}num_fewshot: 9\n"), with(""), vec!["9 examples"]),
     ];
-    for (yaml, rows, says) in cases {
+    for (yaml, rows, says) in cases.into_iter().chain(mistakes_of_rows()) {
         let dir = folder(&[("mine.yaml", &yaml), ("rows.jsonl", &rows)]);
         let out = render(dir.path(), &["--tasks", dir.path().join("mine.yaml").to_str().unwrap()]);
         let text = stderr(&out);
@@ -176,6 +195,142 @@ fn mistakes_name_file_task_row_and_column() {
     let out = render(dir.path(), &["--tasks", "arc_eazy"]);
     assert_eq!(out.status.code(), Some(3));
     assert!(stderr(&out).contains("unknown task `arc_eazy`") && stderr(&out).contains("arc_easy"), "{}", stderr(&out));
+}
+
+/// Task file, rows and what is said of them: rows that cannot be asked, or whose answers could not be scored.
+fn mistakes_of_rows() -> Vec<(String, String, Vec<&'static str>)> {
+    let q = |more: &str| format!("{{\"question\": \"q\"{more}}}\n");
+    let with = |good: &str, bad: &str| q(good) + &q(bad);
+    let choice = |from: &str, to: &str| CHOICE.replace(from, to);
+    // Targets and choices that are templates: the columns they are made of.
+    let letters = choice(
+        "doc_to_target: label\ndoc_to_choice: options\n",
+        "doc_to_target: '{{choices.label.index(answerKey)}}'\ndoc_to_choice: '{{choices.text}}'\n",
+    );
+    let (texts, key) =
+        (", \"choices\": {\"text\": [\"a\", \"b\"], \"label\": [\"A\", \"B\"]}", ", \"answerKey\": \"B\"");
+    let templates = [
+        (
+            choice("doc_to_target: label", "doc_to_target: '{{label}}'"),
+            with(", \"options\": [\"a\", \"b\"], \"label\": 1", ", \"options\": [\"a\", \"b\"], \"label\": 2"),
+            vec!["row 2, column `label`", "label 2 is outside the 2 choices"],
+        ),
+        (
+            letters.clone(),
+            with(&format!("{texts}{key}"), &format!("{texts}, \"answerKey\": \"Z\"")),
+            vec!["row 2, columns `answerKey`, `choices`", "'Z' is not in ['A', 'B']"],
+        ),
+        (
+            letters.clone(),
+            with(&format!("{texts}{key}"), texts),
+            vec!["row 2, column `answerKey`", "`doc_to_target` needs"],
+        ),
+        (
+            letters,
+            with(&format!("{texts}{key}"), &format!("{key}, \"choices\": {{\"text\": \"a\", \"label\": [\"B\"]}}")),
+            vec!["row 2, column `choices`", "`doc_to_choice` gives `a`"],
+        ),
+        (
+            choice("doc_to_target: label", "doc_to_target: label\ndescription: '{{about.x}}'"),
+            q(", \"options\": [\"a\", \"b\"], \"label\": 1"),
+            vec!["row 1, column `about`", "`description` needs"],
+        ),
+    ];
+    // Scoring: told before a model is asked.
+    let written = |metric: &str| {
+        choice("output_type: multiple_choice\n", "")
+            .replace("doc_to_choice: options\n", &format!("metric_list:\n  - {metric}\n"))
+    };
+    let (options, copa) = (
+        ", \"options\": [\"a\", \"b\"], \"label\": 1",
+        ", \"choice1\": \"A\", \"choice2\": \"B\", \"premise\": \"It rained.\"",
+    );
+    let cause = choice("doc_to_target: label", "doc_to_target: !function copa.doc_to_target")
+        .replace("doc_to_choice: options", "doc_to_choice: !function copa.doc_to_choice");
+    let mc2 = format!("{CHOICE}metric_list:\n  - metric: mc2\n");
+    let rag = |keys: &str| {
+        written("metric: exact_match")
+            .replace("test_split", &format!("retrieval: {{contexts: passages, {keys}}}\ntest_split"))
+    };
+    let passages = ", \"label\": \"x\", \"passages\": [\"a\", \"b\"]";
+    let scores = [
+        (
+            cause.clone(),
+            with(&format!("{copa}, \"label\": 0"), &format!("{copa}, \"label\": 3")),
+            vec!["row 2, column `label`", "expected 0 or 1, found 3"],
+        ),
+        (cause, with(&format!("{copa}, \"label\": 0"), copa), vec!["row 2, column `label`", "no such column"]),
+        (format!("{CHOICE}cluster: pasage\n"), q(options), vec!["row 1, column `pasage`", "`cluster`"]),
+        (
+            format!("{CHOICE}cluster: passage\n"),
+            with(&format!("{options}, \"passage\": 1"), options),
+            vec!["row 2, column `passage`", "`cluster`"],
+        ),
+        (mc2.clone(), q(options), vec!["row 1, column `mc2_targets`", "`labels`"]),
+        (
+            mc2,
+            q(&format!("{options}, \"mc2_targets\": {{\"labels\": [1]}}")),
+            vec!["column `mc2_targets`", "1 labels for 2 answers"],
+        ),
+        (
+            written("metric: numeric"),
+            with(", \"label\": \"1,000\"", ", \"label\": \"many\""),
+            vec!["row 2, column `label`", "`numeric`", "`many` is not a number"],
+        ),
+        (
+            written("metric: json_equal").replace("doc_to_target: label", "doc_to_target: '{{label}}'"),
+            with(", \"label\": \"{}\"", ", \"label\": \"{\""),
+            vec!["row 2, column `label`", "`json_equal`", "is not JSON"],
+        ),
+        (
+            written("metric: regex"),
+            q(", \"label\": \"(\""),
+            vec!["row 1, column `label`", "`regex`", "is not a pattern"],
+        ),
+        (
+            written("{metric: json_schema, schema_column: form}"),
+            with(", \"label\": 1, \"form\": {\"type\": \"object\"}", ", \"label\": 1, \"form\": {\"type\": \"thing\"}"),
+            vec!["row 2, column `form`", "`json_schema`", "thing"],
+        ),
+        (
+            written("{metric: json_schema, schema_column: form}"),
+            q(", \"label\": 1"),
+            vec!["row 1, column `form`", "no such column"],
+        ),
+        (
+            rag("relevant: marks"),
+            with(&format!("{passages}, \"marks\": [1, 0]"), &format!("{passages}, \"marks\": [1]")),
+            vec!["row 2, column `marks`", "1 labels for 2 contexts"],
+        ),
+        (rag("supporting: facts"), q(passages), vec!["row 1, column `facts`", "no such column"]),
+        (
+            written("metric: exact_match") + "filter_list:\n  - {name: f, filter: [{function: multi_choice_regex}]}\n",
+            q(", \"label\": \"x\""),
+            vec!["row 1", "filter `f`", "needs rows with a list `choices`"],
+        ),
+    ];
+    templates.into_iter().chain(scores).collect()
+}
+
+#[test]
+fn what_cannot_be_scored_is_rendered_all_the_same() {
+    for (keys, says) in [
+        ("metric_list:\n  - metric: accuracy\n", vec!["`metric_list`", "`accuracy`", "acc_norm"]),
+        ("metric_list:\n  - {metric: acc, aggregation: f1}\n", vec!["`acc`: unknown aggregation `f1`"]),
+        ("process_results: !function utils.f\nmetric_list:\n  - metric: em\n", vec!["`process_results`", "utils.f"]),
+    ] {
+        let row = "{\"question\": \"q\", \"options\": [\"a\", \"b\"], \"label\": 1}\n";
+        let dir = folder(&[("mine.yaml", &format!("{CHOICE}{keys}")), ("rows.jsonl", row)]);
+        let file = dir.path().join("mine.yaml");
+        assert_eq!(lines(&render(dir.path(), &["--tasks", file.to_str().unwrap()])).len(), 2);
+        // Before the model is looked for, let alone read.
+        let out = lowbit(dir.path()).args(["eval", "no/such/folder", "--tasks"]).arg(&file).output().unwrap();
+        let text = stderr(&out);
+        assert_eq!(out.status.code(), Some(3), "{text}");
+        for part in says.into_iter().chain(["mine.yaml: task `mine`"]) {
+            assert!(text.contains(part), "expected `{part}` in: {text}");
+        }
+    }
 }
 
 #[test]
@@ -205,5 +360,24 @@ fn pipelines_make_their_own_requests() {
     let second = out[1]["context"].as_str().unwrap();
     assert!(second.starts_with("System: ") && second.ends_with("User: Tool result: done\n\nAssistant:"), "{second}");
     let chat = ok(lowbit(dir.path()).args(["eval", "demo", "--render", "--apply-chat-template", "--tasks"]).arg(&file));
-    assert!(!lines(&chat)[1]["context"].as_str().unwrap().contains("User: "));
+    // The demo's template knows no tools: they are told in words.
+    let second = &lines(&chat)[1];
+    assert!(!second["context"].as_str().unwrap().contains("User: ") && second.get("tools").is_none(), "{second}");
+    assert!(second["context"].as_str().unwrap().starts_with("system: You can call these tools"), "{second}");
+    // One that knows them gets them as such.
+    let model = dir.path().join("model");
+    super::copy(&super::demo(), &model);
+    let template = "{{ tools | tojson }}{% for m in messages %}|{{ m.role }} {{ m.content }}{{ m.tool_calls | tojson if m.tool_calls else '' }}{% endfor %}|";
+    std::fs::write(model.join("chat_template.jinja"), template).unwrap();
+    let chat = ok(lowbit(dir.path()).arg("eval").arg(&model).args(["--render", "--chat", "--tasks"]).arg(&file));
+    let second = &lines(&chat)[1];
+    assert_eq!(second["tools"], json!([{"type": "function", "function": {"name": "f"}}]));
+    let context = second["context"].as_str().unwrap();
+    assert!(
+        context.starts_with("[{\"type\": \"function\", \"function\": {\"name\": \"f\"}}]|user Go|assistant [{"),
+        "{context}"
+    );
+    assert!(context.ends_with("|tool done|"), "{context}");
+    assert_eq!(second["messages"][1]["tool_calls"][0]["function"]["arguments"], json!({"a": 1}));
+    assert_eq!(second["messages"][2]["tool_call_id"], second["messages"][1]["tool_calls"][0]["id"]);
 }

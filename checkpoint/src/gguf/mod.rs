@@ -91,6 +91,21 @@ impl GgufModel {
         self.entries.iter().map(|e| (e.hf.clone(), e.shape.clone())).collect()
     }
 
+    /// Fewest bits of a quantized tensor, by its type (`Q4_K`: 4); none where all are floats.
+    pub fn bits(&self) -> Option<u32> {
+        use candle_core::quantized::GgmlDType as Type;
+        let bits = |kind: Type| match kind {
+            Type::F32 | Type::F16 | Type::BF16 => None,
+            Type::Q2K => Some(2),
+            Type::Q3K => Some(3),
+            Type::Q4_0 | Type::Q4_1 | Type::Q4K => Some(4),
+            Type::Q5_0 | Type::Q5_1 | Type::Q5K => Some(5),
+            Type::Q6K => Some(6),
+            Type::Q8_0 | Type::Q8_1 | Type::Q8K => Some(8),
+        };
+        self.content.tensor_infos.values().filter_map(|t| bits(t.ggml_dtype)).min()
+    }
+
     /// Decodes one tensor into little-endian bf16 bytes (round to nearest, ties to even).
     ///
     /// # Errors

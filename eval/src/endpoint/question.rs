@@ -6,7 +6,7 @@ use super::answer::{self, Found, Unfit};
 use super::{Api, Reply};
 use crate::engine::codec::{Encoded, RequestEncoder};
 use crate::error::{EvalError, Result};
-use crate::tasks::{Request, RequestKind};
+use crate::tasks::{Message, Request, RequestKind};
 
 /// Stop texts OpenAI's API takes; the answer is cut here by all of them.
 const MOST_STOPS: usize = 4;
@@ -71,7 +71,7 @@ pub(super) fn of(
         Question { path, body, wanted }
     };
     match &request.kind {
-        RequestKind::Generate { context, until, max_new_tokens, temperature, do_sample, messages } => {
+        RequestKind::Generate { context, until, max_new_tokens, temperature, do_sample, messages, tools } => {
             let temperature = if *do_sample { *temperature } else { 0.0 };
             let stops: Vec<&String> = until.iter().filter(|u| !u.is_empty()).take(MOST_STOPS).collect();
             let mut body = json!({"max_tokens": max_new_tokens, "temperature": temperature});
@@ -88,7 +88,10 @@ pub(super) fn of(
                     ));
                 }
                 Api::Chat => {
-                    body["messages"] = json!(messages);
+                    body["messages"] = messages.iter().map(Message::for_api).collect();
+                    if !tools.is_empty() {
+                        body["tools"] = json!(tools);
+                    }
                     "/v1/chat/completions"
                 }
                 Api::Completions => {

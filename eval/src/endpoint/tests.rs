@@ -64,7 +64,7 @@ fn options(api: Api) -> RemoteOptions {
 }
 
 fn write(doc: usize, text: &str) -> Request {
-    let messages = vec![Message { role: "user".into(), content: text.into() }];
+    let messages = vec![Message::new("user", text)];
     let kind = RequestKind::Generate {
         context: text.into(),
         until: ["a", "b", "c", "d", "!"].map(str::to_owned).to_vec(),
@@ -72,6 +72,7 @@ fn write(doc: usize, text: &str) -> Request {
         temperature: 0.5,
         do_sample: false,
         messages,
+        tools: Vec::new(),
     };
     Request { task: "t".into(), doc, idx: 0, kind }
 }

@@ -275,6 +275,7 @@ mod tests {
                 temperature: 0.0,
                 do_sample: false,
                 messages: vec![],
+                tools: vec![],
             })
         };
         let Encoded::Prompt(p) = encoder.encode(0, &generate("abcdef", 2)).unwrap() else { panic!("scored") };

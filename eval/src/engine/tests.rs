@@ -45,7 +45,15 @@ fn requests() -> Vec<Request> {
         all.push(request(
             6 + doc,
             0,
-            RequestKind::Generate { context, until, max_new_tokens: 8, temperature, do_sample, messages: vec![] },
+            RequestKind::Generate {
+                context,
+                until,
+                max_new_tokens: 8,
+                temperature,
+                do_sample,
+                messages: vec![],
+                tools: vec![],
+            },
         ));
     }
     all

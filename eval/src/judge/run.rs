@@ -138,6 +138,7 @@ fn question(case: &Case<'_>, messages: Vec<Message>) -> Request {
         temperature,
         do_sample: temperature > 0.0,
         messages,
+        tools: Vec::new(),
     };
     Request { task: format!("{} ({})", case.task, case.spec.name()), doc: case.doc, idx: 0, kind }
 }

@@ -181,6 +181,8 @@ pub struct TaskConfig {
     pub filters: Vec<FilterChain>,
     /// Metrics.
     pub metrics: Vec<MetricSpec>,
+    /// Why answers cannot be scored, though requests can be made: the key of what is not there, and a reason.
+    pub unscored: Option<(String, String)>,
     /// Column whose equal values form a cluster.
     pub cluster: Option<String>,
     /// Retrieval or agent task.

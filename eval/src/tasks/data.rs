@@ -1,5 +1,6 @@
 //! Rows of a data set: JSON lines (also gzipped), JSON arrays, CSV and Parquet.
 
+mod card;
 mod columns;
 mod csv;
 mod find;
@@ -94,7 +95,15 @@ fn parse_plain(file: &Path, name: &str, bytes: Vec<u8>) -> Result<Numbered> {
         }
         Ok(out)
     } else if name.ends_with(".json") {
-        let value: Json = serde_json::from_str(text).map_err(|e| wrong(e.line(), format!("not JSON: {e}")))?;
+        let value: Json = match serde_json::from_str(text) {
+            Ok(value) => value,
+            // Lines of objects often go by this name, too.
+            Err(e) => {
+                let lines = text.lines().filter(|l| !l.trim().is_empty()).map(serde_json::from_str);
+                let lines: std::result::Result<Vec<Json>, _> = lines.collect();
+                Json::Array(lines.map_err(|_| wrong(e.line(), format!("not JSON: {e}")))?)
+            }
+        };
         let Json::Array(items) = value else {
             return Err(wrong(1, "expected an array of objects (one object a line is .jsonl)".into()));
         };
@@ -119,6 +128,31 @@ mod tests {
         (dir, path)
     }
 
+    /// The same row, as a Parquet file.
+    fn parquet() -> Vec<u8> {
+        use parquet::data_type::{ByteArray, ByteArrayType, Int64Type};
+        use parquet::file::writer::SerializedFileWriter;
+        let schema = "message m { REQUIRED BYTE_ARRAY q (UTF8); REQUIRED INT64 n; }";
+        let schema = Arc::new(parquet::schema::parser::parse_message_type(schema).unwrap());
+        let mut writer = SerializedFileWriter::new(Vec::new(), schema, Arc::default()).unwrap();
+        let mut group = writer.next_row_group().unwrap();
+        let mut column = group.next_column().unwrap().unwrap();
+        column.typed::<ByteArrayType>().write_batch(&[ByteArray::from("a, \"b\"")], None, None).unwrap();
+        column.close().unwrap();
+        let mut column = group.next_column().unwrap().unwrap();
+        column.typed::<Int64Type>().write_batch(&[1], None, None).unwrap();
+        column.close().unwrap();
+        group.close().unwrap();
+        writer.into_inner().unwrap()
+    }
+
+    #[test]
+    fn lines_of_objects_may_be_called_json() {
+        let (_dir, path) = write("a.json", b"{\"n\": 1}\n{\"n\": 2}\n");
+        let rows = read(&[path]).unwrap().rows;
+        assert_eq!((rows.len(), &rows[1].values["n"], rows[1].row), (2, &json!(2), 2));
+    }
+
     #[test]
     fn formats_give_the_same_rows() {
         let want = json!({"q": "a, \"b\"", "n": 1});
@@ -129,6 +163,7 @@ mod tests {
             ("a.json", b"[{\"q\": \"a, \\\"b\\\"\", \"n\": 1}]".to_vec()),
             ("a.csv", b"q,n\n\"a, \"\"b\"\"\",1\n".to_vec()),
             ("a.jsonl.gz", gz.finish().unwrap()),
+            ("a.parquet", parquet()),
         ] {
             let (_dir, path) = write(name, &bytes);
             let rows = read(&[path]).unwrap();

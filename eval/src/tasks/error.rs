@@ -67,11 +67,7 @@ pub enum TaskError {
         problem: String,
     },
     /// A row is not what the task needs.
-    #[error(
-        "{}: row {row}{}: task `{task}`: {problem}",
-        file.display(),
-        column.as_ref().map_or(String::new(), |c| format!(", column `{c}`"))
-    )]
+    #[error("{}: row {row}{}: task `{task}`: {problem}", file.display(), named(columns))]
     Row {
         /// Data file.
         file: PathBuf,
@@ -79,8 +75,8 @@ pub enum TaskError {
         task: String,
         /// Row, from 1 (line for JSON lines).
         row: usize,
-        /// Column, where one is to blame.
-        column: Option<String>,
+        /// Columns, where some are to blame.
+        columns: Vec<String>,
         /// Expected and found.
         problem: String,
     },
@@ -104,4 +100,13 @@ pub enum TaskError {
         /// Found.
         found: String,
     },
+}
+
+/// `, column `x``, or `, columns `x`, `y``.
+fn named(columns: &[String]) -> String {
+    match columns {
+        [] => String::new(),
+        [one] => format!(", column `{one}`"),
+        several => format!(", columns `{}`", several.join("`, `")),
+    }
 }

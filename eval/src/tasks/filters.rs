@@ -23,6 +23,13 @@ pub enum FilterStep {
         /// Remove these from text and choices first.
         regexes_to_ignore: Vec<Pattern>,
     },
+    /// The tags of the pairs `('word', 'TAG')`, as Python prints a list of them.
+    RegexPos {
+        /// A pair.
+        pair: Pattern,
+        /// For a text without pairs.
+        fallback: String,
+    },
     /// Strip white space at both ends.
     RemoveWhitespace,
     /// Lower case.
@@ -67,14 +74,15 @@ impl RegexStep {
     }
 }
 
-const KNOWN: &str = "regex, multi_choice_regex, remove_whitespace, lowercase, uppercase, map, take_first, take_first_k and majority_vote";
+const KNOWN: &str = "regex, multi_choice_regex, regex_pos, remove_whitespace, lowercase, uppercase, map, take_first, take_first_k and majority_vote";
 
 impl FilterStep {
     /// Reads `{function: name, ...}`.
     pub fn parse(value: &Json) -> Result<Self, String> {
         let name = value.get("function").and_then(Json::as_str).ok_or("a step needs its `function`")?;
         let allowed: &[&str] = match name {
-            "regex" => &["regex_pattern", "group_select", "fallback"],
+            // The first two change nothing in lm-eval's `regex_pos` either.
+            "regex" | "regex_pos" => &["regex_pattern", "group_select", "fallback"],
             "multi_choice_regex" => {
                 &["regex_pattern", "group_select", "fallback", "ignore_case", "ignore_punctuation", "regexes_to_ignore"]
             }
@@ -90,6 +98,13 @@ impl FilterStep {
                 ignore_punctuation: flag(value, "ignore_punctuation")?,
                 regexes_to_ignore: patterns(value, "regexes_to_ignore")?,
             },
+            "regex_pos" => {
+                let fallback = value.get("fallback").filter(|f| !f.is_null()).map(python::json_to_str);
+                Self::RegexPos {
+                    pair: Pattern::new(r"\('([^']*)', '([^']*)'\)")?,
+                    fallback: fallback.unwrap_or_else(|| "['invalid']".into()),
+                }
+            }
             "remove_whitespace" => Self::RemoveWhitespace,
             "lowercase" => Self::Lowercase,
             "uppercase" => Self::Uppercase,
@@ -133,6 +148,10 @@ impl FilterStep {
                         .unwrap_or_else(|| regex.fallback.clone())
                 })
             }
+            Self::RegexPos { pair, fallback } => each(&|t| {
+                let tags: Vec<String> = pair.find_all(t).into_iter().filter_map(|p| p.into_iter().nth(1)).collect();
+                if tags.is_empty() { fallback.clone() } else { python::json_to_str(&tags.into()) }
+            }),
             Self::RemoveWhitespace => each(&|t| python::strip(t).to_owned()),
             Self::Lowercase => each(&str::to_lowercase),
             Self::Uppercase => each(&str::to_uppercase),
@@ -272,6 +291,15 @@ mod tests {
         assert_eq!(
             run(step, &["(B) is it", "guilty of romance!", "answer: C", "?"], Some(choices)),
             ["B", "(B)", "(C)", "[invalid]"]
+        );
+    }
+
+    #[test]
+    fn tags_of_words() {
+        let step = json!({"function": "regex_pos"});
+        assert_eq!(
+            run(step, &["[('Ile', 'NOUN'), ('ni', 'VERB')] so", "none"], None),
+            ["['NOUN', 'VERB']", "['invalid']"]
         );
     }
 

@@ -75,7 +75,7 @@ impl Task {
     }
 
     /// Question and rubric of a document.
-    fn judged(&self, head: &DocumentHead, spec: &JudgeSpec) -> Result<(String, String)> {
+    pub(super) fn judged(&self, head: &DocumentHead, spec: &JudgeSpec) -> Result<(String, String)> {
         let [question, rubric] = Self::judge_keys(spec);
         let asked = match &spec.question {
             Some(_) => self.rendered(head, &question)?,

@@ -1,6 +1,8 @@
 //! What counts for one document: the comparison of an answer with its target.
 
-use serde_json::Value as Json;
+use std::borrow::Cow;
+
+use serde_json::{Map, Value as Json};
 
 use super::config::{Aggregation, OutputType};
 use super::filters::patterns;
@@ -109,6 +111,11 @@ const KNOWN: &str = "acc, acc_norm, acc_bytes, acc_mutual_info, mc2, exact_match
                      judge_pairwise";
 
 impl Metric {
+    /// Whether there is a metric of that name.
+    pub fn known(name: &str, pipeline: Option<&Pipeline>) -> bool {
+        KNOWN.split(", ").any(|known| known == name) || pipeline.is_some_and(|p| p.metric(name).is_some())
+    }
+
     /// Reads one entry of `metric_list`.
     pub fn parse(name: &str, entry: &Json, output: OutputType, pipeline: Option<&Pipeline>) -> Result<Self, String> {
         use OutputType::{Generate, LogLikelihood, MultipleChoice, Rolling};
@@ -192,15 +199,33 @@ impl Metric {
         }
     }
 
+    /// Whether this metric can compare a text with the targets of `row`: what is wrong, and the column where it is not the target's.
+    pub fn check_row(&self, targets: &[String], row: &Map<String, Json>) -> Result<(), (Option<&str>, String)> {
+        match self {
+            Self::JsonSchema(schema) => {
+                let column = match schema {
+                    Schema::Inline(_) => None,
+                    Schema::Column(column) => Some(column.as_str()),
+                };
+                schema.of(row).map(|_| ()).map_err(|p| (column, p))
+            }
+            _ => targets.iter().try_for_each(|t| self.check_target(t)).map_err(|p| (None, p)),
+        }
+    }
+
+    fn check_target(&self, target: &str) -> Result<(), String> {
+        match self {
+            Self::Numeric { .. } if number(target).is_none() => Err(format!("the target `{target}` is not a number")),
+            Self::JsonEqual if json_schema::read(target).is_none() => Err(format!("the target `{target}` is not JSON")),
+            Self::Regex(None) => Pattern::new(target).map(|_| ()),
+            _ => Ok(()),
+        }
+    }
+
     /// The value of a metric of generated text; `None` for a metric of another kind.
     ///
     /// With several targets the best counts.
-    pub fn of_text(
-        &self,
-        text: &str,
-        targets: &[String],
-        row: &serde_json::Map<String, Json>,
-    ) -> Result<Option<f64>, String> {
+    pub fn of_text(&self, text: &str, targets: &[String], row: &Map<String, Json>) -> Result<Option<f64>, String> {
         let yes = |b: bool| Ok(Some(f64::from(u8::from(b))));
         match self {
             Self::ExactMatch(n) => {
@@ -225,17 +250,7 @@ impl Metric {
                 yes(right)
             }
             Self::JsonSchema(schema) => {
-                let schema = match schema {
-                    Schema::Inline(schema) => schema.clone(),
-                    Schema::Column(column) => match row.get(column) {
-                        Some(Json::String(text)) => {
-                            serde_json::from_str(text).map_err(|e| format!("column `{column}` is not JSON: {e}"))?
-                        }
-                        Some(other) => other.clone(),
-                        None => return Err(format!("the row has no column `{column}`, which should hold the schema")),
-                    },
-                };
-                json_schema::check(&schema)?;
+                let schema = schema.of(row)?;
                 yes(json_schema::read(text).is_some_and(|v| json_schema::valid(&schema, &v)))
             }
             Self::JsonEqual => {
@@ -253,6 +268,25 @@ impl Metric {
     }
 }
 
+impl Schema {
+    /// The schema of a row, one that is understood.
+    fn of<'a>(&'a self, row: &'a Map<String, Json>) -> Result<Cow<'a, Json>, String> {
+        let schema = match self {
+            // Checked when the task file was read.
+            Self::Inline(schema) => return Ok(Cow::Borrowed(schema)),
+            Self::Column(column) => match row.get(column) {
+                Some(Json::String(text)) => {
+                    Cow::Owned(serde_json::from_str(text).map_err(|e| format!("the schema is not JSON: {e}"))?)
+                }
+                Some(other) => Cow::Borrowed(other),
+                None => return Err("the row has no such column, which should hold the schema".into()),
+            },
+        };
+        json_schema::check(&schema)?;
+        Ok(schema)
+    }
+}
+
 const NORMALIZE: &[&str] = &["ignore_case", "ignore_punctuation", "ignore_numbers", "regexes_to_ignore"];
 
 /// A number as people write it: `$1,234.50`, `12 %` (the sign is dropped), `1e-3`.
@@ -264,7 +298,7 @@ fn number(text: &str) -> Option<f64> {
 
 #[cfg(test)]
 mod tests {
-    use serde_json::{Map, json};
+    use serde_json::json;
 
     use super::*;
 
@@ -301,6 +335,12 @@ mod tests {
         );
         assert_eq!(value("json_equal", json!({}), "{\"b\": [1], \"a\": 2.0}", &["{\"a\": 2, \"b\": [1]}"]), 1.0);
         assert!((value("rouge_l", json!({}), "the cat sat", &["the cat", "a dog"]) - 0.8).abs() < 1e-12);
+    }
+
+    #[test]
+    fn names_are_known() {
+        assert!(["acc", "judge", "judge_pairwise", "rouge_l", "perplexity"].iter().all(|n| Metric::known(n, None)));
+        assert!(!Metric::known("bleu", None) && !Metric::known("tool_calls", None) && !Metric::known("", None));
     }
 
     #[test]

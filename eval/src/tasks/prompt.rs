@@ -2,6 +2,7 @@
 
 use lowbit_checkpoint::CheckpointError;
 use lowbit_checkpoint::chat_template::{ChatTemplate, Message as TemplateMessage};
+use serde_json::{Map, Value as Json, json};
 
 use super::python::{ends_with_space, starts_with_space};
 use super::request::Message;
@@ -9,18 +10,23 @@ use super::request::Message;
 /// A turn, with what follows it in plain text.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Turn {
-    /// `system`, `user` or `assistant`.
+    /// `system`, `user`, `assistant` or `tool`.
     pub role: String,
     /// Text.
     pub content: String,
     /// Added behind it in plain text only.
     pub delimiter: String,
+    /// Calls of tools, as in [`Message`].
+    pub tool_calls: Vec<Json>,
+    /// The call that a tool's result answers.
+    pub tool_call_id: Option<String>,
 }
 
 impl Turn {
     /// A turn that nothing follows.
     pub fn new(role: &str, content: impl Into<String>) -> Self {
-        Self { role: role.into(), content: content.into(), delimiter: String::new() }
+        let (role, content) = (role.into(), content.into());
+        Self { role, content, delimiter: String::new(), tool_calls: Vec::new(), tool_call_id: None }
     }
 }
 
@@ -41,7 +47,13 @@ impl ChatOptions<'_> {
     /// The messages a template is given: as many as turns, or one for all between the system's and an answer begun.
     pub fn messages(&self, turns: Vec<Turn>) -> Vec<Message> {
         let turns = if self.multiturn { turns } else { one_turn(turns) };
-        turns.into_iter().map(|t| Message { role: t.role, content: t.content }).collect()
+        let message = |t: Turn| Message {
+            role: t.role,
+            content: t.content,
+            tool_calls: t.tool_calls,
+            tool_call_id: t.tool_call_id,
+        };
+        turns.into_iter().map(message).collect()
     }
 }
 
@@ -117,6 +129,12 @@ pub fn render(turns: Vec<Turn>, chat: &ChatOptions<'_>, continues: bool) -> Resu
     })
 }
 
+/// The text of a conversation with tools, through a template that knows them.
+pub fn render_tools(template: &ChatTemplate, messages: &[Message], tools: &[Json]) -> Result<String, CheckpointError> {
+    let tools = (!tools.is_empty()).then(|| Json::from(tools));
+    template.render_request(&json!(messages), tools.as_ref(), &Map::new(), true)
+}
+
 /// All turns between the system's and an answer already begun, as one user message.
 fn one_turn(mut turns: Vec<Turn>) -> Vec<Turn> {
     let mut out = Vec::new();
@@ -180,6 +198,22 @@ mod tests {
             render(turns(Some("It is")), &chat, true).unwrap(),
             "<system>S. </>\n<user>Q1 It is A1\n\nQ2</>\n<assistant>It is"
         );
+    }
+
+    #[test]
+    fn calls_go_through_a_template_as_such() {
+        let source = "{{ tools[0].function.name }}{% for m in messages %}|{{ m.role }} {{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function.arguments.a + 1 }}{% endfor %}{{ m.tool_call_id or '' }}{% endfor %}";
+        let template = ChatTemplate::compile("chat".into(), source, Vec::new()).unwrap();
+        let call = json!({"id": "c", "type": "function", "function": {"name": "f", "arguments": {"a": 1}}});
+        let called = Message { tool_calls: vec![call], ..Message::new("assistant", "") };
+        let result = Message { tool_call_id: Some("c".into()), ..Message::new("tool", "done") };
+        let tools = [json!({"type": "function", "function": {"name": "f"}})];
+        let text = render_tools(&template, &[called.clone(), result.clone()], &tools).unwrap();
+        assert_eq!(text, "f|assistant 2|tool donec");
+        let call = json!({"id": "c", "type": "function", "function": {"name": "f", "arguments": "{\"a\":1}"}});
+        assert_eq!(called.for_api(), json!({"role": "assistant", "content": null, "tool_calls": [call]}));
+        assert_eq!(result.for_api(), json!({"role": "tool", "content": "done", "tool_call_id": "c"}));
+        assert_eq!(json!(Message::new("user", "x")), json!({"role": "user", "content": "x"}));
     }
 
     #[test]

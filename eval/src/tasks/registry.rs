@@ -71,7 +71,9 @@ impl Registry {
         let mut map = yaml::load(&place)?;
         let wrong = |problem: String| TaskError::File { file: place.path(), problem };
         if let Some(name) = map.get("group").and_then(Json::as_str).map(str::to_owned) {
-            let group = group(&map).map_err(|p| wrong(format!("group `{name}`: {p}")))?;
+            let mut nested = Vec::new();
+            let group = group(&map, &mut nested).map_err(|p| wrong(format!("group `{name}`: {p}")))?;
+            self.groups.extend(nested);
             self.groups.insert(name.clone(), group);
             return Ok(vec![name]);
         }
@@ -265,7 +267,8 @@ fn yaml_files(dir: &Path, out: &mut Vec<PathBuf>) -> std::io::Result<()> {
     Ok(())
 }
 
-fn group(map: &Map<String, Json>) -> std::result::Result<Group, String> {
+/// A group; those written out inside it are put into `nested`, by their names.
+fn group(map: &Map<String, Json>, nested: &mut Vec<(String, Group)>) -> std::result::Result<Group, String> {
     let known = ["group", "group_alias", "task", "aggregate_metric_list", "metadata", "tag"];
     if let Some(key) = map.keys().find(|k| !known.contains(&k.as_str())) {
         return Err(format!("unknown key `{key}`; there are {}", known.join(", ")));
@@ -279,6 +282,12 @@ fn group(map: &Map<String, Json>) -> std::result::Result<Group, String> {
     for member in list {
         match member {
             Json::String(name) => members.push((name, Map::new())),
+            Json::Object(keys) if keys.contains_key("group") => {
+                let name = keys.get("group").and_then(Json::as_str).ok_or("`group`: expected a name")?.to_owned();
+                let own = group(&keys, nested).map_err(|p| format!("group `{name}`: {p}"))?;
+                nested.push((name.clone(), own));
+                members.push((name, Map::new()));
+            }
             Json::Object(mut keys) => match keys.remove("task") {
                 Some(Json::String(name)) => members.push((name, keys)),
                 _ => return Err("a member with keys of its own needs its `task`".into()),
@@ -317,7 +326,8 @@ mod tests {
     fn everything_shipped_parses() {
         let r = Registry::shipped().unwrap();
         for (name, (place, map)) in &r.tasks {
-            config::parse(place, map).unwrap_or_else(|e| panic!("{name}: {e}"));
+            let config = config::parse(place, map).unwrap_or_else(|e| panic!("{name}: {e}"));
+            assert_eq!(config.unscored, None, "{name}");
         }
         assert_eq!(r.tasks.keys().filter(|t| t.starts_with("mmlu_")).count(), 57);
         for name in [
@@ -346,6 +356,26 @@ mod tests {
         assert_eq!((wanted.len(), groups.len(), groups[0].members.len()), (57, 5, 57));
         assert_eq!(groups[0].name, "mmlu");
         assert_eq!(groups[1].members.len(), 19);
+    }
+
+    #[test]
+    fn groups_may_be_written_inside_groups() {
+        let dir = tempfile::tempdir().unwrap();
+        let all = "group: all\ntask:\n  - piqa\n  - group: science\n    task:\n      - arc_easy\n      - {task: arc_challenge, num_fewshot: 3}\n    aggregate_metric_list:\n      - metric: acc\n";
+        std::fs::write(dir.path().join("all.yaml"), all).unwrap();
+        let mut r = Registry::shipped().unwrap();
+        r.add_folder(dir.path()).unwrap();
+        let (mut wanted, mut groups) = (Vec::new(), Vec::new());
+        let labels = r.expand("all", None, &Map::new(), &mut wanted, &mut groups, &mut Vec::new()).unwrap();
+        assert_eq!(labels, ["piqa", "arc_easy", "arc_challenge"]);
+        assert_eq!(wanted[2].2.get("num_fewshot"), Some(&Json::from(3)));
+        let named: Vec<(&str, usize, usize)> =
+            groups.iter().map(|g| (g.name.as_str(), g.members.len(), g.metrics.len())).collect();
+        assert_eq!(named, [("all", 3, 0), ("science", 2, 1)]);
+        std::fs::write(dir.path().join("all.yaml"), "group: all\ntask:\n  - group: inner\n    tasks: [piqa]\n")
+            .unwrap();
+        let e = r.add_folder(dir.path()).unwrap_err().to_string();
+        assert!(e.contains("group `all`: group `inner`: unknown key `tasks`"), "{e}");
     }
 
     #[test]

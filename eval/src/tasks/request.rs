@@ -1,6 +1,7 @@
 //! What a task asks of a model, and the model's answer.
 
 use serde::{Deserialize, Serialize};
+use serde_json::{Value as Json, json};
 
 /// One question to the model: the `idx`-th of document `doc` of `task`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -17,12 +18,46 @@ pub struct Request {
 }
 
 /// A message of a conversation.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Message {
-    /// `system`, `user`, `assistant`.
+    /// `system`, `user`, `assistant`, `tool`.
     pub role: String,
     /// Text.
     pub content: String,
+    /// An assistant's calls of tools, in OpenAI's form but for their arguments, which are objects: as templates take them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub tool_calls: Vec<Json>,
+    /// Of what a tool returned: the call it answers.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tool_call_id: Option<String>,
+}
+
+impl Message {
+    /// A text.
+    pub fn new(role: impl Into<String>, content: impl Into<String>) -> Self {
+        Self { role: role.into(), content: content.into(), ..Self::default() }
+    }
+
+    /// As OpenAI's API takes it: arguments are text, and calls alone have no content.
+    pub fn for_api(&self) -> Json {
+        let mut out = json!({"role": self.role, "content": self.content});
+        let text = |mut call: Json| {
+            if let Some(arguments) = call.pointer_mut("/function/arguments").filter(|a| !a.is_string()) {
+                *arguments = arguments.to_string().into();
+            }
+            call
+        };
+        if !self.tool_calls.is_empty() {
+            out["tool_calls"] = self.tool_calls.iter().cloned().map(text).collect();
+            if self.content.is_empty() {
+                out["content"] = Json::Null;
+            }
+        }
+        if let Some(id) = &self.tool_call_id {
+            out["tool_call_id"] = id.as_str().into();
+        }
+        out
+    }
 }
 
 /// The kinds of question; named as lm-evaluation-harness names them.
@@ -63,6 +98,9 @@ pub enum RequestKind {
         /// message of the assistant is the start of the answer.
         #[serde(default, skip_serializing_if = "Vec::is_empty")]
         messages: Vec<Message>,
+        /// Tools that the conversation may call, in OpenAI's form, where they are not told in words.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        tools: Vec<Json>,
     },
 }
 

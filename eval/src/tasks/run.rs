@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value as Json;
 
 use super::aggregate::Scores;
+use super::config::OutputType;
 use super::error::{Result, TaskError};
 use super::item::Item;
 use super::prompt::ChatOptions;
@@ -124,8 +125,28 @@ impl Suite {
         out
     }
 
-    /// Renders every task.
+    /// Documents of a plan by the name they were asked for, as a verdict pairs them: without rolled texts, whose perplexity is
+    /// judged otherwise.
+    pub fn sizes(&self, plan: &Plan) -> BTreeMap<String, u64> {
+        let families = self.families();
+        let mut out = BTreeMap::new();
+        for (index, _, _) in &plan.documents {
+            let Some(task) = self.tasks.get(*index).filter(|t| t.config.output_type != OutputType::Rolling) else {
+                continue;
+            };
+            let family = families.iter().find(|(_, labels)| labels.contains(&task.label));
+            *out.entry(family.map_or(&task.label, |f| f.0).clone()).or_insert(0) += 1;
+        }
+        out
+    }
+
+    /// Renders every task, to be answered and scored.
     pub fn plan(&self, chat: ChatOptions<'_>, limit: Option<usize>) -> Result<Plan> {
+        for config in self.tasks.iter().map(|t| &t.config) {
+            if let Some((key, problem)) = config.unscored.clone() {
+                return Err(TaskError::Setting { file: config.file.clone(), task: config.task.clone(), key, problem });
+            }
+        }
         let mut plan = Plan::default();
         for (index, task) in self.tasks.iter().enumerate() {
             for rendered in task.documents(chat, limit) {

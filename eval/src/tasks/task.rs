@@ -16,7 +16,7 @@ use super::error::{Result, TaskError};
 use super::metrics::Metric;
 use super::pipeline::Pipeline;
 use super::python::{self, literal_eval};
-use super::template::Templates;
+use super::template::{RenderError, Templates};
 use super::twins::{self, Twin, Unfit};
 
 pub(in crate::tasks) use evaluate::keyed;
@@ -92,7 +92,7 @@ impl Task {
                         file: row.file.as_path().to_owned(),
                         task: config.task.clone(),
                         row: row.row,
-                        column: Some(unfit.column),
+                        columns: vec![unfit.column],
                         problem: unfit.problem,
                     })
                 })
@@ -134,18 +134,39 @@ impl Task {
         self.docs.is_empty()
     }
 
-    fn wrong(&self, doc: &Doc, column: Option<&str>, problem: impl Into<String>) -> TaskError {
+    fn wrong(&self, doc: &Doc, columns: &[&str], problem: impl Into<String>) -> TaskError {
         TaskError::Row {
             file: doc.file.as_path().to_owned(),
             task: self.config.task.clone(),
             row: doc.row,
-            column: column.map(str::to_owned),
+            columns: columns.iter().map(|c| (*c).to_owned()).collect(),
             problem: problem.into(),
         }
     }
 
     fn unfit(&self, doc: &Doc, unfit: Unfit) -> TaskError {
-        self.wrong(doc, Some(&unfit.column).filter(|c| !c.is_empty()).map(String::as_str), unfit.problem)
+        let columns: Vec<&str> = Some(unfit.column.as_str()).filter(|c| !c.is_empty()).into_iter().collect();
+        self.wrong(doc, &columns, unfit.problem)
+    }
+
+    /// The columns that the value at `key` is made of: the one it names, or those of its template.
+    fn columns_of<'a>(&'a self, key: &str, field: &'a Field) -> Vec<&'a str> {
+        match field {
+            Field::Text(text) if self.columns.contains(text) => vec![text.as_str()],
+            Field::Text(_) => self.templates.names(key).iter().map(String::as_str).collect(),
+            Field::Index(_) | Field::List(_) | Field::Twin(_) => Vec::new(),
+        }
+    }
+
+    /// A template that does not render is the fault of a column that is missing, or else of those it is made of.
+    fn unrendered(&self, doc: &Doc, key: &str, error: &RenderError) -> TaskError {
+        match error.names.iter().find(|n| error.undefined && !doc.values.contains_key(*n)) {
+            Some(name) => self.wrong(doc, &[name.as_str()], format!("`{key}` needs this column")),
+            None => {
+                let names: Vec<&str> = error.names.iter().map(String::as_str).collect();
+                self.wrong(doc, &names, format!("`{key}`: {}", error.problem))
+            }
+        }
     }
 
     /// A column raw, or a rendered template.
@@ -153,18 +174,13 @@ impl Task {
         if self.columns.contains(text) {
             return match doc.values.get(text) {
                 Some(value) => Ok(TextValue::Column(value.clone())),
-                None => Err(self.wrong(doc, Some(text), format!("`{key}` needs this column"))),
+                None => Err(self.wrong(doc, &[text], format!("`{key}` needs this column"))),
             };
         }
-        let rendered = self.templates.render(key, &doc.value).map_err(|e| {
-            match e.names.iter().find(|n| !doc.values.contains_key(*n)) {
-                Some(name) => self.wrong(doc, Some(name), format!("`{key}` needs this column")),
-                None => self.wrong(doc, None, format!("`{key}`: {}", e.problem)),
-            }
-        })?;
+        let rendered = self.templates.render(key, &doc.value).map_err(|e| self.unrendered(doc, key, &e))?;
         if is_name(text) {
             // A bare name is a column, not a text to be shown.
-            return Err(self.wrong(doc, Some(text), format!("`{key}` names this column and the data has none of it")));
+            return Err(self.wrong(doc, &[text], format!("`{key}` names this column and the data has none of it")));
         }
         Ok(TextValue::Rendered(rendered))
     }
@@ -173,7 +189,7 @@ impl Task {
     fn doc_to_text(&self, doc: &Doc, key: &str, field: &Field) -> Result<Json> {
         match field {
             Field::Index(n) => Ok((*n).into()),
-            Field::List(_) => Err(self.wrong(doc, None, format!("`{key}` is a list"))),
+            Field::List(_) => Err(self.wrong(doc, &[], format!("`{key}` is a list"))),
             Field::Twin(twin) => twins::value(*twin, &doc.values).map_err(|u| self.unfit(doc, u)),
             Field::Text(text) => Ok(match self.text_of(doc, key, text)? {
                 TextValue::Column(value) => value,
@@ -211,31 +227,28 @@ impl Task {
 
     /// `doc_to_choice`: the texts to choose among.
     fn doc_to_choice(&self, doc: &Doc, key: &str, field: &Field) -> Result<Vec<String>> {
-        let column = match field {
-            Field::Text(text) if self.columns.contains(text) => Some(text.as_str()),
-            _ => None,
-        };
+        let columns = self.columns_of(key, field);
         let value = match field {
-            Field::Index(n) => return Err(self.wrong(doc, None, format!("`{key}`: expected a list, found {n}"))),
+            Field::Index(n) => return Err(self.wrong(doc, &[], format!("`{key}`: expected a list, found {n}"))),
             Field::List(list) => Json::Array(list.clone()),
             Field::Twin(twin) => twins::value(*twin, &doc.values).map_err(|u| self.unfit(doc, u))?,
             Field::Text(text) => match self.text_of(doc, key, text)? {
                 TextValue::Column(value) => value,
                 TextValue::Rendered(text) => literal_eval(&text)
-                    .map_err(|p| self.wrong(doc, None, format!("`{key}` gives `{text}`, which is {p}")))?,
+                    .map_err(|p| self.wrong(doc, &columns, format!("`{key}` gives `{text}`, which is {p}")))?,
             },
         };
         let Json::Array(items) = value else {
-            return Err(self.wrong(doc, column, format!("`{key}`: expected a list of choices, found {value}")));
+            return Err(self.wrong(doc, &columns, format!("`{key}`: expected a list of choices, found {value}")));
         };
         if items.is_empty() {
-            return Err(self.wrong(doc, column, format!("`{key}` gives no choices")));
+            return Err(self.wrong(doc, &columns, format!("`{key}` gives no choices")));
         }
         items
             .into_iter()
             .map(|item| match item {
                 Json::String(text) => Ok(text),
-                other => Err(self.wrong(doc, column, format!("`{key}`: expected texts, found {other}"))),
+                other => Err(self.wrong(doc, &columns, format!("`{key}`: expected texts, found {other}"))),
             })
             .collect()
     }
@@ -248,10 +261,7 @@ impl Task {
         if let (true, Some(value)) = (doc.values.contains_key(text), doc.values.get(text)) {
             return Ok(python::json_to_str(value));
         }
-        self.templates.render(key, &doc.value).map_err(|e| {
-            let column = e.names.iter().find(|n| !doc.values.contains_key(*n));
-            self.wrong(doc, column.map(String::as_str), format!("`{key}`: {}", e.problem))
-        })
+        self.templates.render(key, &doc.value).map_err(|e| self.unrendered(doc, key, &e))
     }
 }
 
@@ -268,10 +278,7 @@ impl Task {
     /// A template of the file, of a document.
     pub(super) fn rendered(&self, head: &DocumentHead, key: &str) -> Result<String> {
         let doc = self.document(head)?;
-        self.templates.render(key, &doc.value).map_err(|e| {
-            let column = e.names.iter().find(|n| !doc.values.contains_key(*n));
-            self.wrong(doc, column.map(String::as_str), format!("`{key}`: {}", e.problem))
-        })
+        self.templates.render(key, &doc.value).map_err(|e| self.unrendered(doc, key, &e))
     }
 
     /// `doc_to_text` of a document, without examples.

@@ -26,6 +26,8 @@ pub struct Templates {
 pub struct RenderError {
     /// Columns the template names, for the caller to find the one that is not there.
     pub names: Vec<String>,
+    /// Whether something it names is not there.
+    pub undefined: bool,
     /// What went wrong.
     pub problem: String,
 }
@@ -71,15 +73,23 @@ impl Templates {
         self.env.add_template_owned(key.to_owned(), source).map_err(wrong)?;
         let template = self.env.get_template(key).map_err(wrong)?;
         let mut names: Vec<String> = template.undeclared_variables(false).into_iter().collect();
+        // `range` and its like are no columns.
+        names.retain(|n| self.env.globals().all(|(global, _)| global != n));
         names.sort();
         self.needs.insert(key.to_owned(), names);
         Ok(())
     }
 
+    /// The columns that the template under `key` names.
+    pub fn names(&self, key: &str) -> &[String] {
+        self.needs.get(key).map_or(&[], Vec::as_slice)
+    }
+
     /// Renders with the columns of `row`.
     pub fn render(&self, key: &str, row: &Value) -> Result<String, RenderError> {
         self.env.get_template(key).and_then(|t| with_stack(t.source(), || t.render(row))).map_err(|e| RenderError {
-            names: self.needs.get(key).cloned().unwrap_or_default(),
+            names: self.names(key).to_vec(),
+            undefined: e.kind() == ErrorKind::UndefinedError,
             problem: e.detail().map_or_else(|| e.kind().to_string(), str::to_owned),
         })
     }
@@ -115,6 +125,9 @@ fn join(items: &Value, separator: Option<&str>, kwargs: Kwargs) -> Result<String
 
 /// Python's methods of strings and lists; the rest is left to minijinja's own.
 fn method(state: &mut State<'_, '_>, value: &Value, name: &str, args: &[Value]) -> Result<Value, Error> {
+    if value.is_undefined() || args.iter().any(Value::is_undefined) {
+        return Err(Error::from(ErrorKind::UndefinedError));
+    }
     let own = match value.kind() {
         ValueKind::String => string_method(value.as_str().unwrap_or_default(), name, args)?,
         ValueKind::Seq if name == "index" => {
@@ -262,8 +275,11 @@ mod tests {
     #[test]
     fn what_is_not_there_is_an_error_with_names() {
         let e = render("{{q}} {{missing.x}}").unwrap_err();
-        assert_eq!(e.names, ["missing", "q"]);
-        assert!(render("{{missing}}").is_err());
+        assert_eq!((e.names, e.undefined), (vec!["missing".to_owned(), "q".to_owned()], true));
+        assert!(render("{{missing}}").unwrap_err().undefined);
+        assert!(render("{{c.label.index(missing)}}").unwrap_err().undefined);
+        let e = render("{% for i in range(2) %}{{c.label.index(q)}}{% endfor %}").unwrap_err();
+        assert_eq!((e.names, e.undefined), (vec!["c".to_owned(), "q".to_owned()], false));
         assert!(render("{{c.label.index('Z')}}").unwrap_err().problem.contains("'Z' is not in ['A', 'B']"));
         assert!(Templates::default().add("x", "{{ a").unwrap_err().contains("line 1"));
     }

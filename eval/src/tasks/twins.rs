@@ -171,7 +171,12 @@ pub fn value(twin: Twin, row: &Map<String, Json>) -> Fit<Json> {
             Json::from(format!("{} {connector}", premise.as_str()))
         }
         Twin::CopaTarget => {
-            let right = if row.get("label").and_then(Json::as_i64) == Some(0) { "choice1" } else { "choice2" };
+            let right = match (row.get("label"), row.get("label").and_then(Json::as_i64)) {
+                (_, Some(0)) => "choice1",
+                (_, Some(1)) => "choice2",
+                (Some(other), _) => return unfit("label", format!("expected 0 or 1, found {other}")),
+                (None, _) => return unfit("label", "the row has no such column"),
+            };
             Json::from(format!(" {}", lower_first(text(row, right)?)))
         }
         Twin::CopaChoice => {
@@ -185,15 +190,34 @@ pub fn value(twin: Twin, row: &Map<String, Json>) -> Fit<Json> {
     })
 }
 
-/// Share of the probability mass, over all answers, that lies on those labelled 1: `Σ exp(ll) true / Σ exp(ll)`.
-pub fn mc2(row: &Map<String, Json>, log_probs: &[f64]) -> Fit<f64> {
+/// What a twin of `process_results` needs of a row.
+pub fn check_results(twin: Twin, row: &Map<String, Json>) -> Fit<()> {
+    match twin {
+        Twin::WikitextResults => text(row, "page").map(|_| ()),
+        _ => Ok(()),
+    }
+}
+
+/// Which of as many `answers` are true.
+pub fn mc2_labels(row: &Map<String, Json>, answers: usize) -> Fit<Vec<bool>> {
     let labels = row.get("mc2_targets").and_then(|t| t.get("labels")).and_then(Json::as_array);
     let Some(labels) = labels else { return unfit("mc2_targets", "expected `labels`, a list of 0 and 1") };
-    if labels.len() != log_probs.len() {
-        return unfit("mc2_targets", format!("{} labels for {} answers", labels.len(), log_probs.len()));
+    if labels.len() != answers {
+        return unfit("mc2_targets", format!("{} labels for {answers} answers", labels.len()));
     }
+    let label = |l: &Json| match l.as_i64() {
+        Some(0) => Ok(false),
+        Some(1) => Ok(true),
+        _ => unfit("mc2_targets", format!("expected `labels` of 0 and 1, found {l}")),
+    };
+    labels.iter().map(label).collect()
+}
+
+/// Share of the probability mass, over all answers, that lies on those labelled 1: `Σ exp(ll) true / Σ exp(ll)`.
+pub fn mc2(row: &Map<String, Json>, log_probs: &[f64]) -> Fit<f64> {
+    let labels = mc2_labels(row, log_probs.len())?;
     let total: f64 = log_probs.iter().map(|ll| ll.exp()).sum();
-    Ok(labels.iter().zip(log_probs).filter(|(l, _)| l.as_i64() == Some(1)).map(|(_, ll)| ll.exp() / total).sum())
+    Ok(labels.iter().zip(log_probs).filter(|(l, _)| **l).map(|(_, ll)| ll.exp() / total).sum())
 }
 
 #[cfg(test)]
@@ -233,6 +257,11 @@ mod tests {
         assert_eq!(value(Twin::CopaTarget, &c).unwrap(), json!(" he ran."));
         let e = value(Twin::CopaText, &row(json!({"question": "why"}))).unwrap_err();
         assert_eq!(e.column, "question");
+        for label in [json!(2), json!(-1), json!("0"), Json::Null] {
+            let mut bad = c.clone();
+            bad.insert("label".into(), label);
+            assert_eq!(value(Twin::CopaTarget, &bad).unwrap_err().column, "label");
+        }
     }
 
     #[test]
@@ -241,6 +270,9 @@ mod tests {
         let p = mc2(&r, &[0.5f64.ln(), 0.25f64.ln(), 0.25f64.ln()]).unwrap();
         assert!((p - 0.75).abs() < 1e-12);
         assert!(mc2(&r, &[0.0]).is_err());
+        assert!(
+            mc2_labels(&row(json!({"mc2_targets": {"labels": [1, 2]}})), 2).unwrap_err().problem.contains("found 2")
+        );
     }
 
     #[test]

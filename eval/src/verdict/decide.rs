@@ -12,6 +12,16 @@ use super::{holm, pairing, power, sequential::Look};
 /// Share of the error that goes to the pool where there are several tasks; the rest is Holm's, across the tasks.
 pub const POOL_SHARE: f64 = 0.8;
 
+/// Level of the test of all items, where there are so many tasks: a single one has all of `alpha`.
+pub fn pool_level(tasks: usize, alpha: f64) -> f64 {
+    if tasks <= 1 { alpha } else { POOL_SHARE * alpha }
+}
+
+/// Level at which a task is found whatever the others show: Holm's first step.
+pub fn task_level(tasks: usize, alpha: f64) -> f64 {
+    if tasks <= 1 { alpha } else { (1.0 - POOL_SHARE) * alpha / tasks as f64 }
+}
+
 /// The three answers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -131,11 +141,10 @@ pub fn decide(tasks: &[Evidence], policy: &Policy, levels: &Levels) -> Core {
     let single = tasks.len() <= 1;
     let p = |e: &Evidence| e.p_above(policy.margin, policy.draws, policy.seed);
     let pool_p = p(&pool);
-    let pool_alpha = if single { policy.alpha } else { POOL_SHARE * policy.alpha };
     let task_p: Vec<f64> = if single { Vec::new() } else { tasks.iter().map(p).collect() };
     let rejected = holm::rejected(&task_p, (1.0 - POOL_SHARE) * policy.alpha, &|a| levels.level(a));
     let below = |e: &Evidence| e.bounds(levels.level(policy.alpha)).1 < policy.margin;
-    let of_pool = match pool_p <= levels.level(pool_alpha) {
+    let of_pool = match pool_p <= levels.level(pool_level(tasks.len(), policy.alpha)) {
         true => Verdict::Regression,
         false if below(&pool) => Verdict::Pass,
         false => Verdict::Inconclusive,
@@ -151,7 +160,8 @@ pub fn judge(paired: &pairing::Paired, policy: &Policy, thresholds: Vec<Threshol
     let core = decide(&evidence, policy, &levels);
     let single = evidence.len() <= 1;
     let adjusted = holm::adjusted(&core.task_p);
-    let endpoint = |name: &str, metric: &str, e: &Evidence, means: (f64, f64), unjudged: usize| {
+    // `tested` is the level at which a loss of it would count.
+    let endpoint = |name: &str, metric: &str, e: &Evidence, means: (f64, f64), unjudged: usize, tested: f64| {
         let (low, high) = e.bounds(0.025);
         let alpha = levels.level(policy.alpha);
         let bounds = e.bounds(alpha);
@@ -174,14 +184,18 @@ pub fn judge(paired: &pairing::Paired, policy: &Policy, thresholds: Vec<Threshol
             p_loss: e.p_loss(policy.draws, policy.seed),
             p_margin: e.p_above(policy.margin, policy.draws, policy.seed),
             p_adjusted: None,
-            detectable: power::detectable(e.n, e.variance().max(1.0 / e.n.max(1) as f64), policy.alpha, policy.power),
+            detectable: {
+                let variance = e.variance().max(1.0 / e.n.max(1) as f64);
+                power::detectable(e.n, variance, levels.level(tested), policy.power)
+            },
             needed: power::needed(e.loss(), policy.margin, e.variance(), policy.alpha, policy.power),
             verdict: if bounds.1 < policy.margin { Verdict::Pass } else { Verdict::Inconclusive },
         }
     };
     let mut tasks: Vec<Endpoint> = Vec::new();
     for (i, (series, e)) in paired.series.iter().zip(&evidence).enumerate() {
-        let mut own = endpoint(&series.name, &series.metric, e, series.means(), series.unjudged);
+        let tested = task_level(evidence.len(), policy.alpha);
+        let mut own = endpoint(&series.name, &series.metric, e, series.means(), series.unjudged, tested);
         own.p_adjusted = adjusted.get(i).copied();
         if core.rejected.get(i) == Some(&true) || (single && core.pool == Verdict::Regression) {
             own.verdict = Verdict::Regression;
@@ -191,7 +205,9 @@ pub fn judge(paired: &pairing::Paired, policy: &Policy, thresholds: Vec<Threshol
     let pool = (!evidence.is_empty()).then(|| {
         let all = Evidence::pool(&evidence);
         let metric = if single { tasks[0].metric.clone() } else { "all items".into() };
-        let mut pool = endpoint("pool", &metric, &all, paired.means(), paired.series.iter().map(|s| s.unjudged).sum());
+        let unjudged = paired.series.iter().map(|s| s.unjudged).sum();
+        let tested = pool_level(evidence.len(), policy.alpha);
+        let mut pool = endpoint("pool", &metric, &all, paired.means(), unjudged, tested);
         pool.verdict = core.pool;
         pool
     });
@@ -233,6 +249,15 @@ mod tests {
         assert_eq!(verdict(&[(4000, 200, 20)], 0.01).verdict, Verdict::Regression);
         assert_eq!(verdict(&[(200, 4, 3)], 0.01).verdict, Verdict::Inconclusive);
         assert_eq!(verdict(&[], 0.01).verdict, Verdict::Inconclusive);
+    }
+
+    #[test]
+    fn errors_add_up_to_alpha() {
+        assert_eq!((pool_level(1, 0.05), task_level(1, 0.05)), (0.05, 0.05));
+        for tasks in [2, 5, 57] {
+            let sum = pool_level(tasks, 0.05) + tasks as f64 * task_level(tasks, 0.05);
+            assert!((sum - 0.05).abs() < 1e-12, "{tasks}: {sum}");
+        }
     }
 
     #[test]

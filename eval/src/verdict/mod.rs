@@ -23,9 +23,11 @@ pub mod power;
 pub mod record;
 pub mod sequential;
 pub mod simulate;
+pub mod sizes;
 
 pub use decide::{Levels, Policy, Verdict, judge};
 pub use evidence::Evidence;
 pub use pairing::{Paired, PairingOptions, pair};
 pub use record::GateRecord;
 pub use sequential::Look;
+pub use sizes::Sizes;

@@ -51,7 +51,7 @@ pub struct Endpoint {
     /// The same, adjusted by Holm across tasks.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub p_adjusted: Option<f64>,
-    /// Smallest loss this many pairs show with the policy's power.
+    /// Smallest loss this many pairs show with the policy's power, at the level this row is tested at.
     pub detectable: f64,
     /// Pairs that would decide, were the true loss the one seen; none where it is all but the margin.
     pub needed: Option<u64>,

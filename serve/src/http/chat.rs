@@ -47,9 +47,21 @@ fn flatten(messages: Vec<Map<String, Value>>) -> Result<Value, ApiError> {
             Some(_) => return Err(bad(i, "`content` is text or a list of parts")),
         };
         m.insert("content".into(), Value::String(content));
+        objects(&mut m);
         out.push(Value::Object(m));
     }
     Ok(Value::Array(out))
+}
+
+/// Arguments of calls are text in the API and objects in templates.
+fn objects(message: &mut Map<String, Value>) {
+    let calls = message.get_mut("tool_calls").and_then(Value::as_array_mut);
+    for arguments in calls.into_iter().flatten().filter_map(|c| c.pointer_mut("/function/arguments")) {
+        let read = arguments.as_str().and_then(|text| serde_json::from_str::<Map<String, Value>>(text).ok());
+        if let Some(map) = read {
+            *arguments = Value::Object(map);
+        }
+    }
 }
 
 /// Answers a request.

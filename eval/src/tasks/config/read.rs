@@ -207,6 +207,8 @@ pub fn parse(place: &Place, map: &Map<String, Json>) -> Result<TaskConfig> {
     if let Some(value) = k.get("fewshot_config") {
         fewshot_config(k, value, &mut fewshot)?;
     }
+    let mut unscored = None;
+    let process_results = results(k, &mut unscored)?;
     let config = TaskConfig {
         file: k.file.clone(),
         task: k.task.clone(),
@@ -222,7 +224,7 @@ pub fn parse(place: &Place, map: &Map<String, Json>) -> Result<TaskConfig> {
         text,
         target,
         choice,
-        process_results: k.twin("process_results")?,
+        process_results,
         description: k.string("description")?.unwrap_or_default(),
         target_delimiter,
         gen_prefix,
@@ -233,9 +235,10 @@ pub fn parse(place: &Place, map: &Map<String, Json>) -> Result<TaskConfig> {
         output_type,
         repeats: k.count("repeats")?.unwrap_or(1).max(1),
         filters: filters(k)?,
-        metrics: metrics(k, output_type, pipeline.as_ref())?,
+        metrics: metrics(k, output_type, pipeline.as_ref(), &mut unscored)?,
         cluster: k.string("cluster")?,
         pipeline,
+        unscored,
         version: map.get("metadata").and_then(|m| m.get("version")).cloned().unwrap_or(Json::Null),
         sha256: sha256_hex(Json::Object(map.clone()).to_string().as_bytes()),
     };
@@ -372,7 +375,25 @@ fn filters(k: &mut Keys<'_>) -> Result<Vec<FilterChain>> {
     Ok(out)
 }
 
-fn metrics(k: &mut Keys<'_>, output: OutputType, pipeline: Option<&Pipeline>) -> Result<Vec<MetricSpec>> {
+/// `process_results`. A function without a twin is only needed for scores.
+fn results(k: &mut Keys<'_>, unscored: &mut Option<(String, String)>) -> Result<Option<Twin>> {
+    let function = k.string("process_results")?.is_some_and(|f| f.starts_with(FUNCTION));
+    match k.twin("process_results") {
+        Err(TaskError::Setting { key, problem, .. }) if function => {
+            *unscored = Some((key, problem));
+            Ok(None)
+        }
+        found => found,
+    }
+}
+
+/// `metric_list`. What is not known, and what goes with a function that is not, is only needed for scores.
+fn metrics(
+    k: &mut Keys<'_>,
+    output: OutputType,
+    pipeline: Option<&Pipeline>,
+    unscored: &mut Option<(String, String)>,
+) -> Result<Vec<MetricSpec>> {
     let listed = k.get("metric_list");
     let default = |names: &[&str]| Json::Array(names.iter().map(|n| serde_json::json!({ "metric": n })).collect());
     let list = match (listed, pipeline, output) {
@@ -388,8 +409,14 @@ fn metrics(k: &mut Keys<'_>, output: OutputType, pipeline: Option<&Pipeline>) ->
     for entry in list {
         let name = entry.get("metric").and_then(Json::as_str);
         let name = name.ok_or_else(|| k.wrong("metric_list", "an entry needs its `metric`"))?;
-        let metric = Metric::parse(name, entry, output, pipeline)
-            .map_err(|p| k.wrong("metric_list", format!("`{name}`: {p}")))?;
+        let metric = match Metric::parse(name, entry, output, pipeline) {
+            Ok(metric) => metric,
+            Err(p) if unscored.is_some() || !Metric::known(name, pipeline) => {
+                unscored.get_or_insert(("metric_list".into(), format!("`{name}`: {p}")));
+                continue;
+            }
+            Err(p) => return Err(k.wrong("metric_list", format!("`{name}`: {p}"))),
+        };
         let (mut aggregation, mut higher) = metric.defaults();
         match entry.get("aggregation").and_then(Json::as_str) {
             None => {}
@@ -402,7 +429,8 @@ fn metrics(k: &mut Keys<'_>, output: OutputType, pipeline: Option<&Pipeline>) ->
                 let problem = format!(
                     "`{name}`: unknown aggregation `{other}`; there are mean, median, perplexity, weighted_perplexity and bits_per_byte"
                 );
-                return Err(k.wrong("metric_list", problem));
+                unscored.get_or_insert(("metric_list".into(), problem));
+                continue;
             }
         }
         if let Some(h) = entry.get("higher_is_better") {

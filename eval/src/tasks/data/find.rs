@@ -2,12 +2,15 @@
 
 use std::path::{Path, PathBuf};
 
+use lowbit_checkpoint::CheckpointError;
+use lowbit_checkpoint::hub::Choice;
+
 use super::super::config::TaskConfig;
 use super::super::error::{Result, TaskError};
-use super::EXTENSIONS;
+use super::{EXTENSIONS, card};
 
-/// Fetches a data set of the hub (`org/name` or `org/name/folder`) and returns its folder.
-pub type Hub<'a> = &'a dyn Fn(&str) -> std::result::Result<PathBuf, lowbit_checkpoint::CheckpointError>;
+/// Fetches those files of a data set of the hub (`org/name`, with `@revision` where it is not the main one) that are chosen.
+pub type Hub<'a> = &'a dyn Fn(&str, Choice<'_>) -> std::result::Result<Vec<PathBuf>, CheckpointError>;
 
 /// Where data may come from.
 #[derive(Clone, Copy, Default)]
@@ -76,50 +79,28 @@ fn below(config: &TaskConfig, split: &str, dir: &Path) -> Result<Vec<PathBuf>> {
     Err(no_data(config, split, format!("{} has no such file", dir.display()), &tried))
 }
 
-/// Data sets on the hub keep a configuration in a folder of its name, or all in `data`, with the split at the start of
-/// the file's name or as a folder.
+/// The files that hold the split, fetched: those of the configuration, else those of the hub's own copy in Parquet (of data sets that a
+/// script would make, the only files there are), else whatever is named by the split.
 fn on_hub(config: &TaskConfig, split: &str, path: &str, hub: Hub<'_>) -> Result<Vec<PathBuf>> {
-    let failed = |e: lowbit_checkpoint::CheckpointError| no_data(config, split, e.to_string(), &[]);
-    let name = config.dataset_name.as_deref().filter(|n| *n != "default");
-    let named = name.map(|n| hub(&format!("{path}/{n}")));
-    let root = match named {
-        Some(Ok(found)) => found,
-        // No folder of that name, or no such data set: the second try tells which.
-        Some(Err(_)) | None => hub(path).map_err(failed)?,
-    };
-    let mut files = Vec::new();
-    walk(&root, &mut files).map_err(|source| TaskError::Read { file: root.clone(), source })?;
-    files.sort();
-    let of_split = |p: &PathBuf| {
-        let inner = p.strip_prefix(&root).unwrap_or(p);
-        inner.components().any(|c| {
-            let part = c.as_os_str().to_string_lossy();
-            part.strip_prefix(split).is_some_and(|rest| rest.is_empty() || rest.starts_with(['-', '.', '_']))
-        })
-    };
-    let of_name = |p: &PathBuf| name.is_none_or(|n| p.components().any(|c| c.as_os_str() == n));
-    let mut found: Vec<PathBuf> = files.iter().filter(|p| of_split(p) && of_name(p)).cloned().collect();
-    if found.is_empty() {
-        found = files.iter().filter(|p| of_split(p)).cloned().collect();
+    let failed = |e: CheckpointError| no_data(config, split, e.to_string(), &[]);
+    let name = config.dataset_name.as_deref();
+    let own =
+        hub(path, &|names: &[String], text: Option<&str>| card::choose(names, text, name, split)).map_err(failed)?;
+    if !own.is_empty() {
+        return Ok(own);
     }
-    if found.is_empty() {
-        return Err(no_data(config, split, format!("{path} has no file of this split"), &files));
+    // Most data sets have that branch, and where one has not, that is no failure.
+    let copy = hub(&format!("{path}@refs/convert/parquet"), &|names: &[String], _: Option<&str>| {
+        card::converted(names, name, split)
+    });
+    let copy = copy.unwrap_or_default();
+    if !copy.is_empty() {
+        return Ok(copy);
     }
-    Ok(found)
-}
-
-fn walk(dir: &Path, out: &mut Vec<PathBuf>) -> std::io::Result<()> {
-    if dir.is_file() {
-        out.push(dir.to_owned());
-        return Ok(());
+    let named = hub(path, &|names: &[String], _: Option<&str>| card::by_split(names, split)).map_err(failed)?;
+    if named.is_empty() {
+        let of = name.map_or(String::new(), |n| format!(" in its configuration `{n}`"));
+        return Err(no_data(config, split, format!("{path} has no file of this split{of}"), &[]));
     }
-    for entry in std::fs::read_dir(dir)? {
-        let path = entry?.path();
-        if path.is_dir() {
-            walk(&path, out)?;
-        } else if EXTENSIONS.iter().any(|e| path.to_string_lossy().ends_with(&format!(".{e}"))) {
-            out.push(path);
-        }
-    }
-    Ok(())
+    Ok(named)
 }

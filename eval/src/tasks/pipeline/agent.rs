@@ -8,6 +8,8 @@
 //! may write them as JSON (`{"name": ..., "arguments": {...}}`, one or a list, also under `tool_calls` or between
 //! `<tool_call>` tags), or as calls `name(key=value, ...)` with Python literals.
 
+use std::collections::VecDeque;
+
 use serde_json::{Map, Value as Json, json};
 
 use super::string_keys;
@@ -42,8 +44,10 @@ pub struct Call {
 /// One assistant turn to be judged.
 #[derive(Clone, Debug)]
 pub struct AgentTurn {
-    /// The conversation before it.
+    /// The conversation before it in words: tools as instructions, calls as JSON, results as a user's messages.
     pub history: Vec<Turn>,
+    /// The same as recorded: calls as such, results of the role `tool` with the call they answer. Tools are apart.
+    pub native: Vec<Turn>,
     /// What was recorded.
     pub calls: Vec<Call>,
 }
@@ -60,18 +64,27 @@ impl Agent {
         Ok(Self { messages: get("messages")?.unwrap_or_else(|| "messages".into()), tools: get("tools")?, any_order })
     }
 
+    /// The tools of a row, in OpenAI's form.
+    pub fn tools_of(&self, row: &Map<String, Json>) -> Result<Vec<Json>, Unfit> {
+        let Some(column) = &self.tools else { return Ok(Vec::new()) };
+        let tools = row.get(column).and_then(Json::as_array);
+        let tools =
+            tools.ok_or_else(|| Unfit { column: column.clone(), problem: "expected a list of tools".into() })?;
+        let function = |t: &Json| json!({"type": "function", "function": t.get("function").unwrap_or(t)});
+        Ok(tools.iter().map(function).collect())
+    }
+
     /// The turns of a row that call tools.
     pub fn turns(&self, row: &Map<String, Json>) -> Result<Vec<AgentTurn>, Unfit> {
         let unfit = |problem: String| Unfit { column: self.messages.clone(), problem };
         let messages = row.get(&self.messages).and_then(Json::as_array);
         let messages = messages.ok_or_else(|| unfit("expected a list of messages".into()))?;
-        let mut history = Vec::new();
-        if let Some(column) = &self.tools {
-            let tools = row.get(column).and_then(Json::as_array);
-            let tools =
-                tools.ok_or_else(|| Unfit { column: column.clone(), problem: "expected a list of tools".into() })?;
-            history.push(Turn::new("system", instructions(tools)));
+        let (mut history, mut native) = (Vec::new(), Vec::new());
+        if self.tools.is_some() {
+            history.push(Turn::new("system", instructions(&self.tools_of(row)?)));
         }
+        // Calls that nothing has answered yet, and how many got their id here.
+        let (mut open, mut named) = (VecDeque::new(), 0);
         let mut turns = Vec::new();
         for (i, message) in messages.iter().enumerate() {
             let role = message.get("role").and_then(Json::as_str);
@@ -79,13 +92,27 @@ impl Agent {
             let text = message.get("content").filter(|c| !c.is_null()).map_or_else(String::new, json_to_str);
             let recorded = message.get("tool_calls").and_then(Json::as_array).filter(|c| !c.is_empty());
             let Some(recorded) = recorded.filter(|_| role == "assistant") else {
+                native.push(recorded_turn(message, role, &text, &mut open));
                 push(&mut history, role, text);
                 continue;
             };
             let calls: Option<Vec<Call>> = recorded.iter().map(call_of).collect();
             let calls =
                 calls.ok_or_else(|| unfit(format!("message {}: a tool call needs `name` and `arguments`", i + 1)))?;
-            turns.push(AgentTurn { history: history.clone(), calls: calls.clone() });
+            turns.push(AgentTurn { history: history.clone(), native: native.clone(), calls: calls.clone() });
+            let mut turn = Turn::new(role, text);
+            open.clear();
+            for (call, value) in calls.iter().zip(recorded) {
+                let id = value.get("id").and_then(Json::as_str).map(str::to_owned).unwrap_or_else(|| {
+                    named += 1;
+                    // Nine letters and digits: the form that Mistral's templates demand.
+                    format!("call{named:05}")
+                });
+                let function = json!({"name": call.name, "arguments": call.arguments});
+                turn.tool_calls.push(json!({"id": id, "type": "function", "function": function}));
+                open.push_back(id);
+            }
+            native.push(turn);
             let written: Vec<String> =
                 calls.iter().map(|c| json!({"name": c.name, "arguments": c.arguments}).to_string()).collect();
             push(&mut history, role, written.join("\n"));
@@ -137,6 +164,24 @@ impl Agent {
             None => false,
         })
     }
+}
+
+/// A message that calls no tool, as recorded; a result without the id of its call answers the first that is open.
+fn recorded_turn(message: &Json, role: &str, text: &str, open: &mut VecDeque<String>) -> Turn {
+    let role = match role {
+        "developer" => "system",
+        "function" => "tool",
+        role => role,
+    };
+    let mut turn = Turn::new(role, text);
+    if role == "tool" {
+        let own = message.get("tool_call_id").and_then(Json::as_str).map(str::to_owned);
+        if let Some(id) = &own {
+            open.retain(|o| o != id);
+        }
+        turn.tool_call_id = own.or_else(|| open.pop_front());
+    }
+    turn
 }
 
 /// Adds a turn; what a tool returned is shown as a user's message, the role every chat template has.
@@ -298,6 +343,16 @@ mod tests {
         assert_eq!(turns[0].history.iter().map(|t| t.role.as_str()).collect::<Vec<_>>(), ["system", "user"]);
         assert_eq!(turns[1].history.len(), 4);
         assert!(turns[1].history[3].content.contains("Tool result: sunny"));
+        // As recorded, with ids for the calls that had none.
+        let native = &turns[1].native;
+        assert_eq!(native.iter().map(|t| t.role.as_str()).collect::<Vec<_>>(), ["user", "assistant", "tool"]);
+        assert_eq!((native[1].tool_calls.len(), native[1].content.as_str()), (2, ""));
+        assert_eq!(native[1].tool_calls[0]["function"], json!({"name": "weather", "arguments": {"city": "Rome"}}));
+        assert_eq!(native[1].tool_calls[0]["id"], native[2].tool_call_id.clone().unwrap());
+        assert_eq!(
+            agent.tools_of(&conversation()).unwrap(),
+            [json!({"type": "function", "function": {"name": "weather"}})]
+        );
         let oslo_rome = "weather(city='Oslo')\nweather(city='Rome')".to_owned();
         assert_eq!(agent.score(&turns, &[oslo_rome.clone(), "done()".into()]), [1.0, 1.0, 1.0]);
         assert_eq!(

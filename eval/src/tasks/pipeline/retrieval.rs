@@ -60,7 +60,12 @@ impl Retrieval {
                 if list.len() != contexts.len() {
                     return Err(unfit(format!("{} labels for {} contexts", list.len(), contexts.len())));
                 }
-                list.iter().map(|v| v.as_bool().unwrap_or(v.as_i64() == Some(1))).collect()
+                let label = |v: &Json| match (v.as_bool(), v.as_i64()) {
+                    (Some(yes), _) => Ok(yes),
+                    (None, Some(n @ (0 | 1))) => Ok(n == 1),
+                    _ => Err(unfit(format!("expected a list of 0 and 1, found {v} in it"))),
+                };
+                list.iter().map(label).collect::<Result<_, _>>()?
             }
         };
         let supporting = match &self.supporting {
@@ -138,6 +143,14 @@ mod tests {
         let (precision, recall) = r.of_contexts(&row(), &["x".into()]).unwrap();
         assert!((precision - (1.0 + 2.0 / 3.0) / 2.0).abs() < 1e-12);
         assert_eq!(recall, 0.5);
+        for (marks, says) in
+            [(json!([1, 0]), "2 labels for 3"), (json!([1, 0, "yes"]), "\"yes\""), (json!(1), "a list")]
+        {
+            let mut bad = row();
+            bad.insert("marks".into(), marks);
+            let e = r.of_contexts(&bad, &["x".into()]).unwrap_err();
+            assert!(e.column == "marks" && e.problem.contains(says), "{e:?}");
+        }
     }
 
     #[test]

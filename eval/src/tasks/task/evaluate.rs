@@ -144,14 +144,12 @@ impl Task {
                 &item.responses.len().to_string(),
             ));
         }
-        let own_choices = doc.values.get("choices").and_then(Json::as_array);
-        let own_choices: Option<Vec<String>> = own_choices.map(|list| list.iter().map(json_to_str).collect());
-        let choices = own_choices.as_deref().or(head.choices.as_deref());
+        let choices = filter_choices(doc, head.choices.as_deref());
         for chain in &self.config.filters {
-            let text = self.filtered(doc, chain, item.responses.clone(), choices)?;
+            let text = self.filtered(doc, chain, item.responses.clone(), choices.as_deref())?;
             for spec in &self.config.metrics {
                 let value = spec.metric.of_text(&text, &head.targets, &doc.values);
-                if let Some(value) = value.map_err(|p| self.wrong(doc, None, format!("metric `{}`: {p}", spec.name)))? {
+                if let Some(value) = value.map_err(|p| self.wrong(doc, &[], format!("metric `{}`: {p}", spec.name)))? {
                     item.metrics.insert(keyed(&spec.name, &chain.name), value);
                 }
             }
@@ -172,16 +170,27 @@ impl Task {
         for step in &chain.steps {
             texts = step
                 .apply(texts, choices)
-                .map_err(|p| self.wrong(doc, None, format!("filter `{}`: {p}", chain.name)))?;
+                .map_err(|p| self.wrong(doc, &[], format!("filter `{}`: {p}", chain.name)))?;
         }
         Ok(texts.into_iter().next().unwrap_or_default())
+    }
+
+    /// Whether every filter can be applied to the texts of a document.
+    pub(super) fn check_filters(&self, doc: &Doc, choices: Option<&[String]>) -> Result<()> {
+        let choices = filter_choices(doc, choices);
+        let texts = vec![String::new(); self.config.repeats];
+        let apply = |chain| self.filtered(doc, chain, texts.clone(), choices.as_deref()).map(|_| ());
+        self.config.filters.iter().try_for_each(apply)
     }
 
     /// What the first filter leaves of an item's texts.
     pub(in crate::tasks) fn answer_text(&self, head: &DocumentHead, item: &Item) -> Result<String> {
         let doc = self.document(head)?;
         match self.config.filters.first() {
-            Some(chain) => self.filtered(doc, chain, item.responses.clone(), head.choices.as_deref()),
+            Some(chain) => {
+                let choices = filter_choices(doc, head.choices.as_deref());
+                self.filtered(doc, chain, item.responses.clone(), choices.as_deref())
+            }
             None => Ok(item.responses.first().cloned().unwrap_or_default()),
         }
     }
@@ -211,6 +220,14 @@ impl Task {
             }
         }
         Ok(())
+    }
+}
+
+/// The choices that a filter looks for in a text: the row's own, else the task's.
+fn filter_choices(doc: &Doc, given: Option<&[String]>) -> Option<Vec<String>> {
+    match doc.values.get("choices").and_then(Json::as_array) {
+        Some(own) => Some(own.iter().map(json_to_str).collect()),
+        None => given.map(<[String]>::to_vec),
     }
 }
 

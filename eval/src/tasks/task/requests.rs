@@ -1,5 +1,6 @@
 //! Requests of each document, in order.
 
+use lowbit_checkpoint::chat_template::ChatTemplate;
 use lowbit_checkpoint::hash::sha256_hex;
 use serde_json::{Map, Value as Json};
 
@@ -9,9 +10,11 @@ use crate::tasks::error::{Result, TaskError};
 use crate::tasks::fewshot::Sampler;
 use crate::tasks::metrics::Metric;
 use crate::tasks::pipeline::Pipeline;
+use crate::tasks::pipeline::agent::AgentTurn;
 use crate::tasks::prompt::{self, ChatOptions, Question, Turn};
 use crate::tasks::python::{ends_with_space, json_to_str};
 use crate::tasks::request::{Request, RequestKind};
+use crate::tasks::twins;
 
 /// What identifies a document, and what its answers are compared with.
 #[derive(Clone, Debug, PartialEq)]
@@ -99,10 +102,12 @@ impl Documents<'_> {
             _ => task.doc_to_target(doc, "doc_to_target", &config.target)?,
         };
         let (gold, targets) = self.gold(doc, &target, choices.as_deref())?;
+        self.check(doc, choices.as_deref(), &targets)?;
         let kinds = match &config.pipeline {
             Some(Pipeline::Agent(agent)) => {
                 let turns = agent.turns(&doc.values).map_err(|u| task.unfit(doc, u))?;
-                let kinds: Result<Vec<RequestKind>> = turns.into_iter().map(|t| self.conversation(t.history)).collect();
+                let tools = agent.tools_of(&doc.values).map_err(|u| task.unfit(doc, u))?;
+                let kinds: Result<Vec<RequestKind>> = turns.into_iter().map(|t| self.conversation(t, &tools)).collect();
                 kinds?
             }
             _ => self.kinds(doc, choices.as_deref(), &target, &targets)?,
@@ -122,7 +127,58 @@ impl Documents<'_> {
             gold,
             targets,
         };
+        for metric in &config.metrics {
+            if let Metric::Judge(spec) = &metric.metric {
+                task.judged(&head, spec)?;
+            }
+        }
         Ok(Rendered { head, requests })
+    }
+
+    /// What scoring will need of the row: told before a model is asked anything.
+    fn check(&self, doc: &Doc, choices: Option<&[String]>, targets: &[String]) -> Result<()> {
+        let task = self.task;
+        let config = &task.config;
+        let unfit = |u| task.unfit(doc, u);
+        if let Some(column) = &config.cluster
+            && doc.values.get(column).is_none_or(Json::is_null)
+        {
+            return Err(task.wrong(doc, &[column.as_str()], "`cluster` needs a value of this column"));
+        }
+        if let Some(twin) = config.process_results {
+            twins::check_results(twin, &doc.values).map_err(unfit)?;
+        }
+        match &config.pipeline {
+            // Its turns are read for the requests.
+            Some(Pipeline::Agent(_)) => return Ok(()),
+            Some(Pipeline::Retrieval(_)) if targets.is_empty() => {
+                let columns = task.columns_of("doc_to_target", &config.target);
+                return Err(task.wrong(doc, &columns, "`doc_to_target` gives no answer"));
+            }
+            Some(Pipeline::Retrieval(retrieval)) => {
+                retrieval.of_contexts(&doc.values, targets).map_err(unfit)?;
+            }
+            None => {}
+        }
+        if config.output_type == OutputType::Generate {
+            task.check_filters(doc, choices)?;
+        }
+        for spec in &config.metrics {
+            match (&spec.metric, config.output_type) {
+                (Metric::Mc2, _) => {
+                    twins::mc2_labels(&doc.values, choices.map_or(0, <[String]>::len)).map_err(unfit)?;
+                }
+                (metric, OutputType::Generate) => metric.check_row(targets, &doc.values).map_err(|(column, p)| {
+                    let columns = match column {
+                        Some(column) => vec![column],
+                        None => task.columns_of("doc_to_target", &config.target),
+                    };
+                    task.wrong(doc, &columns, format!("metric `{}`: {p}", spec.name))
+                })?,
+                _ => {}
+            }
+        }
+        Ok(())
     }
 
     /// Right choices and target texts, checked against the choices.
@@ -133,13 +189,13 @@ impl Documents<'_> {
             other => vec![json_to_str(other)],
         };
         let Some(choices) = choices else { return Ok((Vec::new(), texts())) };
-        let field = if self.inputs { &task.config.text } else { &task.config.target };
-        let column = match field {
-            Field::Text(text) if task.columns.contains(text) => Some(text.as_str()),
-            _ => None,
+        let (key, field) = match self.inputs {
+            true => ("doc_to_text", &task.config.text),
+            false => ("doc_to_target", &task.config.target),
         };
+        let columns = task.columns_of(key, field);
         let label = match self.inputs {
-            true => task.doc_to_text(doc, "doc_to_text", field)?,
+            true => task.doc_to_text(doc, key, field)?,
             false => target.clone(),
         };
         let one = |label: &Json| -> Result<usize> {
@@ -155,7 +211,7 @@ impl Documents<'_> {
                     }
                     other => format!("label {other} is none of the choices {choices:?}"),
                 };
-                task.wrong(doc, column, problem)
+                task.wrong(doc, &columns, problem)
             })
         };
         let gold: Vec<usize> = match &label {
@@ -204,15 +260,29 @@ impl Documents<'_> {
             .map_err(|source| TaskError::Chat { task: self.task.config.task.clone(), source })
     }
 
-    /// A conversation as it stands; in plain text with the roles' names.
-    fn conversation(&self, mut history: Vec<Turn>) -> Result<RequestKind> {
-        if let Some(system) = self.chat.system {
-            match history.first_mut() {
-                Some(first) if first.role == "system" => first.content = format!("{system}\n\n{}", first.content),
-                _ => history.insert(0, Turn::new("system", system)),
+    /// A conversation as it stands: with its tools and calls as such where a server takes it or the template knows tools, else in
+    /// words; in plain text with the roles' names.
+    fn conversation(&self, turn: AgentTurn, tools: &[Json]) -> Result<RequestKind> {
+        let begun = |mut turns: Vec<Turn>| {
+            if let Some(system) = self.chat.system {
+                match turns.first_mut() {
+                    Some(first) if first.role == "system" => first.content = format!("{system}\n\n{}", first.content),
+                    _ => turns.insert(0, Turn::new("system", system)),
+                }
             }
+            turns
+        };
+        let failed = |source| TaskError::Chat { task: self.task.config.task.clone(), source };
+        let chat = ChatOptions { multiturn: true, ..self.chat };
+        let native = self.chat.template.map_or(self.chat.messages, ChatTemplate::knows_tools);
+        let mut history = begun(turn.history);
+        let turns = if native { begun(turn.native) } else { history.clone() };
+        let tools = if native { tools.to_vec() } else { Vec::new() };
+        if let (Some(template), true) = (self.chat.template, native) {
+            let messages = chat.messages(turns.clone());
+            let context = prompt::render_tools(template, &messages, &tools).map_err(failed)?;
+            return Ok(self.generate(context, turns, &chat, tools));
         }
-        let turns = history.clone();
         if self.chat.template.is_none() {
             for turn in &mut history {
                 let mut role = turn.role.clone();
@@ -222,14 +292,12 @@ impl Documents<'_> {
             }
             history.push(Turn::new("assistant", "Assistant:"));
         }
-        let chat = ChatOptions { multiturn: true, ..self.chat };
-        let context = prompt::render(history, &chat, false)
-            .map_err(|source| TaskError::Chat { task: self.task.config.task.clone(), source })?;
-        Ok(self.generate(context, turns, &chat))
+        let context = prompt::render(history, &chat, false).map_err(failed)?;
+        Ok(self.generate(context, turns, &chat, tools))
     }
 
     /// `turns` are those the context was made of.
-    fn generate(&self, context: String, turns: Vec<Turn>, chat: &ChatOptions<'_>) -> RequestKind {
+    fn generate(&self, context: String, turns: Vec<Turn>, chat: &ChatOptions<'_>, tools: Vec<Json>) -> RequestKind {
         let g = &self.task.config.generation;
         let conversation = chat.template.is_some() || chat.messages;
         RequestKind::Generate {
@@ -239,6 +307,7 @@ impl Documents<'_> {
             temperature: g.temperature,
             do_sample: g.do_sample,
             messages: if conversation { chat.messages(turns) } else { Vec::new() },
+            tools,
         }
     }
 
@@ -292,7 +361,10 @@ impl Documents<'_> {
         }
         let text = match task.doc_to_text(doc, "doc_to_text", &config.text)? {
             Json::String(text) => text,
-            other => return Err(task.wrong(doc, None, format!("`doc_to_text` gives {other}, which is not text"))),
+            other => {
+                let columns = task.columns_of("doc_to_text", &config.text);
+                return Err(task.wrong(doc, &columns, format!("`doc_to_text` gives {other}, which is not text")));
+            }
         };
         let turns = self.turns(&opening, &text, &prefix, &config.target_delimiter);
         let context = self.finish(turns.clone(), !prefix.is_empty())?;
@@ -310,7 +382,7 @@ impl Documents<'_> {
                 Ok(vec![RequestKind::LogLikelihood { context, continuation: json_to_str(target) }])
             }
             OutputType::Generate | OutputType::Rolling => {
-                let mut out = vec![self.generate(context.clone(), turns, &self.chat); config.repeats];
+                let mut out = vec![self.generate(context.clone(), turns, &self.chat, Vec::new()); config.repeats];
                 if let (Some(Pipeline::Retrieval(_)), Some(gold)) = (&config.pipeline, targets.first()) {
                     let closed = task.closed_text(doc)?;
                     let closed = self.ask(&opening, &closed, &prefix, &config.target_delimiter)?;
@@ -327,10 +399,7 @@ impl Task {
     /// The prompt of a retrieval task without its contexts.
     pub(super) fn closed_text(&self, doc: &Doc) -> Result<String> {
         let key = "retrieval.doc_to_text_closed";
-        self.templates.render(key, &doc.value).map_err(|e| {
-            let column = e.names.iter().find(|n| !doc.values.contains_key(*n));
-            self.wrong(doc, column.map(String::as_str), format!("`{key}`: {}", e.problem))
-        })
+        self.templates.render(key, &doc.value).map_err(|e| self.unrendered(doc, key, &e))
     }
 }
 
@@ -344,18 +413,21 @@ fn example(task: &Task, doc: &Doc, inputs: bool) -> Result<Vec<Turn>> {
     };
     let target = task.doc_to_target(doc, "fewshot_config.doc_to_target", &shots.target)?;
     let prefix = task.plain(doc, "fewshot_config.gen_prefix", shots.gen_prefix.as_deref().unwrap_or_default())?;
-    let choice_at = |n: &Json| {
+    let asked = || task.columns_of("fewshot_config.doc_to_text", &shots.text);
+    let choice_at = |n: &Json, columns: &[&str]| {
         let found = n.as_u64().and_then(|n| choices.as_ref()?.get(n as usize)).cloned();
-        found.ok_or_else(|| task.wrong(doc, None, format!("label {n} of an example is outside its choices")))
+        found.ok_or_else(|| task.wrong(doc, columns, format!("label {n} of an example is outside its choices")))
     };
     let text = match (&text, inputs) {
         (Json::String(text), _) => text.clone(),
-        (Json::Number(_), true) => choice_at(&text)?,
-        _ => return Err(task.wrong(doc, None, format!("`doc_to_text` gives {text}, which is not text"))),
+        (Json::Number(_), true) => choice_at(&text, &asked())?,
+        _ => return Err(task.wrong(doc, &asked(), format!("`doc_to_text` gives {text}, which is not text"))),
     };
     let answer = match &target {
         Json::Null => None,
-        Json::Number(_) if choices.is_some() && !inputs => Some(choice_at(&target)?),
+        Json::Number(_) if choices.is_some() && !inputs => {
+            Some(choice_at(&target, &task.columns_of("fewshot_config.doc_to_target", &shots.target))?)
+        }
         // Of several right answers the first is shown.
         Json::Array(list) => list.first().map(json_to_str),
         other => Some(json_to_str(other)),
@@ -386,7 +458,7 @@ fn hash_kinds(kinds: &[RequestKind]) -> String {
                 part(&mut text, continuation);
             }
             RequestKind::Rolling { text: rolled } => part(&mut text, rolled),
-            RequestKind::Generate { context, until, max_new_tokens, temperature, do_sample, messages } => {
+            RequestKind::Generate { context, until, max_new_tokens, temperature, do_sample, messages, tools } => {
                 // A conversation is the same question whatever template spells it.
                 if messages.is_empty() {
                     part(&mut text, context);
@@ -394,7 +466,10 @@ fn hash_kinds(kinds: &[RequestKind]) -> String {
                 for message in messages {
                     part(&mut text, &message.role);
                     part(&mut text, &message.content);
+                    message.tool_calls.iter().for_each(|call| part(&mut text, &call.to_string()));
+                    message.tool_call_id.iter().for_each(|id| part(&mut text, id));
                 }
+                tools.iter().for_each(|tool| part(&mut text, &tool.to_string()));
                 text.push_str(&format!("{until:?} {max_new_tokens} {temperature} {do_sample}\n"));
             }
         }

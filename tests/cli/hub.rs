@@ -1,0 +1,124 @@
+//! Data sets of a hub as rows of tasks, against a stand-in on 127.0.0.1.
+
+use std::io::{BufRead, BufReader, Write};
+use std::net::{TcpListener, TcpStream};
+use std::sync::Arc;
+
+use lowbit_checkpoint::hash::sha256_hex;
+use parquet::data_type::{ByteArray, ByteArrayType};
+use parquet::file::writer::SerializedFileWriter;
+use serde_json::{Value, json};
+
+use super::{lowbit, ok};
+
+/// Revision, as in addresses, with the commit it is.
+const REVISIONS: [(&str, &str); 2] = [
+    ("main", "1111111111111111111111111111111111111111"),
+    ("refs%2Fconvert%2Fparquet", "2222222222222222222222222222222222222222"),
+];
+
+/// Revision, name, content.
+type File = (&'static str, &'static str, Vec<u8>);
+
+/// Serves the data set `org/quiz`; returns the address.
+fn serve(files: Vec<File>) -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = format!("http://{}", listener.local_addr().unwrap());
+    std::thread::spawn(move || {
+        for stream in listener.incoming().flatten() {
+            let _ = answer(stream, &files);
+        }
+    });
+    address
+}
+
+fn answer(mut stream: TcpStream, files: &[File]) -> std::io::Result<()> {
+    let head: Vec<String> =
+        BufReader::new(stream.try_clone()?).lines().map_while(Result::ok).take_while(|l| !l.is_empty()).collect();
+    let path = head.first().and_then(|l| l.split(' ').nth(1)).unwrap_or_default().to_owned();
+    let named = |name: &str| REVISIONS.iter().find(|r| r.0 == name).map(|r| r.1);
+    if let Some(sha) = path.strip_prefix("/api/datasets/org/quiz/revision/").and_then(named) {
+        let list: Vec<Value> =
+            files.iter().filter(|f| named(f.0) == Some(sha)).map(|f| json!({"rfilename": f.1})).collect();
+        let body = json!({"sha": sha, "siblings": list}).to_string();
+        return write!(
+            stream,
+            "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: {}\r\nConnection: close\r\n\r\n{body}",
+            body.len()
+        );
+    }
+    let of = path.strip_prefix("/datasets/org/quiz/resolve/").and_then(|p| p.split_once('/'));
+    let found = of.and_then(|(sha, name)| Some((sha, files.iter().find(|f| named(f.0) == Some(sha) && f.1 == name)?)));
+    let Some((sha, (_, _, content))) = found else {
+        return write!(stream, "HTTP/1.1 404 No\r\nContent-Length: 0\r\nConnection: close\r\n\r\n");
+    };
+    let range = head.iter().filter_map(|l| l.split_once(": ")).find(|h| h.0.eq_ignore_ascii_case("range"));
+    let (from, to) = range.and_then(|h| h.1.strip_prefix("bytes=")?.split_once('-')).unwrap_or(("0", ""));
+    let from = from.parse::<usize>().unwrap_or(0).min(content.len());
+    let to = to.parse().map_or(content.len(), |to: usize| (to + 1).min(content.len()));
+    write!(
+        stream,
+        "HTTP/1.1 206 Partial Content\r\nX-Repo-Commit: {sha}\r\nETag: \"{}\"\r\nAccept-Ranges: bytes\r\n\
+         Content-Range: bytes {from}-{}/{}\r\nContent-Length: {}\r\nConnection: close\r\n\r\n",
+        sha256_hex(content),
+        to - 1,
+        content.len(),
+        to - from
+    )?;
+    stream.write_all(&content[from..to])
+}
+
+/// A Parquet file of two columns of text.
+fn table(question: &str, answer: &str) -> Vec<u8> {
+    let schema = "message m { REQUIRED BYTE_ARRAY question (UTF8); REQUIRED BYTE_ARRAY answer (UTF8); }";
+    let schema = Arc::new(parquet::schema::parser::parse_message_type(schema).unwrap());
+    let mut writer = SerializedFileWriter::new(Vec::new(), schema, Arc::default()).unwrap();
+    let mut group = writer.next_row_group().unwrap();
+    for text in [question, answer] {
+        let mut column = group.next_column().unwrap().unwrap();
+        column.typed::<ByteArrayType>().write_batch(&[ByteArray::from(text)], None, None).unwrap();
+        column.close().unwrap();
+    }
+    group.close().unwrap();
+    writer.into_inner().unwrap()
+}
+
+#[test]
+fn tasks_read_data_sets_by_card_by_name_and_from_the_hubs_own_parquet() {
+    let tmp = tempfile::tempdir().unwrap();
+    let dir = tmp.path();
+    let card = "---\nconfigs:\n- config_name: easy\n  data_files:\n  - split: test\n    path: e/*.csv\n---\n# Quiz\n";
+    let (main, copy) = (REVISIONS[0].0, REVISIONS[1].0);
+    let url = serve(vec![
+        (main, "README.md", card.into()),
+        (main, "e/rows.csv", "question,answer\nby card,1\n".into()),
+        (main, "other/test.jsonl", "{\"question\": \"by name\", \"answer\": \"2\"}\n".into()),
+        (main, "script.py", "no data".into()),
+        (copy, "hard/test/0000.parquet", table("by copy", "3")),
+        (copy, "hard/train/0000.parquet", table("not this", "0")),
+    ]);
+    let render = |name: &str, offline: bool| {
+        let file = dir.join(format!("{name}.yaml"));
+        let yaml = format!(
+            "task: {name}\ndataset_path: org/quiz\ndataset_name: {name}\ntest_split: test\ndoc_to_text: question\ndoc_to_target: answer\n"
+        );
+        std::fs::write(&file, yaml).unwrap();
+        let mut c = lowbit(dir);
+        for unset in ["HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_CACHE", "HF_TOKEN"] {
+            c.env_remove(unset);
+        }
+        c.env("HF_ENDPOINT", &url).env("HF_HOME", dir.join("hf")).env("NO_PROXY", "127.0.0.1");
+        if offline {
+            c.env("HF_HUB_OFFLINE", "1");
+        }
+        let out = ok(c.args(["--quiet", "eval", "--render", "--tasks"]).arg(&file));
+        let lines: Vec<Value> =
+            String::from_utf8_lossy(&out.stdout).lines().map(|l| serde_json::from_str(l).unwrap()).collect();
+        assert_eq!(lines.len(), 1, "{name}: {lines:?}");
+        lines[0]["context"].as_str().unwrap().to_owned()
+    };
+    for (name, context) in [("easy", "by card"), ("hard", "by copy"), ("default", "by name"), ("absent", "by name")] {
+        assert_eq!(render(name, false), context, "{name}");
+    }
+    assert_eq!(render("easy", true), "by card");
+}
