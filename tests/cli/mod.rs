@@ -18,6 +18,7 @@ mod gate;
 mod golden;
 mod hardship;
 mod load;
+mod load_check;
 mod mistakes;
 mod pipeline;
 mod records;
