@@ -150,6 +150,20 @@ fn failures_of_every_kind_are_told_apart() {
     assert_eq!(stage.requests.iter().filter(|t| t.outcome.failed()).count(), 4);
 }
 
+/// A full server's `Retry-After` is waited out by a closed loop, where it would only ask again; in an open loop a refusal is a result.
+#[test]
+fn refusals_are_waited_out_by_a_closed_loop() {
+    let full =
+        |n| StandIn::start(Arc::new(move |i| Plan { end: if i < n { End::Refused(1) } else { End::Whole }, ..plan() }));
+    let stage = run(&full(6), StageSpec::Throughput(8), 24);
+    assert_eq!((stage.metrics.ok(), stage.rejected, stage.requests.len()), (24, 6, 24), "{:?}", stage.metrics.outcomes);
+    // The wait is part of the answer's time, and no fault of the client.
+    let waited = stage.requests.iter().filter(|t| t.end_ns - t.scheduled_ns >= 1_000_000_000).count();
+    assert!(waited >= 6 && stage.client.schedule_delay_p99_ms < 900.0, "{waited}, {:?}", stage.client);
+    let open = run(&full(20), StageSpec::Open { rate: 200.0, arrivals: Arrivals::Constant }, 20);
+    assert_eq!((open.metrics.outcomes["status 429"], open.rejected), (20, 0));
+}
+
 #[test]
 fn packed_chunks_whole_answers_turns_and_interruption() {
     let server = StandIn::start(Arc::new(|_| Plan { pack: 2, ..plan() }));

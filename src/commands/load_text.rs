@@ -82,6 +82,9 @@ pub fn summary(r: &LoadRecord) -> String {
         if !bad.is_empty() {
             out.push(format!("not ok: {}", bad.join(", ")));
         }
+        if s.rejected > 0 {
+            out.push(format!("{} refusals waited out and sent again, their wait counted", s.rejected));
+        }
         if let Some(a) = &s.saturation {
             out.push(format!(
                 "saturated: the backlog grows by {:.2} requests/s since {:.1} s",

@@ -180,6 +180,7 @@ mod tests {
                     streams: None,
                     seconds: 1.0,
                     stopped_by: "requests".into(),
+                    rejected: 0,
                     saturation: None,
                     client: ClientCheck {
                         schedule_delay_p99_ms: 0.0,

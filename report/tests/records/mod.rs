@@ -331,6 +331,7 @@ pub fn load_record(service: f64) -> LoadRecord {
             streams: None,
             seconds: 1.0,
             stopped_by: "requests".into(),
+            rejected: 0,
             saturation: None,
             client: ClientCheck {
                 schedule_delay_p99_ms: 0.1,
