@@ -90,10 +90,11 @@ pub struct LoadArgs {
     /// a text of our own.
     #[arg(long, default_value = "demo")]
     pub data: String,
-    /// Model whose tokenizer makes synthetic prompts exactly as long as asked (else a word counts as a token).
+    /// Model whose tokenizer makes the prompts of a workload or a trace as long as asked (else a word counts as a token) and counts
+    /// the answers in conversations, which then say how long ours are.
     #[arg(long, value_name = "MODEL")]
     pub tokenizer: Option<String>,
-    /// Ask the rows of a file in random order.
+    /// Ask the rows of a file in random order; not with replay.
     #[arg(long)]
     pub shuffle: bool,
     /// Output tokens where a row does not say.
@@ -120,7 +121,7 @@ pub struct LoadArgs {
     /// Further members of every body, as a JSON object.
     #[arg(long)]
     pub body: Option<String>,
-    /// Seconds of a stage (30 when there is no --max-requests).
+    /// Seconds of a stage (30 when there is no --max-requests; a replay takes as long as its trace).
     #[arg(long)]
     pub duration: Option<f64>,
     /// Requests of a stage at most; with --find-max, of the first look at a rate.

@@ -201,7 +201,7 @@ impl Session {
                 if times.is_empty() {
                     return Err(LoadError::option(
                         "replay",
-                        format!("{} has no timestamps", o.data.name()),
+                        format!("not every row of {} has a timestamp", o.data.name()),
                         "rows with `timestamp` in ms",
                     ));
                 }
