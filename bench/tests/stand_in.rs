@@ -15,7 +15,7 @@ use lowbit_bench::load::openai::Endpoint;
 use lowbit_bench::load::profile::{Profile, StageSpec};
 use lowbit_bench::load::record::StageRecord;
 use lowbit_bench::load::run::{LoadOptions, Session};
-use lowbit_bench::load::schedule::Arrivals;
+use lowbit_bench::load::schedule::{Arrivals, Schedule};
 use lowbit_bench::load::trace::{Outcome, RequestTrace};
 use lowbit_bench::load::workload::Workload;
 use server::{End, Plan, StandIn, plan};
@@ -162,6 +162,64 @@ fn refusals_are_waited_out_by_a_closed_loop() {
     assert!(waited >= 6 && stage.client.schedule_delay_p99_ms < 900.0, "{waited}, {:?}", stage.client);
     let open = run(&full(20), StageSpec::Open { rate: 200.0, arrivals: Arrivals::Constant }, 20);
     assert_eq!((open.metrics.outcomes["status 429"], open.rejected), (20, 0));
+}
+
+#[test]
+fn a_replay_keeps_the_times_of_its_trace_and_gamma_those_of_its_seed() {
+    let server = StandIn::start(Arc::new(|_| Plan { ttft: Duration::from_millis(2), gap: Duration::ZERO, ..plan() }));
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("trace.jsonl");
+    let row = |ms: u64| format!(r#"{{"timestamp": {ms}, "input_length": 12, "output_length": 5, "hash_ids": [1]}}"#);
+    std::fs::write(&path, [40, 140, 190, 440, 460].map(row).join("\n")).unwrap();
+    let mut o = options(&server.url, Limits::default());
+    o.data = Data::read(&path, "trace", false, None, None).unwrap();
+    let mut session = Session::connect(o).unwrap();
+    let scheduled = |stage: &StageRecord| {
+        assert!(stage.requests.iter().all(|t| t.sent_ns >= t.scheduled_ns && t.chunks_ns[0] > t.sent_ns));
+        let mut at: Vec<u64> = stage.requests.iter().map(|t| t.scheduled_ns).collect();
+        at.sort_unstable();
+        at
+    };
+    // From the first on, twice as fast.
+    let stage = session.stage(&StageSpec::Replay(2.0), None, &mut |_| false).unwrap();
+    assert_eq!((stage.profile.as_str(), stage.stopped_by.as_str()), ("replay", "schedule ended"));
+    assert_eq!((stage.metrics.ok(), scheduled(&stage)), (5, [0, 50, 75, 200, 210].map(|ms| ms * 1_000_000).to_vec()));
+    let gamma = StageSpec::Open { rate: 200.0, arrivals: Arrivals::Gamma(0.5) };
+    let stage = run(&server, gamma, 100);
+    let want: Vec<u64> = Schedule::new(200.0, Arrivals::Gamma(0.5), 1).unwrap().take(100).collect();
+    assert_eq!((stage.profile.as_str(), stage.metrics.ok(), scheduled(&stage)), ("gamma", 100, want));
+}
+
+/// A server that takes one request at a time: at twice its rate the stage ends with the alarm, at a cap the wait for a place counts
+/// and the stage is marked.
+#[test]
+fn an_overload_stops_the_stage_and_a_cap_holds_requests_back() {
+    let one = |service: Duration| {
+        let free = Mutex::new(None::<Instant>);
+        StandIn::start(Arc::new(move |_| {
+            let (now, mut free) = (Instant::now(), free.lock().unwrap());
+            let end = free.map_or(now, |f| f.max(now)) + service;
+            *free = Some(end);
+            Plan { ttft: end - now, tokens: 1, ..plan() }
+        }))
+    };
+    let mut o = options(&one(Duration::from_millis(10)).url, Limits::default());
+    o.limits.duration = Some(Duration::from_secs(120));
+    o.stop_saturated = true;
+    let double = StageSpec::Open { rate: 200.0, arrivals: Arrivals::Constant };
+    let stage = Session::connect(o).unwrap().stage(&double, None, &mut |_| false).unwrap();
+    assert_eq!(stage.stopped_by, "saturated", "{:?} after {} s", stage.saturation, stage.seconds);
+    let growth = stage.saturation.unwrap().growth_per_second;
+    assert!(growth > 30.0, "{growth} a second, where 100 are too many");
+
+    let mut o = options(&one(Duration::from_millis(20)).url, requests(60));
+    o.max_concurrency = Some(2);
+    let stage = Session::connect(o).unwrap().stage(&double, None, &mut |_| false).unwrap();
+    assert_eq!((stage.metrics.ok(), stage.metrics.rates.peak_concurrency), (60, 2));
+    // The last is scheduled at 295 ms and answered after 60 · 20 ms at the earliest.
+    let last = stage.requests.iter().max_by_key(|t| t.scheduled_ns).unwrap();
+    assert!(last.chunks_ns[0] - last.scheduled_ns >= 900_000_000 && last.chunks_ns[0] - last.sent_ns < 600_000_000);
+    assert!(stage.client.invalid[0].contains("the cap on concurrency"), "{:?}", stage.client);
 }
 
 #[test]

@@ -106,6 +106,27 @@ fn a_load_its_record_and_a_plan_from_it() {
     assert_eq!(again(&["--slo", "e2e_p95<=60000"]).status.code(), Some(0));
     assert_eq!(again(&["--slo", "e2e_p50<=0.000001"]).status.code(), Some(1));
 
+    // The same as a table for other programs: a row a latency, every percentile between the ends of its interval.
+    let table = tmp.path().join("load.csv");
+    assert_eq!(again(&["--csv", table.to_str().unwrap()]).status.code(), Some(0));
+    assert_eq!(again(&["--csv", table.to_str().unwrap()]).status.code(), Some(3), "an existing table is kept");
+    let text = std::fs::read_to_string(&table).unwrap();
+    let mut rows = text.lines().map(|l| l.split(',').collect::<Vec<&str>>());
+    let head = rows.next().unwrap();
+    let column = |name: &str| head.iter().position(|h| *h == name).unwrap_or_else(|| panic!("{name}: {head:?}"));
+    let rows: Vec<Vec<&str>> = rows.collect();
+    assert!(rows.iter().all(|r| r.len() == head.len() && r[column("profile")] == "concurrent"), "{text}");
+    let e2e = rows.iter().find(|r| r[column("metric")] == "e2e_ms").unwrap();
+    for p in ["p50", "p90"] {
+        let at = |end: &str| e2e[column(&format!("{p}{end}"))].parse::<f64>().unwrap();
+        assert!(at("_low") <= at("") && at("") <= at("_high"), "{p}: {text}");
+    }
+    assert_eq!(
+        (e2e[column("n")], e2e[column("rejected")], e2e[column("p999")]),
+        ("600", "0", ""),
+        "too few for a p99.9"
+    );
+
     let open = tmp.path().join("open.json");
     let mut c = lowbit(tmp.path());
     c.args(["load", &url, "--profile", "poisson:100", "--max-requests", "300", "--slo", "e2e_p90<=60000", "-q", "-o"])
@@ -233,6 +254,29 @@ fn the_search_takes_its_profile_and_data_come_from_folders_and_the_hub() {
     assert_eq!(asked["stages"][0]["metrics"]["outcomes"]["ok"], 2);
 }
 
+/// A trace from a file, longer than a stage is by default.
+#[test]
+fn a_trace_is_replayed_to_its_end() {
+    let (tmp, url) = (tempfile::tempdir().unwrap(), server());
+    let trace = tmp.path().join("trace.jsonl");
+    let row =
+        |ms: u64| format!(r#"{{"timestamp": {ms}, "input_length": 700, "output_length": 2, "hash_ids": [1, {ms}]}}"#);
+    std::fs::write(&trace, [0, 1000, 30_500].map(row).join("\n")).unwrap();
+    let out = tmp.path().join("load.json");
+    let mut c = lowbit(tmp.path());
+    c.args(["load", &url, "-q", "--profile", "replay", "--tokenizer", "assets/demo", "--data"])
+        .arg(&trace)
+        .arg("-o")
+        .arg(&out);
+    // Of three requests the busiest is the p99: the client may call itself the limit.
+    assert!(matches!(c.output().unwrap().status.code(), Some(0 | 2)));
+    let stage = &json(&out)["stages"][0];
+    assert_eq!((stage["profile"].as_str(), stage["stopped_by"].as_str()), (Some("replay"), Some("schedule ended")));
+    let at: Vec<u64> =
+        stage["requests"].as_array().unwrap().iter().map(|r| r["scheduled_ns"].as_u64().unwrap()).collect();
+    assert_eq!(at, [0, 1_000_000_000, 30_500_000_000]);
+}
+
 #[test]
 fn refusals() {
     let tmp = tempfile::tempdir().unwrap();
@@ -246,6 +290,7 @@ fn refusals() {
     fails(&["load", "http://127.0.0.1:9", "--data", "tea"], 3, "unknown workload");
     fails(&["load", "http://127.0.0.1:9", "--slo", "ttft<200"], 3, "not a clause");
     fails(&["load", "http://127.0.0.1:9", "--find-max"], 3, "--slo");
+    fails(&["load", "http://127.0.0.1:9", "--profile", "replay:2", "--shuffle"], 3, "out of its order");
     fails(&["load", "http://127.0.0.1:9", "--find-max", "--profile", "sweep"], 3, "cannot be searched");
     fails(&["load", "http://127.0.0.1:9", "--body", "[]"], 3, "JSON object");
     fails(&["capacity"], 3, "no load records");
