@@ -251,7 +251,8 @@ pub struct CapacityArgs {
     /// Models to estimate: 8b, 70b, qwen2.5-7b, ..., a folder, a .gguf file, or a hub id.
     #[arg(long, value_delimiter = ',')]
     pub model: Vec<String>,
-    /// GPU of the estimate: h200, h100, a100-80, l40s, l4, a10, rtx4090, ...
+    /// GPU: h200, h100, a100-80, l40s, l4, a10, rtx4090, ... [default of an estimate: h200]. With load records: how much room a
+    /// variant's weights (bench.json beside its record) leave there for keys and values.
     #[arg(long)]
     pub gpu: Option<String>,
     /// Workload of the estimate.

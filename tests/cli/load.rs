@@ -145,6 +145,14 @@ fn a_load_its_record_and_a_plan_from_it() {
     let plan = plan(serde_json::json!([]));
     // 1000 · 1.2 / (100 · 0.8) = 15, and a spare.
     assert_eq!(plan["variants"][0]["servers"].as_u64(), Some(16), "{plan}");
+    assert!(plan["variants"][0].get("room").is_none(), "nothing is known of its memory");
+    std::fs::copy(super::root().join("tests/records/bench-1.json"), tmp.path().join("bench.json")).unwrap();
+    let args = ["capacity", open.to_str().unwrap(), "--peak-rps", "10", "--gpu-hour", "2", "--gpu", "l4"];
+    let roomy = ok(lowbit(tmp.path()).args(args).arg("--json"));
+    let room = &serde_json::from_slice::<serde_json::Value>(&roomy.stdout).unwrap()["variants"][0]["room"];
+    assert!(room["kv_room_bytes"].as_f64().unwrap() > 1e9 && room["concurrency"].as_u64().unwrap() > 1, "{room}");
+    let text = String::from_utf8(ok(lowbit(tmp.path()).args(args)).stdout).unwrap();
+    assert!(text.contains("KV room GB") && text.contains("at once"), "{text}");
     std::fs::write(tmp.path().join("gate.json"), r#"{"verdict":"regression"}"#).unwrap();
     let gated = format!("{}={}", open.display(), tmp.path().join("gate.json").display());
     let out = lowbit(tmp.path()).args(["capacity", &gated, "--peak-rps", "10", "--gpu-hour", "2"]).output().unwrap();
@@ -296,6 +304,12 @@ fn refusals() {
     fails(&["capacity"], 3, "no load records");
     fails(&["capacity", "--estimate", "--model", "8b", "--gpu", "abacus"], 3, "h200");
     fails(&["capacity", "--estimate", "--model", "70b", "--gpu", "l4"], 1, "infeasible");
+    let fleet = |spare: &str| -> serde_json::Value {
+        let args = ["capacity", "--estimate", "--model", "8b", "--peak-rps", "50", "--json", "--spare", spare];
+        serde_json::from_slice(&ok(lowbit(tmp.path()).args(args)).stdout).unwrap()
+    };
+    let servers = |v: serde_json::Value| v["models"][0]["servers"][0].as_u64().unwrap();
+    assert_eq!(servers(fleet("3")), servers(fleet("0")) + 3);
     let out = ok(lowbit(tmp.path()).args(["capacity", "--estimate", "--model", "8b,70b,assets/demo"]));
     let text = String::from_utf8_lossy(&out.stdout).into_owned();
     assert!(text.contains("llama3.1-70b bf16") && text.contains("does not fit"), "{text}");

@@ -375,6 +375,7 @@ pub fn capacity() -> CapacityRecord {
         dollars_per_million_output: Some(dollars),
         ttft_p50_ms: Some(81.0),
         accuracy: Some(if infeasible.is_empty() { "pass" } else { "regression" }.into()),
+        room: None,
         infeasible: infeasible.iter().map(|s| (*s).to_owned()).collect(),
     };
     CapacityRecord {
