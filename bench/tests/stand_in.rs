@@ -153,8 +153,9 @@ fn failures_of_every_kind_are_told_apart() {
 /// A full server's `Retry-After` is waited out by a closed loop, where it would only ask again; in an open loop a refusal is a result.
 #[test]
 fn refusals_are_waited_out_by_a_closed_loop() {
-    let full =
-        |n| StandIn::start(Arc::new(move |i| Plan { end: if i < n { End::Refused(1) } else { End::Whole }, ..plan() }));
+    let full = |n: u64| {
+        StandIn::start(Arc::new(move |i| Plan { end: if i < n { End::Refused(1) } else { End::Whole }, ..plan() }))
+    };
     let stage = run(&full(6), StageSpec::Throughput(8), 24);
     assert_eq!((stage.metrics.ok(), stage.rejected, stage.requests.len()), (24, 6, 24), "{:?}", stage.metrics.outcomes);
     // The wait is part of the answer's time, and no fault of the client.
