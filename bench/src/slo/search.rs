@@ -1,7 +1,7 @@
 //! The highest rate that meets an objective.
 //!
 //! Rates double (or halve) until one passes and a higher one fails, then the bracket is halved. Each rate is a sequential
-//! test: a stage is judged at 99 % a side, and an undecided rate gets twice as many requests, up to four looks; what is still
+//! test: an undecided rate gets twice as many requests, up to four looks, the first of which must be the surest; what is still
 //! undecided lies so near the limit that nothing practical could decide it, and the search goes on at its two sides. The
 //! result is the bracket: the highest rate that passed and the lowest that failed.
 
@@ -12,10 +12,9 @@ use crate::load::trace::RequestTrace;
 use crate::slo::verdict::{Verdict, judge_clause, overall};
 use crate::slo::{Measure, Slo};
 
-/// Confidence of one look, two-sided: 0.5 % a side, four looks a rate.
-const CONFIDENCE: f64 = 0.99;
-/// Looks at one rate.
-const LOOKS: u32 = 4;
+/// Confidence of each look at a rate, two-sided. A short look sees little of how requests queue together and is surer of itself than it
+/// should be: with 0.99 for all of them, from 400 requests on, 84 of 100 simulated searches held the truth.
+const CONFIDENCE: [f64; 4] = [0.9995, 0.999, 0.997, 0.99];
 
 /// What a search varies.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -224,20 +223,20 @@ fn test(
 ) -> Result<Option<Tried>> {
     let mut pooled: Vec<RequestTrace> = Vec::new();
     let mut saturated = false;
-    for look in 0..LOOKS {
-        let got = probe(rate, requests << look, look)?;
+    for (look, &confidence) in CONFIDENCE.iter().enumerate() {
+        let got = probe(rate, requests << look, look as u32)?;
         if got.client_limited {
             return Ok(None);
         }
         saturated |= got.saturated;
         pooled.extend(got.traces);
         let refs: Vec<&RequestTrace> = pooled.iter().collect();
-        let clauses: Vec<_> = slo.clauses.iter().map(|c| judge_clause(&refs, c, got.rate, CONFIDENCE)).collect();
+        let clauses: Vec<_> = slo.clauses.iter().map(|c| judge_clause(&refs, c, got.rate, confidence)).collect();
         let margins =
             slo.clauses.iter().zip(&clauses).filter(|(c, _)| c.measure != Measure::Rps).map(|(c, v)| v.attained - c.q);
         let margin = margins.fold(f64::INFINITY, f64::min);
         let verdict = if saturated { Verdict::Broken } else { overall(&clauses) };
-        if verdict != Verdict::Inconclusive || look + 1 == LOOKS {
+        if verdict != Verdict::Inconclusive || look + 1 == CONFIDENCE.len() {
             let requests_per_second = got.rate;
             return Ok(Some(Tried { rate, requests: pooled.len(), margin, requests_per_second, verdict, saturated }));
         }
