@@ -1,9 +1,10 @@
 //! The load generator against a scripted server whose own stamps are the truth.
 #![allow(clippy::print_stderr)]
 
-use std::io::{Read, Write};
-use std::net::{TcpListener, TcpStream};
-use std::sync::atomic::{AtomicU64, Ordering};
+#[path = "../examples/stand_in/server.rs"]
+mod server;
+
+use std::net::TcpListener;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -14,163 +15,10 @@ use lowbit_bench::load::openai::Endpoint;
 use lowbit_bench::load::profile::{Profile, StageSpec};
 use lowbit_bench::load::record::StageRecord;
 use lowbit_bench::load::run::{LoadOptions, Session};
-use lowbit_bench::load::schedule::Arrivals;
+use lowbit_bench::load::schedule::{Arrivals, Schedule};
 use lowbit_bench::load::trace::{Outcome, RequestTrace};
 use lowbit_bench::load::workload::Workload;
-
-/// What the server does with a request, by its number.
-type Script = Arc<dyn Fn(u64) -> Plan + Send + Sync>;
-
-#[derive(Clone)]
-struct Plan {
-    ttft: Duration,
-    gap: Duration,
-    tokens: u32,
-    /// Tokens in one chunk.
-    pack: u32,
-    end: End,
-    stream: bool,
-}
-
-#[derive(Clone, Copy, PartialEq)]
-enum End {
-    Whole,
-    Status(u16),
-    Cut,
-    ErrorEvent,
-}
-
-fn plan() -> Plan {
-    Plan {
-        ttft: Duration::from_millis(8),
-        gap: Duration::from_millis(3),
-        tokens: 5,
-        pack: 1,
-        end: End::Whole,
-        stream: true,
-    }
-}
-
-/// When the server read a request and wrote each chunk, on the clock of this process.
-#[derive(Clone, Debug)]
-struct Sent {
-    read: Instant,
-    chunks: Vec<Instant>,
-    end: Instant,
-}
-
-struct StandIn {
-    url: String,
-    log: Arc<Mutex<Vec<Sent>>>,
-}
-
-impl StandIn {
-    fn start(script: Script) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let url = format!("http://{}", listener.local_addr().unwrap());
-        let log = Arc::new(Mutex::new(Vec::new()));
-        let (count, shared) = (Arc::new(AtomicU64::new(0)), log.clone());
-        std::thread::spawn(move || {
-            for stream in listener.incoming().flatten() {
-                let (script, count, log) = (script.clone(), count.clone(), shared.clone());
-                std::thread::spawn(move || serve(stream, &script, &count, &log));
-            }
-        });
-        Self { url, log }
-    }
-}
-
-fn serve(mut stream: TcpStream, script: &Script, count: &AtomicU64, log: &Mutex<Vec<Sent>>) {
-    stream.set_nodelay(true).unwrap();
-    let mut pending = Vec::new();
-    let mut buffer = [0u8; 16 << 10];
-    loop {
-        let head_end = loop {
-            if let Some(at) = pending.windows(4).position(|w| w == b"\r\n\r\n") {
-                break at + 4;
-            }
-            match stream.read(&mut buffer) {
-                Ok(0) | Err(_) => return,
-                Ok(n) => pending.extend_from_slice(&buffer[..n]),
-            }
-        };
-        let head = String::from_utf8_lossy(&pending[..head_end]).to_ascii_lowercase();
-        let length: usize =
-            head.lines().find_map(|l| l.strip_prefix("content-length:")).map_or(0, |v| v.trim().parse().unwrap());
-        while pending.len() < head_end + length {
-            match stream.read(&mut buffer) {
-                Ok(0) | Err(_) => return,
-                Ok(n) => pending.extend_from_slice(&buffer[..n]),
-            }
-        }
-        let read = Instant::now();
-        pending.drain(..head_end + length);
-        if head.starts_with("get ") {
-            let body = r#"{"data":[{"id":"stand-in"}]}"#;
-            let _ =
-                write!(stream, "HTTP/1.1 200 OK\r\nServer: stand-in\r\nContent-Length: {}\r\n\r\n{body}", body.len());
-            continue;
-        }
-        let p = script(count.fetch_add(1, Ordering::SeqCst));
-        let Some(sent) = answer(&mut stream, &p, read) else { return };
-        log.lock().unwrap().push(sent);
-        if p.end == End::Cut {
-            return;
-        }
-    }
-}
-
-fn answer(stream: &mut TcpStream, p: &Plan, read: Instant) -> Option<Sent> {
-    if let End::Status(code) = p.end {
-        let body = r#"{"error":{"message":"no"}}"#;
-        write!(stream, "HTTP/1.1 {code} No\r\nContent-Length: {}\r\n\r\n{body}", body.len()).ok()?;
-        return Some(Sent { read, chunks: vec![], end: Instant::now() });
-    }
-    let mut chunks = Vec::new();
-    std::thread::sleep(p.ttft);
-    if !p.stream {
-        let body = format!(
-            r#"{{"choices":[{{"text":"all"}}],"usage":{{"prompt_tokens":4,"completion_tokens":{}}}}}"#,
-            p.tokens
-        );
-        write!(
-            stream,
-            "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
-            body.len()
-        )
-        .ok()?;
-        return Some(Sent { read, chunks, end: Instant::now() });
-    }
-    stream
-        .write_all(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n")
-        .ok()?;
-    let mut piece = |text: &str| -> Option<Instant> {
-        let text = format!("data: {text}\r\n\r\n");
-        // One write a chunk, so that the stamp is its time.
-        let bytes = format!("{:x}\r\n{text}\r\n", text.len());
-        let now = Instant::now();
-        stream.write_all(bytes.as_bytes()).ok()?;
-        Some(now)
-    };
-    let events = p.tokens.div_ceil(p.pack);
-    for k in 0..events {
-        if k > 0 {
-            std::thread::sleep(p.gap);
-        }
-        if p.end == End::Cut && k == 2 {
-            return Some(Sent { read, chunks, end: Instant::now() });
-        }
-        if p.end == End::ErrorEvent && k == 2 {
-            piece(r#"{"error":{"message":"out of memory"}}"#)?;
-            break;
-        }
-        chunks.push(piece(r#"{"choices":[{"text":" w","index":0}]}"#)?);
-    }
-    piece(&format!(r#"{{"choices":[],"usage":{{"prompt_tokens":4,"completion_tokens":{}}}}}"#, p.tokens))?;
-    let end = piece("[DONE]")?;
-    stream.write_all(b"0\r\n\r\n").ok()?;
-    Some(Sent { read, chunks, end })
-}
+use server::{End, Plan, StandIn, plan};
 
 fn options(url: &str, limits: Limits) -> LoadOptions {
     LoadOptions {
@@ -221,23 +69,28 @@ fn measured_times_are_the_servers_own() {
     }));
     let stage = run(&server, StageSpec::Open { rate: 100.0, arrivals: Arrivals::Poisson }, 200);
     assert_eq!(stage.metrics.ok(), 200, "{:?}", stage.metrics.outcomes);
-    let log = server.log.lock().unwrap().clone();
-    let ms = |a: Instant, b: Instant| b.duration_since(a).as_secs_f64() * 1e3;
+    let mut log = server.log.lock().unwrap().clone();
+    log.sort_by_key(|s| s.read_ns);
+    let ms = |a: u64, b: u64| (b - a) as f64 * 1e-6;
     let mut traces = stage.requests.clone();
     traces.sort_by_key(|t| t.sent_ns);
     let client = |f: &dyn Fn(&RequestTrace) -> f64| traces.iter().map(f).collect::<Vec<f64>>();
     let pairs = [
         (
             "ttft from send",
-            log.iter().map(|s| ms(s.read, s.chunks[0])).collect::<Vec<_>>(),
+            log.iter().map(|s| ms(s.read_ns, s.chunks_ns[0])).collect::<Vec<_>>(),
             client(&|t| (t.chunks_ns[0] - t.sent_ns) as f64 * 1e-6),
         ),
         (
             "mean gap",
-            log.iter().map(|s| ms(s.chunks[0], s.chunks[4]) / 4.0).collect(),
+            log.iter().map(|s| ms(s.chunks_ns[0], s.chunks_ns[4]) / 4.0).collect(),
             client(&|t| (t.chunks_ns[4] - t.chunks_ns[0]) as f64 * 1e-6 / 4.0),
         ),
-        ("whole", log.iter().map(|s| ms(s.read, s.end)).collect(), client(&|t| (t.end_ns - t.sent_ns) as f64 * 1e-6)),
+        (
+            "whole",
+            log.iter().map(|s| ms(s.read_ns, s.end_ns)).collect(),
+            client(&|t| (t.end_ns - t.sent_ns) as f64 * 1e-6),
+        ),
     ];
     for (name, theirs, ours) in pairs {
         for q in [0.1, 0.5, 0.9] {
@@ -295,6 +148,79 @@ fn failures_of_every_kind_are_told_apart() {
     let stage = session.stage(&StageSpec::Closed(1), None, &mut |_| false).unwrap();
     assert_eq!(stage.stopped_by, "errors");
     assert_eq!(stage.requests.iter().filter(|t| t.outcome.failed()).count(), 4);
+}
+
+/// A full server's `Retry-After` is waited out by a closed loop, where it would only ask again; in an open loop a refusal is a result.
+#[test]
+fn refusals_are_waited_out_by_a_closed_loop() {
+    let full = |n: u64| {
+        StandIn::start(Arc::new(move |i| Plan { end: if i < n { End::Refused(1) } else { End::Whole }, ..plan() }))
+    };
+    let stage = run(&full(6), StageSpec::Throughput(8), 24);
+    assert_eq!((stage.metrics.ok(), stage.rejected, stage.requests.len()), (24, 6, 24), "{:?}", stage.metrics.outcomes);
+    // The wait is part of the answer's time, and no fault of the client.
+    let waited = stage.requests.iter().filter(|t| t.end_ns - t.scheduled_ns >= 1_000_000_000).count();
+    assert!(waited >= 6 && stage.client.schedule_delay_p99_ms < 900.0, "{waited}, {:?}", stage.client);
+    let open = run(&full(20), StageSpec::Open { rate: 200.0, arrivals: Arrivals::Constant }, 20);
+    assert_eq!((open.metrics.outcomes["status 429"], open.rejected), (20, 0));
+}
+
+#[test]
+fn a_replay_keeps_the_times_of_its_trace_and_gamma_those_of_its_seed() {
+    let server = StandIn::start(Arc::new(|_| Plan { ttft: Duration::from_millis(2), gap: Duration::ZERO, ..plan() }));
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("trace.jsonl");
+    let row = |ms: u64| format!(r#"{{"timestamp": {ms}, "input_length": 12, "output_length": 5, "hash_ids": [1]}}"#);
+    std::fs::write(&path, [40, 140, 190, 440, 460].map(row).join("\n")).unwrap();
+    let mut o = options(&server.url, Limits::default());
+    o.data = Data::read(&path, "trace", false, None, None).unwrap();
+    let mut session = Session::connect(o).unwrap();
+    let scheduled = |stage: &StageRecord| {
+        assert!(stage.requests.iter().all(|t| t.sent_ns >= t.scheduled_ns && t.chunks_ns[0] > t.sent_ns));
+        let mut at: Vec<u64> = stage.requests.iter().map(|t| t.scheduled_ns).collect();
+        at.sort_unstable();
+        at
+    };
+    // From the first on, twice as fast.
+    let stage = session.stage(&StageSpec::Replay(2.0), None, &mut |_| false).unwrap();
+    assert_eq!((stage.profile.as_str(), stage.stopped_by.as_str()), ("replay", "schedule ended"));
+    assert_eq!((stage.metrics.ok(), scheduled(&stage)), (5, [0, 50, 75, 200, 210].map(|ms| ms * 1_000_000).to_vec()));
+    let gamma = StageSpec::Open { rate: 200.0, arrivals: Arrivals::Gamma(0.5) };
+    let stage = run(&server, gamma, 100);
+    let want: Vec<u64> = Schedule::new(200.0, Arrivals::Gamma(0.5), 1).unwrap().take(100).collect();
+    assert_eq!((stage.profile.as_str(), stage.metrics.ok(), scheduled(&stage)), ("gamma", 100, want));
+}
+
+/// A server that takes one request at a time: at twice its rate the stage ends with the alarm, at a cap the wait for a place counts
+/// and the stage is marked.
+#[test]
+fn an_overload_stops_the_stage_and_a_cap_holds_requests_back() {
+    let one = |service: Duration| {
+        let free = Mutex::new(None::<Instant>);
+        StandIn::start(Arc::new(move |_| {
+            let (now, mut free) = (Instant::now(), free.lock().unwrap());
+            let end = free.map_or(now, |f| f.max(now)) + service;
+            *free = Some(end);
+            Plan { ttft: end - now, tokens: 1, ..plan() }
+        }))
+    };
+    let mut o = options(&one(Duration::from_millis(10)).url, Limits::default());
+    o.limits.duration = Some(Duration::from_secs(120));
+    o.stop_saturated = true;
+    let double = StageSpec::Open { rate: 200.0, arrivals: Arrivals::Constant };
+    let stage = Session::connect(o).unwrap().stage(&double, None, &mut |_| false).unwrap();
+    assert_eq!(stage.stopped_by, "saturated", "{:?} after {} s", stage.saturation, stage.seconds);
+    let growth = stage.saturation.unwrap().growth_per_second;
+    assert!(growth > 30.0, "{growth} a second, where 100 are too many");
+
+    let mut o = options(&one(Duration::from_millis(20)).url, requests(60));
+    o.max_concurrency = Some(2);
+    let stage = Session::connect(o).unwrap().stage(&double, None, &mut |_| false).unwrap();
+    assert_eq!((stage.metrics.ok(), stage.metrics.rates.peak_concurrency), (60, 2));
+    // The last is scheduled at 295 ms and answered after 60 · 20 ms at the earliest.
+    let last = stage.requests.iter().max_by_key(|t| t.scheduled_ns).unwrap();
+    assert!(last.chunks_ns[0] - last.scheduled_ns >= 900_000_000 && last.chunks_ns[0] - last.sent_ns < 600_000_000);
+    assert!(stage.client.invalid[0].contains("the cap on concurrency"), "{:?}", stage.client);
 }
 
 #[test]

@@ -90,10 +90,11 @@ pub struct LoadArgs {
     /// a text of our own.
     #[arg(long, default_value = "demo")]
     pub data: String,
-    /// Model whose tokenizer makes synthetic prompts exactly as long as asked (else a word counts as a token).
+    /// Model whose tokenizer makes the prompts of a workload or a trace as long as asked (else a word counts as a token) and counts
+    /// the answers in conversations, which then say how long ours are.
     #[arg(long, value_name = "MODEL")]
     pub tokenizer: Option<String>,
-    /// Ask the rows of a file in random order.
+    /// Ask the rows of a file in random order; not with replay.
     #[arg(long)]
     pub shuffle: bool,
     /// Output tokens where a row does not say.
@@ -120,7 +121,7 @@ pub struct LoadArgs {
     /// Further members of every body, as a JSON object.
     #[arg(long)]
     pub body: Option<String>,
-    /// Seconds of a stage (30 when there is no --max-requests).
+    /// Seconds of a stage (30 when there is no --max-requests; a replay takes as long as its trace).
     #[arg(long)]
     pub duration: Option<f64>,
     /// Requests of a stage at most; with --find-max, of the first look at a rate.
@@ -263,7 +264,8 @@ pub struct CapacityArgs {
     /// Models to estimate: 8b, 70b, qwen2.5-7b, ..., a folder, a .gguf file, or a hub id.
     #[arg(long, value_delimiter = ',')]
     pub model: Vec<String>,
-    /// GPU of the estimate: h200, h100, a100-80, l40s, l4, a10, rtx4090, ...
+    /// GPU: h200, h100, a100-80, l40s, l4, a10, rtx4090, ... [default of an estimate: h200]. With load records: how much room a
+    /// variant's weights (bench.json beside its record) leave there for keys and values.
     #[arg(long)]
     pub gpu: Option<String>,
     /// Workload of the estimate.

@@ -7,9 +7,12 @@ use anyhow::{Context as _, Result, bail};
 use lowbit_bench::capacity::estimate::{EstimateOptions, SCHEMES, estimate};
 use lowbit_bench::capacity::gpus::{GPUS, Gpu};
 use lowbit_bench::capacity::plan::{CapacityRecord, PlanOptions, SCHEMA, Variant, plan};
+use lowbit_bench::capacity::room::Room;
 use lowbit_bench::capacity::shape::ModelShape;
 use lowbit_bench::load::import;
+use lowbit_bench::load::record::LoadRecord;
 use lowbit_bench::load::workload::Workload;
+use lowbit_bench::record::{BenchRecord, MemoryRow};
 use lowbit_bench::slo::Slo;
 use lowbit_checkpoint::writer::write_atomic;
 use serde_json::{Value, json};
@@ -27,13 +30,7 @@ pub fn capacity(ctx: &Context, args: &CapacityArgs) -> Result<()> {
 }
 
 fn estimates(ctx: &Context, args: &CapacityArgs) -> Result<()> {
-    let name = args.gpu.as_deref().unwrap_or("h200");
-    let gpu = Gpu::find(name).with_context(|| {
-        format!(
-            "no data sheet of the GPU {name}\nhint: one of {}",
-            GPUS.iter().map(|g| g.name).collect::<Vec<_>>().join(", ")
-        )
-    })?;
+    let gpu = gpu(args.gpu.as_deref().unwrap_or("h200"))?;
     if args.model.is_empty() {
         bail!(
             "--estimate needs a model\nhint: --model llama3.1-8b (or {}), a folder, or a hub id",
@@ -54,11 +51,14 @@ fn estimates(ctx: &Context, args: &CapacityArgs) -> Result<()> {
     for model in &args.model {
         let shape = shape(ctx, model)?;
         let list = estimate(&shape, gpu, SCHEMES, &o);
+        let mut fleet = Vec::new();
         for e in &list {
             any |= e.fits;
             let when = |text: String| if e.fits { text } else { "–".into() };
             let rate = e.requests_per_second;
-            let servers = args.peak_rps.filter(|_| e.fits).map(|p| (p * args.burst / (rate * args.headroom)).ceil());
+            let need = |p: f64| (p * args.burst / (rate * args.headroom)).ceil().max(1.0) as u64 + args.spare;
+            let servers = args.peak_rps.filter(|_| e.fits).map(need);
+            fleet.push(servers);
             rows.push(vec![
                 format!("{} {}", shape.name, e.scheme),
                 format!("{:.1}", e.weight_bytes / 1e9),
@@ -69,10 +69,10 @@ fn estimates(ctx: &Context, args: &CapacityArgs) -> Result<()> {
                 when(format!("{:.1}", e.itl_ms)),
                 when(format!("{:.1}", e.ttft_ms)),
                 when(format!("{rate:.2}")),
-                servers.map_or("–".into(), |s| format!("{s:.0}")),
+                servers.map_or("–".into(), |s| s.to_string()),
             ]);
         }
-        documents.push(json!({"model": shape, "estimates": list}));
+        documents.push(json!({"model": shape, "estimates": list, "servers": fleet}));
     }
     let header = [
         "model",
@@ -99,6 +99,16 @@ fn estimates(ctx: &Context, args: &CapacityArgs) -> Result<()> {
         )
     })?;
     if any { Ok(()) } else { Err(VerdictError { code: 1, text: "infeasible: no variant fits".into() }.into()) }
+}
+
+/// By name.
+fn gpu(name: &str) -> Result<&'static Gpu> {
+    Gpu::find(name).with_context(|| {
+        format!(
+            "no data sheet of the GPU {name}\nhint: one of {}",
+            GPUS.iter().map(|g| g.name).collect::<Vec<_>>().join(", ")
+        )
+    })
 }
 
 fn shape(ctx: &Context, model: &str) -> Result<ModelShape> {
@@ -150,7 +160,8 @@ fn plans(ctx: &Context, args: &CapacityArgs) -> Result<()> {
         slo: args.slo.as_deref().map(Slo::parse).transpose()?,
     };
     refuse_existing(args.output.as_ref(), args.force)?;
-    let variants = args.files.iter().map(|f| variant(f)).collect::<Result<Vec<_>>>()?;
+    let card = args.gpu.as_deref().map(gpu).transpose()?;
+    let variants = args.files.iter().map(|f| variant(ctx, f, card, args)).collect::<Result<Vec<_>>>()?;
     let (rows, best) = plan(&variants, &o);
     let options = BTreeMap::from([("files".into(), json!(args.files))]);
     let record = CapacityRecord {
@@ -163,24 +174,36 @@ fn plans(ctx: &Context, args: &CapacityArgs) -> Result<()> {
     if let Some(path) = &args.output {
         write_atomic(path, &serde_json::to_vec_pretty(&record)?)?;
     }
+    let roomy = record.variants.iter().any(|r| r.room.is_some());
     let lines: Vec<Vec<String>> = record
         .variants
         .iter()
         .map(|r| {
             let n = |v: Option<f64>, d: usize| v.map_or("–".into(), |v| format!("{v:.d$}"));
-            vec![
+            let mut line = vec![
                 r.name.clone(),
                 n(r.rate, 3),
                 r.servers.map_or("–".into(), |s| s.to_string()),
                 n(r.dollars_per_hour, 2),
                 n(r.dollars_per_million_output, 3),
                 n(r.ttft_p50_ms, 1),
-                r.accuracy.clone().unwrap_or_else(|| "not given".into()),
-                if r.infeasible.is_empty() { "ok".into() } else { "infeasible".into() },
-            ]
+            ];
+            if roomy {
+                let room = r.room.as_ref();
+                line.push(n(room.map(|m| m.weight_bytes as f64 / 1e9), 1));
+                line.push(n(room.and_then(|m| m.kv_room_bytes).map(|b| b / 1e9), 1));
+                line.push(room.and_then(|m| m.concurrency).map_or("–".into(), |c| c.to_string()));
+            }
+            line.push(r.accuracy.clone().unwrap_or_else(|| "not given".into()));
+            line.push(if r.infeasible.is_empty() { "ok".into() } else { "infeasible".into() });
+            line
         })
         .collect();
-    let header = ["variant", "req/s a server", "servers", "$/h", "$/M out", "TTFT p50", "accuracy", ""];
+    let mut header = vec!["variant", "req/s a server", "servers", "$/h", "$/M out", "TTFT p50"];
+    if roomy {
+        header.extend(["weights GB", "KV room GB", "at once"]);
+    }
+    header.extend(["accuracy", ""]);
     let best = record.best.as_ref();
     ctx.print(&record, || {
         let said = best.map_or("infeasible: no variant meets the objective and the accuracy".to_string(), |b| {
@@ -193,8 +216,27 @@ fn plans(ctx: &Context, args: &CapacityArgs) -> Result<()> {
     if best.is_some() { Ok(()) } else { Err(VerdictError { code: 1, text: "infeasible".into() }.into()) }
 }
 
+/// The candidate's memory in the `bench.json` beside a load record; the reference's beside `load-reference.json`.
+fn memory(ctx: &Context, load: &Path, record: &LoadRecord) -> Option<MemoryRow> {
+    let path = load.with_file_name("bench.json");
+    let bytes = lowbit_checkpoint::files::read_stream(&path).ok()?;
+    let bench: BenchRecord = match serde_json::from_slice(&bytes) {
+        Ok(bench) => bench,
+        Err(e) => {
+            ctx.say(format!("{} is left out: {e}", path.display()));
+            return None;
+        }
+    };
+    let reference = load.file_stem().is_some_and(|s| s == "load-reference");
+    let role = if reference { "reference" } else { "candidate" };
+    let rows: Vec<MemoryRow> = bench.memory.into_iter().filter(|m| m.role == role).collect();
+    // Of several, the one that was loaded.
+    let named = rows.iter().find(|m| m.model == record.target.model);
+    named.or(if rows.len() == 1 { rows.first() } else { None }).cloned()
+}
+
 /// `LOAD.json`, or `LOAD.json=GATE.json` with the verdict on accuracy.
-fn variant(text: &str) -> Result<Variant> {
+fn variant(ctx: &Context, text: &str, card: Option<&Gpu>, args: &CapacityArgs) -> Result<Variant> {
     let (load, gate) = text.split_once('=').map_or((text, None), |(l, g)| (l, Some(g)));
     let read = |path: &str| {
         lowbit_checkpoint::files::read_stream(Path::new(path)).with_context(|| format!("cannot read {path}"))
@@ -211,5 +253,13 @@ fn variant(text: &str) -> Result<Variant> {
     // Folders of `lowbit run` all call theirs load.json.
     let folder = Path::new(load).parent().and_then(Path::file_name).map(|f| f.to_string_lossy().into_owned());
     let stem = folder.filter(|_| stem == "load").unwrap_or(stem);
-    Ok(Variant { name: format!("{stem} ({})", record.target.model), load: record, accuracy })
+    let last = record.valid().last().map(|s| &s.metrics);
+    let tokens = last.and_then(|m| Some(m.input_tokens.as_ref()?.mean + m.output_tokens.as_ref()?.mean));
+    let o = EstimateOptions {
+        gpus: u64::from(args.gpus.max(1)),
+        kv_bytes: if args.kv_8bit { 1.0 } else { 2.0 },
+        ..EstimateOptions::default()
+    };
+    let room = memory(ctx, Path::new(load), &record).and_then(|row| Room::of(&row, card, &o, tokens));
+    Ok(Variant { name: format!("{stem} ({})", record.target.model), load: record, accuracy, room })
 }

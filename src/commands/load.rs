@@ -15,7 +15,6 @@ use lowbit_bench::load::openai::Endpoint;
 use lowbit_bench::load::profile::{Profile, Search};
 use lowbit_bench::load::record::{LoadRecord, SCHEMA};
 use lowbit_bench::load::run::{Live, LoadOptions, Session};
-use lowbit_bench::load::table::read_objects;
 use lowbit_bench::load::workload::Workload;
 use lowbit_bench::slo::Slo;
 use lowbit_bench::slo::search::SearchOptions;
@@ -48,6 +47,10 @@ pub fn measure(ctx: &Context, args: &LoadArgs) -> Result<LoadRecord> {
     let text = args.profile.as_deref().unwrap_or(if args.find_max { "poisson" } else { "synchronous" });
     let search = args.find_max.then(|| Search::parse(text)).transpose()?;
     let profile = if args.find_max { None } else { Some(Profile::parse(text)?) };
+    let replay = text.split(':').next() == Some("replay");
+    if replay && args.shuffle {
+        bail!("--shuffle would ask a trace out of its order\nhint: replay without it");
+    }
     let slo = args.slo.as_deref().map(Slo::parse).transpose()?;
     if args.find_max && slo.is_none() {
         bail!("--find-max needs an objective\nhint: --slo guidellm/chatbot, or --slo ttft_p99<=200,itl_p99<=50");
@@ -55,7 +58,7 @@ pub fn measure(ctx: &Context, args: &LoadArgs) -> Result<LoadRecord> {
     let data = data(ctx, args)?;
     let name = data.name().to_string();
     let trim = trim(args)?;
-    let mut session = Session::connect(options(args, data, trim, slo.clone())?)?;
+    let mut session = Session::connect(options(args, data, replay, trim, slo.clone())?)?;
     let t = session.target();
     ctx.say(format!("{} at {}, {}, data {name}", t.model, t.url, t.endpoint.path()));
     let stop = ctx.stop.clone();
@@ -195,7 +198,7 @@ fn trim(args: &LoadArgs) -> Result<Trim> {
     Ok(Trim { warmup: args.warmup, cooldown: args.cooldown })
 }
 
-fn options(args: &LoadArgs, data: Data, trim: Trim, slo: Option<Slo>) -> Result<LoadOptions> {
+fn options(args: &LoadArgs, data: Data, replay: bool, trim: Trim, slo: Option<Slo>) -> Result<LoadOptions> {
     let headers = args.header.iter().map(|h| {
         let (name, value) = h.split_once(':').with_context(|| format!("--header {h:?} is not NAME: VALUE"))?;
         Ok((name.trim().to_string(), value.trim().to_string()))
@@ -216,8 +219,8 @@ fn options(args: &LoadArgs, data: Data, trim: Trim, slo: Option<Slo>) -> Result<
     let limits = Limits {
         duration: match (args.duration, args.max_requests) {
             (Some(s), _) => Some(seconds("--duration", s)?),
-            // Something must end a stage.
-            (None, None) => Some(Duration::from_secs(30)),
+            // Something must end a stage; a trace ends by itself.
+            (None, None) if !replay => Some(Duration::from_secs(30)),
             _ => None,
         },
         requests: args.max_requests,
@@ -269,23 +272,22 @@ fn data(ctx: &Context, args: &LoadArgs) -> Result<Data> {
     };
     if path.is_dir() || path.is_file() {
         // A file that cannot be read says so here, before the server is asked anything.
-        let rows = read_objects(&path)?.len();
-        ctx.say(format!("{rows} rows in {name}"));
-        return Ok(Data::read(&path, name, args.shuffle, args.output_tokens)?);
+        let data = Data::read(&path, name, args.shuffle, args.output_tokens, counter(ctx, args)?)?;
+        ctx.say(format!("{} rows in {name}", data.rows()));
+        return Ok(data);
     }
     if args.data == "text" {
         let lines: Vec<&str> = models::DEMO_TEXT.split("\n\n").map(str::trim).filter(|p| !p.is_empty()).collect();
         return Ok(Data::from_texts("text", &lines, args.output_tokens.unwrap_or(32)));
     }
     let workload = Workload::parse(&args.data)?;
-    let count = match &args.tokenizer {
-        None => None,
-        Some(model) => {
-            let tokenizer = Arc::new(Tokenizer::load(&models::locate(ctx, model)?.dir)?);
-            let count: CountTokens =
-                Arc::new(move |text: &str| tokenizer.encode(text, false).map_or(0, |ids| ids.len()));
-            Some(count)
-        }
-    };
-    Ok(Data::Synthetic { workload, count })
+    Ok(Data::Synthetic { workload, count: counter(ctx, args)? })
+}
+
+/// `--tokenizer`.
+fn counter(ctx: &Context, args: &LoadArgs) -> Result<Option<CountTokens>> {
+    let Some(model) = &args.tokenizer else { return Ok(None) };
+    let tokenizer = Tokenizer::load(&models::locate(ctx, model)?.dir)?;
+    let count: CountTokens = Arc::new(move |text: &str| tokenizer.encode(text, false).map_or(0, |ids| ids.len()));
+    Ok(Some(count))
 }

@@ -1,6 +1,6 @@
 //! Load records as text, by our own definitions, and as CSV.
 
-use lowbit_bench::load::percentile::Summary;
+use lowbit_bench::load::percentile::{Percentile, QUANTILES, Summary};
 use lowbit_bench::load::record::{LoadRecord, StageRecord};
 use serde_json::Value;
 
@@ -73,7 +73,7 @@ pub fn summary(r: &LoadRecord) -> String {
             s.metrics.counted_by
         ));
         let lines: Vec<Vec<String>> = s.metrics.latency.iter().map(|(name, v)| line(name, v)).collect();
-        out.push(table(&["", "n", "mean", "p50", "p90", "p95", "p99 [95 % CI]", "p99.9"], &lines));
+        out.push(table(&["", "n", "mean", "p50 [95 % CI]", "p90", "p95", "p99 [95 % CI]", "p99.9"], &lines));
         if let Some(why) = &s.metrics.itl_token_missing {
             out.push(format!("no itl_token_ms: {why}"));
         }
@@ -81,6 +81,9 @@ pub fn summary(r: &LoadRecord) -> String {
             s.metrics.outcomes.iter().filter(|o| o.0 != "ok").map(|o| format!("{} {}", o.1, o.0)).collect();
         if !bad.is_empty() {
             out.push(format!("not ok: {}", bad.join(", ")));
+        }
+        if s.rejected > 0 {
+            out.push(format!("{} refusals waited out and sent again, their wait counted", s.rejected));
         }
         if let Some(a) = &s.saturation {
             out.push(format!(
@@ -121,49 +124,53 @@ pub fn summary(r: &LoadRecord) -> String {
 
 fn line(name: &str, s: &Summary) -> Vec<String> {
     let get = |q: f64| s.at(q).map_or("–".into(), |v| format!("{v:.2}"));
-    let p99 = s.percentiles.iter().find(|p| (p.q - 0.99).abs() < 1e-9);
-    let interval = p99.and_then(|p| Some(format!("{:.2} [{:.2}, {:.2}]", p.value?, p.low?, p.high?)));
+    let interval = |q: f64| {
+        let shown = |p: &Percentile| Some(format!("{:.2} [{:.2}, {:.2}]", p.value?, p.low?, p.high?));
+        s.percentiles.iter().find(|p| (p.q - q).abs() < 1e-9).and_then(shown).unwrap_or_else(|| "–".into())
+    };
     vec![
         name.to_string(),
         s.n.to_string(),
         format!("{:.2}", s.mean),
-        get(0.5),
+        interval(0.5),
         get(0.9),
         get(0.95),
-        interval.unwrap_or_else(|| "–".into()),
+        interval(0.99),
         get(0.999),
     ]
 }
 
-/// A row a stage and latency.
+/// A row a stage and latency; every percentile with the two ends of its interval.
 pub fn csv(r: &LoadRecord) -> String {
     let mut out = String::from(
-        "profile,rate,streams,requests_per_second,output_tokens_per_second,metric,n,mean,sd,min,max,p50,p90,p95,p99,p99_low,p99_high,p999\n",
+        "profile,rate,streams,requests_per_second,output_tokens_per_second,rejected,metric,n,mean,sd,min,max",
     );
+    for q in QUANTILES {
+        let name = format!("p{}", 100.0 * q).replace('.', "");
+        out.push_str(&format!(",{name},{name}_low,{name}_high"));
+    }
+    out.push('\n');
     let number = |v: Option<f64>| v.map_or(String::new(), |v| v.to_string());
     for s in &r.stages {
         for (name, v) in &s.metrics.latency {
-            let p99 = v.percentiles.iter().find(|p| (p.q - 0.99).abs() < 1e-9);
-            let cells = [
+            let mut cells = vec![
                 s.profile.clone(),
                 number(s.rate),
                 s.streams.map_or(String::new(), |n| n.to_string()),
                 s.metrics.rates.requests_per_second.to_string(),
                 s.metrics.rates.output_tokens_per_second.to_string(),
+                s.rejected.to_string(),
                 name.clone(),
                 v.n.to_string(),
                 v.mean.to_string(),
                 v.sd.to_string(),
                 v.min.to_string(),
                 v.max.to_string(),
-                number(v.at(0.5)),
-                number(v.at(0.9)),
-                number(v.at(0.95)),
-                number(v.at(0.99)),
-                number(p99.and_then(|p| p.low)),
-                number(p99.and_then(|p| p.high)),
-                number(v.at(0.999)),
             ];
+            for q in QUANTILES {
+                let p = v.percentiles.iter().find(|p| (p.q - q).abs() < 1e-9);
+                cells.extend([p.and_then(|p| p.value), p.and_then(|p| p.low), p.and_then(|p| p.high)].map(number));
+            }
             out.push_str(&cells.join(","));
             out.push('\n');
         }

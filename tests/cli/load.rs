@@ -106,6 +106,27 @@ fn a_load_its_record_and_a_plan_from_it() {
     assert_eq!(again(&["--slo", "e2e_p95<=60000"]).status.code(), Some(0));
     assert_eq!(again(&["--slo", "e2e_p50<=0.000001"]).status.code(), Some(1));
 
+    // The same as a table for other programs: a row a latency, every percentile between the ends of its interval.
+    let table = tmp.path().join("load.csv");
+    assert_eq!(again(&["--csv", table.to_str().unwrap()]).status.code(), Some(0));
+    assert_eq!(again(&["--csv", table.to_str().unwrap()]).status.code(), Some(3), "an existing table is kept");
+    let text = std::fs::read_to_string(&table).unwrap();
+    let mut rows = text.lines().map(|l| l.split(',').collect::<Vec<&str>>());
+    let head = rows.next().unwrap();
+    let column = |name: &str| head.iter().position(|h| *h == name).unwrap_or_else(|| panic!("{name}: {head:?}"));
+    let rows: Vec<Vec<&str>> = rows.collect();
+    assert!(rows.iter().all(|r| r.len() == head.len() && r[column("profile")] == "concurrent"), "{text}");
+    let e2e = rows.iter().find(|r| r[column("metric")] == "e2e_ms").unwrap();
+    for p in ["p50", "p90"] {
+        let at = |end: &str| e2e[column(&format!("{p}{end}"))].parse::<f64>().unwrap();
+        assert!(at("_low") <= at("") && at("") <= at("_high"), "{p}: {text}");
+    }
+    assert_eq!(
+        (e2e[column("n")], e2e[column("rejected")], e2e[column("p999")]),
+        ("600", "0", ""),
+        "too few for a p99.9"
+    );
+
     let open = tmp.path().join("open.json");
     let mut c = lowbit(tmp.path());
     c.args(["load", &url, "--profile", "poisson:100", "--max-requests", "300", "--slo", "e2e_p90<=60000", "-q", "-o"])
@@ -124,6 +145,14 @@ fn a_load_its_record_and_a_plan_from_it() {
     let plan = plan(serde_json::json!([]));
     // 1000 · 1.2 / (100 · 0.8) = 15, and a spare.
     assert_eq!(plan["variants"][0]["servers"].as_u64(), Some(16), "{plan}");
+    assert!(plan["variants"][0].get("room").is_none(), "nothing is known of its memory");
+    std::fs::copy(super::root().join("tests/records/bench-1.json"), tmp.path().join("bench.json")).unwrap();
+    let args = ["capacity", open.to_str().unwrap(), "--peak-rps", "10", "--gpu-hour", "2", "--gpu", "l4"];
+    let roomy = ok(lowbit(tmp.path()).args(args).arg("--json"));
+    let room = &serde_json::from_slice::<serde_json::Value>(&roomy.stdout).unwrap()["variants"][0]["room"];
+    assert!(room["kv_room_bytes"].as_f64().unwrap() > 1e9 && room["concurrency"].as_u64().unwrap() > 1, "{room}");
+    let text = String::from_utf8(ok(lowbit(tmp.path()).args(args)).stdout).unwrap();
+    assert!(text.contains("KV room GB") && text.contains("at once"), "{text}");
     std::fs::write(tmp.path().join("gate.json"), r#"{"verdict":"regression"}"#).unwrap();
     let gated = format!("{}={}", open.display(), tmp.path().join("gate.json").display());
     let out = lowbit(tmp.path()).args(["capacity", &gated, "--peak-rps", "10", "--gpu-hour", "2"]).output().unwrap();
@@ -233,6 +262,29 @@ fn the_search_takes_its_profile_and_data_come_from_folders_and_the_hub() {
     assert_eq!(asked["stages"][0]["metrics"]["outcomes"]["ok"], 2);
 }
 
+/// A trace from a file, longer than a stage is by default.
+#[test]
+fn a_trace_is_replayed_to_its_end() {
+    let (tmp, url) = (tempfile::tempdir().unwrap(), server());
+    let trace = tmp.path().join("trace.jsonl");
+    let row =
+        |ms: u64| format!(r#"{{"timestamp": {ms}, "input_length": 700, "output_length": 2, "hash_ids": [1, {ms}]}}"#);
+    std::fs::write(&trace, [0, 1000, 30_500].map(row).join("\n")).unwrap();
+    let out = tmp.path().join("load.json");
+    let mut c = lowbit(tmp.path());
+    c.args(["load", &url, "-q", "--profile", "replay", "--tokenizer", "assets/demo", "--data"])
+        .arg(&trace)
+        .arg("-o")
+        .arg(&out);
+    // Of three requests the busiest is the p99: the client may call itself the limit.
+    assert!(matches!(c.output().unwrap().status.code(), Some(0 | 2)));
+    let stage = &json(&out)["stages"][0];
+    assert_eq!((stage["profile"].as_str(), stage["stopped_by"].as_str()), (Some("replay"), Some("schedule ended")));
+    let at: Vec<u64> =
+        stage["requests"].as_array().unwrap().iter().map(|r| r["scheduled_ns"].as_u64().unwrap()).collect();
+    assert_eq!(at, [0, 1_000_000_000, 30_500_000_000]);
+}
+
 #[test]
 fn refusals() {
     let tmp = tempfile::tempdir().unwrap();
@@ -246,11 +298,18 @@ fn refusals() {
     fails(&["load", "http://127.0.0.1:9", "--data", "tea"], 3, "unknown workload");
     fails(&["load", "http://127.0.0.1:9", "--slo", "ttft<200"], 3, "not a clause");
     fails(&["load", "http://127.0.0.1:9", "--find-max"], 3, "--slo");
+    fails(&["load", "http://127.0.0.1:9", "--profile", "replay:2", "--shuffle"], 3, "out of its order");
     fails(&["load", "http://127.0.0.1:9", "--find-max", "--profile", "sweep"], 3, "cannot be searched");
     fails(&["load", "http://127.0.0.1:9", "--body", "[]"], 3, "JSON object");
     fails(&["capacity"], 3, "no load records");
     fails(&["capacity", "--estimate", "--model", "8b", "--gpu", "abacus"], 3, "h200");
     fails(&["capacity", "--estimate", "--model", "70b", "--gpu", "l4"], 1, "infeasible");
+    let fleet = |spare: &str| -> serde_json::Value {
+        let args = ["capacity", "--estimate", "--model", "8b", "--peak-rps", "50", "--json", "--spare", spare];
+        serde_json::from_slice(&ok(lowbit(tmp.path()).args(args)).stdout).unwrap()
+    };
+    let servers = |v: serde_json::Value| v["models"][0]["servers"][0].as_u64().unwrap();
+    assert_eq!(servers(fleet("3")), servers(fleet("0")) + 3);
     let out = ok(lowbit(tmp.path()).args(["capacity", "--estimate", "--model", "8b,70b,assets/demo"]));
     let text = String::from_utf8_lossy(&out.stdout).into_owned();
     assert!(text.contains("llama3.1-70b bf16") && text.contains("does not fit"), "{text}");

@@ -19,6 +19,7 @@ mod golden;
 mod hardship;
 mod hub;
 mod load;
+mod load_check;
 mod mistakes;
 mod pipeline;
 mod records;

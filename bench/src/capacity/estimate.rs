@@ -75,10 +75,16 @@ pub struct Estimate {
     pub requests_per_second: f64,
 }
 
+/// What weights leave for keys and values on so many cards; negative when they do not fit.
+pub fn kv_room_bytes(gpu: &Gpu, weight_bytes: f64, o: &EstimateOptions) -> f64 {
+    let gpus = o.gpus.max(1) as f64;
+    gpu.memory_bytes as f64 * gpus * o.utilization - weight_bytes - o.workspace_bytes * gpus
+}
+
 /// Every scheme of `schemes`.
 pub fn estimate(shape: &ModelShape, gpu: &Gpu, schemes: &[SchemeCost], o: &EstimateOptions) -> Vec<Estimate> {
     let gpus = o.gpus.max(1) as f64;
-    let (bandwidth, memory) = (gpu.bandwidth * gpus, gpu.memory_bytes as f64 * gpus);
+    let bandwidth = gpu.bandwidth * gpus;
     let kv = shape.kv_bytes_per_token(o.kv_bytes);
     schemes
         .iter()
@@ -88,7 +94,7 @@ pub fn estimate(shape: &ModelShape, gpu: &Gpu, schemes: &[SchemeCost], o: &Estim
             let weight_bytes = linears + rest;
             // An embedding is looked up, not read: a step reads the linears and the head.
             let head = (shape.vocab * shape.hidden) as f64 * 2.0;
-            let room = memory * o.utilization - weight_bytes - o.workspace_bytes * gpus;
+            let room = kv_room_bytes(gpu, weight_bytes, o);
             let length = (o.input + o.output).max(1) as f64;
             let concurrency = (room / (kv * length)).floor().max(0.0) as u64;
             let flops = gpus * if s.fp8 && gpu.fp8_flops > 0.0 { gpu.fp8_flops } else { gpu.bf16_flops };

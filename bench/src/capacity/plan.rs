@@ -7,7 +7,8 @@
 use lowbit_checkpoint::provenance::Provenance;
 use serde::{Deserialize, Serialize};
 
-use crate::load::record::LoadRecord;
+use crate::capacity::room::Room;
+use crate::load::record::{LoadRecord, StageRecord};
 use crate::slo::Slo;
 use crate::slo::verdict::{Verdict, judge};
 
@@ -39,6 +40,8 @@ pub struct Variant {
     pub load: LoadRecord,
     /// Verdict on its accuracy, where given: `pass` or another word.
     pub accuracy: Option<String>,
+    /// Its memory, where that was measured.
+    pub room: Option<Room>,
 }
 
 /// What came of a variant: a point of the quality, latency, cost chart.
@@ -56,10 +59,14 @@ pub struct PlanRow {
     pub dollars_per_hour: Option<f64>,
     /// Price of a million output tokens at the peak.
     pub dollars_per_million_output: Option<f64>,
-    /// Median time to first token at the stage nearest below the planned load of a server, ms.
+    /// Median time to first token at what a server is planned for (the peak with its bursts, spares being down), on a straight line
+    /// between the neighbouring stages, ms.
     pub ttft_p50_ms: Option<f64>,
     /// Verdict on accuracy.
     pub accuracy: Option<String>,
+    /// Memory of a server, where the record of a bench lies beside the load's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub room: Option<Room>,
     /// Why it cannot be used; empty when it can.
     pub infeasible: Vec<String>,
 }
@@ -103,16 +110,13 @@ fn row(v: &Variant, o: &PlanOptions) -> PlanRow {
     if let Some(a) = v.accuracy.as_ref().filter(|a| !a.eq_ignore_ascii_case("pass")) {
         infeasible.push(format!("accuracy: {a}"));
     }
+    infeasible.extend(v.room.as_ref().and_then(Room::refuses));
     let servers = rate.map(|r| (o.peak_rps * o.burst / (r * o.headroom)).ceil().max(1.0) as u64 + o.spare);
     let dollars_per_hour = servers.map(|s| s as f64 * f64::from(o.gpus) * o.gpu_hour);
     let valid: Vec<_> = v.load.valid().collect();
     let output = valid.iter().filter_map(|s| s.metrics.output_tokens.as_ref()).map(|t| t.mean).next_back();
     let dollars_per_million_output = dollars_per_hour.zip(output).map(|(d, t)| d / (3600.0 * o.peak_rps * t) * 1e6);
-    let planned = servers.map(|s| o.peak_rps / s as f64);
-    let nearest = valid
-        .iter()
-        .filter(|s| s.rate.zip(planned).is_some_and(|(r, p)| r <= p.max(rate.unwrap_or(0.0))))
-        .max_by(|a, b| a.rate.unwrap_or(0.0).total_cmp(&b.rate.unwrap_or(0.0)));
+    let planned = servers.map(|s| o.peak_rps * o.burst / s.saturating_sub(o.spare).max(1) as f64);
     PlanRow {
         name: v.name.clone(),
         rate,
@@ -120,9 +124,34 @@ fn row(v: &Variant, o: &PlanOptions) -> PlanRow {
         servers,
         dollars_per_hour,
         dollars_per_million_output,
-        ttft_p50_ms: nearest.and_then(|s| s.metrics.percentile("ttft_ms", 0.5)),
+        ttft_p50_ms: planned.and_then(|p| ttft_at(&v.load, p)),
         accuracy: v.accuracy.clone(),
+        room: v.room.clone(),
         infeasible,
+    }
+}
+
+/// Median time to first token at a rate: between the measured rates on a straight line, beyond them that of the nearest. Without an
+/// open loop the rates are those that closed ones were answered at.
+fn ttft_at(load: &LoadRecord, at: f64) -> Option<f64> {
+    let measured = |open: bool| {
+        let stages = load.valid().filter(|s| s.rate.is_some() == open);
+        let point = |s: &StageRecord| {
+            Some((s.rate.unwrap_or(s.metrics.rates.requests_per_second), s.metrics.percentile("ttft_ms", 0.5)?))
+        };
+        let mut points: Vec<(f64, f64)> = stages.filter_map(point).collect();
+        points.sort_by(|a, b| a.0.total_cmp(&b.0));
+        points
+    };
+    let mut points = measured(true);
+    if points.is_empty() {
+        points = measured(false);
+    }
+    let (below, above) = (points.iter().rfind(|p| p.0 <= at), points.iter().find(|p| p.0 >= at));
+    match (below, above) {
+        (Some(b), Some(a)) if a.0 > b.0 => Some(b.1 + (a.1 - b.1) * (at - b.0) / (a.0 - b.0)),
+        (Some(p), _) | (None, Some(p)) => Some(p.1),
+        (None, None) => None,
     }
 }
 
@@ -163,7 +192,7 @@ mod tests {
     use super::*;
     use crate::load::metrics::{Trim, Window, measure};
     use crate::load::openai::Endpoint;
-    use crate::load::record::{ClientCheck, StageRecord, TargetRecord};
+    use crate::load::record::{ClientCheck, TargetRecord};
     use crate::load::schedule::Arrivals;
     use crate::load::sim::{Queue, Service};
 
@@ -180,6 +209,7 @@ mod tests {
                     streams: None,
                     seconds: 1.0,
                     stopped_by: "requests".into(),
+                    rejected: 0,
                     saturation: None,
                     client: ClientCheck {
                         schedule_delay_p99_ms: 0.0,
@@ -213,7 +243,7 @@ mod tests {
             find_max: None,
             imported: None,
         };
-        Variant { name: name.into(), load, accuracy: accuracy.map(str::to_string) }
+        Variant { name: name.into(), load, accuracy: accuracy.map(str::to_string), room: None }
     }
 
     #[test]
@@ -240,6 +270,10 @@ mod tests {
         assert_eq!((rows[0].rate, rows[0].servers, rows[0].dollars_per_hour), (Some(20.0), Some(11), Some(22.0)));
         // 22 $/h over 100 requests of 10 tokens a second: 3.6 million tokens an hour.
         assert!((rows[0].dollars_per_million_output.unwrap() - 22.0 / 3.6).abs() < 1e-9);
+        // Each of the ten is planned for 15 a second: half way between two stages.
+        let ttft = |i: usize| variants[0].load.stages[i].metrics.percentile("ttft_ms", 0.5).unwrap();
+        assert!((rows[0].ttft_p50_ms.unwrap() - (ttft(0) + ttft(1)) / 2.0).abs() < 1e-9);
+        assert_eq!(ttft_at(&variants[0].load, 1.0), Some(ttft(0)));
         assert!(rows[2].infeasible[0].contains("regression") && rows[3].infeasible[0].contains("no stage"));
         assert!(rows[3].servers.is_none());
     }

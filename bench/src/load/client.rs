@@ -5,7 +5,7 @@
 //! in the same call that read it. Open-loop times count from the schedule, so a stalled server or client cannot hide the
 //! requests it kept waiting (coordinated omission).
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::net::SocketAddr;
 use std::sync::mpsc::Receiver;
 use std::time::Duration;
@@ -32,7 +32,8 @@ pub struct Job {
 
 /// Who decides when a request starts.
 pub enum Pace {
-    /// So many at once; the next starts when one ends.
+    /// So many at once; the next starts when one ends. A request that the server refuses for now (429) keeps its stream, waits as
+    /// long as `Retry-After` says and is sent again; its times count from its first start.
     Closed {
         /// Streams.
         streams: usize,
@@ -108,6 +109,8 @@ pub struct StageTraces {
     pub connections: u64,
     /// Requests sent again on a new connection, because the server had closed the idle one.
     pub resent: u64,
+    /// Refusals of a closed loop that were waited out.
+    pub rejected: u64,
 }
 
 /// Where and how requests are sent.
@@ -130,9 +133,13 @@ struct Client<'a> {
     buffer: Vec<u8>,
     in_flight: usize,
     follow_ups: VecDeque<Job>,
+    /// Refused requests of a closed loop, by the time they go out again and a number that tells equal times apart.
+    waiting: Option<BTreeMap<(u64, u64), Active>>,
     traces: Vec<RequestTrace>,
+    failed: u64,
     connections: u64,
     resent: u64,
+    rejected: u64,
     stop: Option<String>,
 }
 
@@ -153,9 +160,12 @@ pub fn run(
         buffer: vec![0; 64 << 10],
         in_flight: 0,
         follow_ups: VecDeque::new(),
+        waiting: matches!(pace, Pace::Closed { .. }).then(BTreeMap::new),
         traces: Vec::new(),
+        failed: 0,
         connections: 0,
         resent: 0,
+        rejected: 0,
         stop: None,
     };
     client.drive(pace, limits, jobs, observer)
@@ -183,8 +193,9 @@ impl Client<'_> {
         // When a closed stream became free; a waiting open request keeps its scheduled time instead.
         let mut stop_ns = None;
         while stop_ns.is_none() {
+            self.resume()?;
             let now = self.waiter.now();
-            while self.stop.is_none() && self.in_flight < limit && due.is_some_and(|d| d <= self.waiter.now()) {
+            while self.stop.is_none() && self.streams() < limit && due.is_some_and(|d| d <= self.waiter.now()) {
                 let at = if schedule.is_some() { due.unwrap_or(now) } else { self.waiter.now() };
                 if at >= end_by_time || limits.requests.is_some_and(|n| started >= n) {
                     break;
@@ -227,8 +238,8 @@ impl Client<'_> {
                 stop_ns = Some(now.min(end_by_time));
                 break;
             }
-            let full = self.in_flight >= limit;
-            let next = due.filter(|_| !full).unwrap_or(u64::MAX).min(end_by_time).min(next_tick);
+            let full = self.streams() >= limit;
+            let next = due.filter(|_| !full).unwrap_or(u64::MAX).min(end_by_time).min(next_tick).min(self.resumes());
             self.turn(&mut events, next, limits, observer)?;
             self.tick(&mut next_tick, TICK, limits, observer);
         }
@@ -238,8 +249,12 @@ impl Client<'_> {
         let patience = if counted { limits.request_timeout.max(limits.grace) } else { limits.grace };
         let give_up = self.waiter.now().saturating_add(ns(patience));
         let at_once = self.stop.as_deref().is_some_and(|s| s == "interrupted" || s == "saturated");
-        while self.in_flight > 0 && !at_once && self.waiter.now() < give_up {
-            self.turn(&mut events, give_up.min(next_tick), limits, observer)?;
+        if !counted || at_once {
+            self.cancel_waiting(limits, observer);
+        }
+        while self.streams() > 0 && !at_once && self.waiter.now() < give_up {
+            self.resume()?;
+            self.turn(&mut events, give_up.min(next_tick).min(self.resumes()), limits, observer)?;
             self.tick(&mut next_tick, TICK, limits, observer);
             if self.stop.as_deref() == Some("interrupted") {
                 break;
@@ -251,6 +266,7 @@ impl Client<'_> {
                 self.finish(slot, Outcome::Cancelled, false, limits, observer);
             }
         }
+        self.cancel_waiting(limits, observer);
         let wall = Duration::from_nanos(end_ns);
         let cpu_frac = cpu_before
             .zip(thread_cpu())
@@ -264,7 +280,36 @@ impl Client<'_> {
             cpu_frac,
             connections: self.connections,
             resent: self.resent,
+            rejected: self.rejected,
         })
+    }
+
+    /// Streams that are taken: in flight, or waiting to be sent again.
+    fn streams(&self) -> usize {
+        self.in_flight + self.waiting.as_ref().map_or(0, BTreeMap::len)
+    }
+
+    /// When the next refused request goes out again.
+    fn resumes(&self) -> u64 {
+        self.waiting.as_ref().and_then(BTreeMap::first_key_value).map_or(u64::MAX, |((at, _), _)| *at)
+    }
+
+    /// Sends the refused requests again whose time has come.
+    fn resume(&mut self) -> Result<()> {
+        while self.resumes() <= self.waiter.now() {
+            let Some((_, mut active)) = self.waiting.as_mut().and_then(BTreeMap::pop_first) else { break };
+            active.rewind();
+            self.dispatch(active, false)?;
+        }
+        Ok(())
+    }
+
+    /// Ends the refused requests that still wait.
+    fn cancel_waiting(&mut self, limits: &Limits, observer: &mut dyn Observer) {
+        while let Some((_, active)) = self.waiting.as_mut().and_then(BTreeMap::pop_first) {
+            let (trace, ..) = active.into_trace(self.waiter.now(), Outcome::Cancelled);
+            self.settle(trace, limits, observer);
+        }
     }
 
     /// Waits once and works off what happened.
@@ -335,7 +380,7 @@ impl Client<'_> {
                 Err(e) => {
                     self.in_flight -= 1;
                     let (trace, ..) = active.into_trace(self.waiter.now(), Outcome::Connect(e.to_string()));
-                    self.traces.push(trace);
+                    self.keep(trace);
                     return Ok(());
                 }
             },
@@ -359,7 +404,7 @@ impl Client<'_> {
             Step::Finished(outcome, _) => {
                 if let Some(a) = self.slots[slot].as_mut().and_then(|c| c.active.take()) {
                     let (trace, ..) = a.into_trace(self.waiter.now(), outcome);
-                    self.traces.push(trace);
+                    self.keep(trace);
                 }
                 self.in_flight -= 1;
                 self.drop_connection(slot);
@@ -393,31 +438,54 @@ impl Client<'_> {
             self.drop_connection(slot);
             return;
         };
+        let refused = match (&outcome, self.slots.get(slot)) {
+            (Outcome::Status(..), Some(Some(c))) => c.refused(),
+            _ => None,
+        };
         if keep {
             self.idle.push(slot);
         } else {
             self.drop_connection(slot);
         }
         self.in_flight -= 1;
-        let (trace, item, answer) = active.into_trace(self.waiter.now(), outcome);
+        let now = self.waiter.now();
+        if let (Some(waiting), Some(wait)) = (&mut self.waiting, refused) {
+            let again = now.saturating_add(u64::try_from(wait.as_nanos()).unwrap_or(u64::MAX));
+            // A request that would come too late is a failure, as any other that is not answered in its time.
+            if u128::from(again.saturating_sub(active.scheduled_ns)) <= limits.request_timeout.as_nanos() {
+                waiting.insert((again, self.rejected), active);
+                self.rejected += 1;
+                return;
+            }
+        }
+        let (trace, item, answer) = active.into_trace(now, outcome);
         if let Some(next) = item.filter(|_| trace.ok()).and_then(|i| i.next_turn(answer)) {
             let body = self.config.dialect.body(&next.messages, next.output_tokens);
             let item = next.has_next().then_some(next);
             self.follow_ups.push_back(Job { request: self.config.head.with_body(&body), input_tokens: None, item });
         }
+        self.settle(trace, limits, observer);
+    }
+
+    /// Takes a trace, and the consequences.
+    fn settle(&mut self, trace: RequestTrace, limits: &Limits, observer: &mut dyn Observer) {
         if let Some(why) = observer.finished(&trace, self.in_flight) {
             self.stop.get_or_insert(why);
         }
-        self.traces.push(trace);
-        let failed = || self.traces.iter().filter(|t| t.outcome.failed()).count() as u64;
-        let bad = self.traces.last().is_some_and(|t| t.outcome.failed());
-        if bad && limits.errors.is_some_and(|n| failed() >= n) {
+        let bad = trace.outcome.failed();
+        self.keep(trace);
+        if bad && limits.errors.is_some_and(|n| self.failed >= n) {
             self.stop.get_or_insert_with(|| "errors".into());
         }
         let enough = self.traces.len() >= 20;
-        if bad && enough && limits.error_rate.is_some_and(|r| failed() as f64 > r * self.traces.len() as f64) {
+        if bad && enough && limits.error_rate.is_some_and(|r| self.failed as f64 > r * self.traces.len() as f64) {
             self.stop.get_or_insert_with(|| "error rate".into());
         }
+    }
+
+    fn keep(&mut self, trace: RequestTrace) {
+        self.failed += u64::from(trace.outcome.failed());
+        self.traces.push(trace);
     }
 
     fn tick(&mut self, next: &mut u64, every: u64, limits: &Limits, observer: &mut dyn Observer) {

@@ -139,6 +139,7 @@ mod tests {
             streams: None,
             seconds: 50.0,
             stopped_by: "requests".into(),
+            rejected: 0,
             saturation: None,
             client,
             metrics: measure(&requests, Window { from_ns: 0, to_ns: u64::MAX / 4 }),

@@ -1,6 +1,7 @@
 //! One connection and the request on it: bytes out, bytes in, stamps.
 
 use std::io::{ErrorKind, Read, Write};
+use std::time::Duration;
 
 use mio::net::TcpStream;
 
@@ -57,9 +58,10 @@ impl Active {
         }
     }
 
-    /// Starts again on another connection.
+    /// Starts again, as if nothing had been answered.
     pub(crate) fn rewind(&mut self) {
         self.written = 0;
+        self.whole.clear();
     }
 
     fn event(&mut self, data: &[u8], now: u64) {
@@ -241,6 +243,15 @@ impl Connection {
                 return self.complete(stamp);
             }
         }
+    }
+
+    /// How long the server asks to wait before the request comes again: 429, or 503 that says so. Without a number of seconds it is one.
+    pub(crate) fn refused(&self) -> Option<Duration> {
+        let head = self.parser.head()?;
+        let said = head.retry_after.as_deref();
+        let seconds = said.and_then(|s| s.trim().parse::<f64>().ok());
+        let wait = seconds.and_then(|s| Duration::try_from_secs_f64(s).ok()).unwrap_or(Duration::from_secs(1));
+        (head.status == 429 || head.status == 503 && said.is_some()).then_some(wait)
     }
 
     /// The response is whole.

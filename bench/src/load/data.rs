@@ -10,9 +10,12 @@
 //!
 //! An object gives `conversations` (ShareGPT: `from`, `value`) or `messages` (`role`, `content`): every user turn is asked in
 //! order, and the answers are the server's own. Else `prompt`, `text`, `question` or `input` is the prompt. The length of the
-//! answer is `output_tokens`, `output_length` or `max_tokens` where a row has it; `input_tokens` is recorded. A trace for
-//! replay has `timestamp`, in milliseconds from the start (Mooncake's form, with `input_length` and `output_length`).
+//! answer is `output_tokens`, `output_length` or `max_tokens` where a row has it, else that of the reference answer in a conversation,
+//! where the caller has a tokenizer; `input_tokens` is recorded. A trace for replay has `timestamp`, in milliseconds from the start
+//! (Mooncake's form, with `input_length`, `output_length` and `hash_ids`): its prompts are made, a block of 512 tokens for each of
+//! the `hash_ids`, so that prompts share in text what they shared in the trace.
 
+use std::collections::HashMap;
 use std::path::Path;
 
 use rand::rngs::StdRng;
@@ -38,6 +41,19 @@ pub struct Item {
     pub later: Vec<(String, Option<u32>)>,
     /// When a trace wants it, nanoseconds from the start.
     pub at_ns: Option<u64>,
+    /// The prompt is still to be made.
+    pub made: Option<Made>,
+}
+
+/// A prompt whose text a trace keeps to itself.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Made {
+    /// Length.
+    pub tokens: u32,
+    /// Names of its blocks of 512 tokens, where there are any: the same name is the same text.
+    pub blocks: Vec<u64>,
+    /// Its row, for text of its own.
+    pub row: u64,
 }
 
 impl Item {
@@ -48,6 +64,7 @@ impl Item {
             input_tokens: None,
             later: Vec::new(),
             at_ns: None,
+            made: None,
         }
     }
 
@@ -93,16 +110,29 @@ pub enum Data {
         shuffle: bool,
         /// Answer tokens where a row has none.
         output_tokens: Option<u32>,
+        /// For the prompts of a trace.
+        count: Option<CountTokens>,
     },
 }
 
 impl Data {
-    /// Reads a file of a form above, or a folder of such files; `name` is for the record.
-    pub fn read(path: &Path, name: &str, shuffle: bool, output_tokens: Option<u32>) -> Result<Self> {
+    /// Reads a file of a form above, or a folder of such files; `name` is for the record. `count` is for the lengths of reference
+    /// answers and of a trace's prompts.
+    pub fn read(
+        path: &Path,
+        name: &str,
+        shuffle: bool,
+        output_tokens: Option<u32>,
+        count: Option<CountTokens>,
+    ) -> Result<Self> {
         let mut items = Vec::new();
         for (place, object) in read_objects(path)? {
-            let row = |why: String| LoadError::Row { path: path.to_path_buf(), place: place.clone(), why };
-            items.push(item(&object).map_err(row)?);
+            let bad = |why: String| LoadError::Row { path: path.to_path_buf(), place: place.clone(), why };
+            let mut row = item(&object, count.as_ref()).map_err(bad)?;
+            if let Some(made) = &mut row.made {
+                made.row = items.len() as u64;
+            }
+            items.push(row);
         }
         if items.is_empty() {
             return Err(LoadError::Row {
@@ -111,13 +141,13 @@ impl Data {
                 why: "there is none".into(),
             });
         }
-        Ok(Self::Rows { name: name.to_string(), items, shuffle, output_tokens })
+        Ok(Self::Rows { name: name.to_string(), items, shuffle, output_tokens, count })
     }
 
     /// Texts to be asked in order, each answered with `output_tokens`.
     pub fn from_texts(name: &str, texts: &[&str], output_tokens: u32) -> Self {
         let items = texts.iter().map(|t| Item::user(t.to_string(), Some(output_tokens))).collect();
-        Self::Rows { name: name.into(), items, shuffle: false, output_tokens: None }
+        Self::Rows { name: name.into(), items, shuffle: false, output_tokens: None, count: None }
     }
 
     /// Name for the record.
@@ -128,10 +158,18 @@ impl Data {
         }
     }
 
-    /// Times of a trace, ascending; empty where rows have none.
+    /// Rows of a file; 0 where there is none.
+    pub fn rows(&self) -> usize {
+        match self {
+            Self::Rows { items, .. } => items.len(),
+            Self::Synthetic { .. } => 0,
+        }
+    }
+
+    /// Times of a trace, one a row; empty where a row has none.
     pub fn times(&self) -> Vec<u64> {
         match self {
-            Self::Rows { items, .. } => items.iter().filter_map(|i| i.at_ns).collect(),
+            Self::Rows { items, .. } => items.iter().map(|i| i.at_ns).collect::<Option<_>>().unwrap_or_default(),
             Self::Synthetic { .. } => Vec::new(),
         }
     }
@@ -145,10 +183,11 @@ impl Data {
                     (0..workload.prefixes).map(|_| text(workload.prefix_tokens, count.as_ref(), &mut rng)).collect();
                 Box::new(std::iter::from_fn(move || Some(synthetic(&workload, &prefixes, count.as_ref(), &mut rng))))
             }
-            Self::Rows { mut items, shuffle, output_tokens, .. } => {
+            Self::Rows { mut items, shuffle, output_tokens, count, .. } => {
                 if shuffle {
                     items.shuffle(&mut rng);
                 }
+                let mut texts = Texts { salt: rng.random(), count, blocks: HashMap::new() };
                 let mut at = 0;
                 Box::new(std::iter::from_fn(move || {
                     let mut item = items.get(at)?.clone();
@@ -157,10 +196,62 @@ impl Data {
                     for later in &mut item.later {
                         later.1 = later.1.or(output_tokens);
                     }
+                    if let (Some(made), Some(prompt)) = (item.made.take(), item.messages.last_mut()) {
+                        prompt.content = texts.prompt(&made);
+                    }
                     Some(item)
                 }))
             }
         }
+    }
+}
+
+/// Tokens of a block of a trace, as Mooncake cuts them.
+const BLOCK: u32 = 512;
+/// Blocks kept at a time, some 2 KiB each.
+const KEPT: usize = 20_000;
+
+/// The texts of a trace's prompts.
+struct Texts {
+    /// Another stage has other texts: a prefix cache must not know them from the last.
+    salt: u64,
+    count: Option<CountTokens>,
+    /// By name and length; the last block of a prompt is shorter.
+    blocks: HashMap<(u64, u32), String>,
+}
+
+impl Texts {
+    fn prompt(&mut self, made: &Made) -> String {
+        let mut left = made.tokens;
+        let mut parts = Vec::new();
+        for &name in &made.blocks {
+            let tokens = left.min(BLOCK);
+            if tokens == 0 {
+                break;
+            }
+            parts.push(self.block(name, tokens));
+            left -= tokens;
+        }
+        if left > 0 {
+            parts.push(text(left, self.count.as_ref(), &mut self.rng(!made.row)));
+        }
+        parts.join(" ")
+    }
+
+    fn block(&mut self, name: u64, tokens: u32) -> String {
+        if let Some(known) = self.blocks.get(&(name, tokens)) {
+            return known.clone();
+        }
+        if self.blocks.len() >= KEPT {
+            self.blocks.clear();
+        }
+        let new = text(tokens, self.count.as_ref(), &mut self.rng(name));
+        self.blocks.insert((name, tokens), new.clone());
+        new
+    }
+
+    fn rng(&self, name: u64) -> StdRng {
+        StdRng::seed_from_u64(self.salt ^ name.wrapping_mul(0x9e37_79b9_7f4a_7c15))
     }
 }
 
@@ -214,7 +305,7 @@ fn text(tokens: u32, count: Option<&CountTokens>, rng: &mut StdRng) -> String {
     out.join(" ")
 }
 
-fn item(object: &Map<String, Value>) -> std::result::Result<Item, String> {
+fn item(object: &Map<String, Value>, count: Option<&CountTokens>) -> std::result::Result<Item, String> {
     let number = |names: &[&str]| {
         let found = names.iter().find_map(|n| object.get(*n));
         found
@@ -236,13 +327,17 @@ fn item(object: &Map<String, Value>) -> std::result::Result<Item, String> {
         let names = ["prompt", "text", "question", "input"];
         match names.iter().find_map(|n| object.get(*n).and_then(Value::as_str)) {
             Some(text) => Item::user(text.to_string(), output),
-            // A trace without text: words of the length it says.
+            // A trace without text: words of the length it says, made when they are asked.
             None => {
-                let n =
+                let tokens =
                     input.ok_or("no prompt, text, question, input, messages or conversations, and no input_length")?;
-                let mut rng =
-                    StdRng::seed_from_u64(object.get("timestamp").and_then(Value::as_u64).unwrap_or(u64::from(n)));
-                Item::user(text(n, None, &mut rng), output)
+                let blocks = match object.get("hash_ids") {
+                    Some(Value::Array(ids)) => ids.iter().map(Value::as_u64).collect::<Option<Vec<u64>>>(),
+                    None | Some(Value::Null) => Some(Vec::new()),
+                    Some(_) => None,
+                };
+                let blocks = blocks.ok_or("hash_ids is not a list of whole numbers")?;
+                Item { made: Some(Made { tokens, blocks, row: 0 }), ..Item::user(String::new(), output) }
             }
         }
     } else {
@@ -250,18 +345,21 @@ fn item(object: &Map<String, Value>) -> std::result::Result<Item, String> {
         let system = conversation.iter().take_while(|m| !is_user(&m.0)).filter(|m| m.0 == "system");
         let mut messages: Vec<Message> =
             system.map(|m| Message { role: "system".into(), content: m.1.clone() }).collect();
-        let mut users = conversation.iter().filter(|m| is_user(&m.0)).map(|m| m.1.clone());
-        messages.push(Message {
-            role: "user".into(),
-            content: users.next().ok_or("a conversation without a user's turn")?,
-        });
-        Item {
-            messages,
-            output_tokens: output,
-            input_tokens: None,
-            later: users.map(|u| (u, output)).collect(),
-            at_ns: None,
+        let mut asked: Vec<(String, Option<u32>)> = Vec::new();
+        for (role, text) in &conversation {
+            if is_user(role) {
+                asked.push((text.clone(), output));
+            } else if role != "system"
+                && let (Some((_, tokens @ None)), Some(count)) = (asked.last_mut(), count)
+            {
+                // As long as the answer that is here.
+                *tokens = Some(u32::try_from(count(text)).unwrap_or(u32::MAX).max(1));
+            }
         }
+        let mut asked = asked.into_iter();
+        let (content, output_tokens) = asked.next().ok_or("a conversation without a user's turn")?;
+        messages.push(Message { role: "user".into(), content });
+        Item { messages, output_tokens, input_tokens: None, later: asked.collect(), at_ns: None, made: None }
     };
     item.input_tokens = input;
     item.at_ns = object.get("timestamp").and_then(Value::as_f64).filter(|t| *t >= 0.0).map(|ms| (ms * 1e6) as u64);
@@ -273,7 +371,12 @@ mod tests {
     use super::*;
 
     fn row(json: &str) -> std::result::Result<Item, String> {
-        item(serde_json::from_str::<Value>(json).unwrap().as_object().unwrap())
+        item(serde_json::from_str::<Value>(json).unwrap().as_object().unwrap(), None)
+    }
+
+    /// A tokenizer of words.
+    fn words() -> CountTokens {
+        std::sync::Arc::new(|t: &str| t.split_whitespace().count())
     }
 
     #[test]
@@ -291,10 +394,53 @@ mod tests {
         assert_eq!((chat.messages[0].role.as_str(), chat.output_tokens), ("system", Some(9)));
         let trace = row(r#"{"timestamp":1500.5,"input_length":7,"output_length":3}"#).unwrap();
         assert_eq!(
-            (trace.at_ns, trace.output_tokens, trace.messages[0].content.split(' ').count()),
-            (Some(1_500_500_000), Some(3), 7)
+            (trace.at_ns, trace.output_tokens, trace.made),
+            (Some(1_500_500_000), Some(3), Some(Made { tokens: 7, blocks: vec![], row: 0 }))
         );
         assert!(row(r#"{"answer":"x"}"#).is_err());
+        assert!(row(r#"{"input_length":7,"hash_ids":["a"]}"#).is_err());
+    }
+
+    #[test]
+    fn answers_of_a_conversation_are_as_long_as_its_own_where_they_can_be_counted() {
+        let json = r#"{"conversations":[{"from":"system","value":"s t"},{"from":"human","value":"a"},{"from":"gpt","value":"b c d"},
+            {"from":"human","value":"e"},{"from":"gpt","value":""},{"from":"human","value":"f"}]}"#;
+        let of = |json: &str| {
+            let value: Value = serde_json::from_str(json).unwrap();
+            item(value.as_object().unwrap(), Some(&words())).unwrap()
+        };
+        let counted = of(json);
+        assert_eq!(
+            (counted.output_tokens, &counted.later[..]),
+            (Some(3), &[("e".into(), Some(1)), ("f".into(), None)][..])
+        );
+        assert_eq!(row(json).unwrap().output_tokens, None);
+        let named = of(&json.replacen('{', r#"{"output_tokens":9,"#, 1));
+        assert_eq!((named.output_tokens, named.later[0].1), (Some(9), Some(9)), "what the row says comes first");
+    }
+
+    /// Mooncake's form: prompts share the text of the blocks they share, and are as long as the trace says.
+    #[test]
+    fn a_trace_keeps_its_prefixes() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("trace.jsonl");
+        let rows =
+            [(1100, "[5, 6, 7]"), (1024, "[5, 6]"), (600, "[5, 9]"), (1100, "[5, 6, 8]"), (90, "null"), (90, "null")];
+        let lines = rows.iter().enumerate().map(|(i, (n, ids))| {
+            format!(r#"{{"timestamp": {i}, "input_length": {n}, "output_length": 2, "hash_ids": {ids}}}"#)
+        });
+        std::fs::write(&path, lines.collect::<Vec<_>>().join("\n")).unwrap();
+        let data = Data::read(&path, "trace", false, None, Some(words())).unwrap();
+        let prompts = |seed| data.items(seed).take(6).map(|i| i.messages[0].content.clone()).collect::<Vec<String>>();
+        let first = prompts(1);
+        let shared = |a: &str, b: &str| a.split(' ').zip(b.split(' ')).take_while(|(x, y)| x == y).count();
+        assert_eq!(first.iter().map(|p| p.split(' ').count()).collect::<Vec<_>>(), [1100, 1024, 600, 1100, 90, 90]);
+        assert_eq!([1, 2, 3, 4].map(|i| shared(&first[0], &first[i])), [1024, 512, 1024, 0]);
+        assert_eq!(shared(&first[4], &first[5]), 0);
+        // The same again from a seed, and nothing of it from another.
+        assert_eq!(first, prompts(1));
+        assert_eq!(shared(&first[0], &prompts(2)[0]), 0);
+        assert_eq!((data.rows(), data.times().len()), (6, 6));
     }
 
     #[test]

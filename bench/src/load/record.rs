@@ -61,6 +61,9 @@ pub struct StageRecord {
     pub seconds: f64,
     /// Why it ended.
     pub stopped_by: String,
+    /// Refusals (429) of a closed loop that were waited out as `Retry-After` says; those requests are counted once, as they ended.
+    #[serde(default)]
+    pub rejected: u64,
     /// The server fell behind.
     pub saturation: Option<Alarm>,
     /// The client's own behaviour.

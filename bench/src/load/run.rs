@@ -201,7 +201,7 @@ impl Session {
                 if times.is_empty() {
                     return Err(LoadError::option(
                         "replay",
-                        format!("{} has no timestamps", o.data.name()),
+                        format!("not every row of {} has a timestamp", o.data.name()),
                         "rows with `timestamp` in ms",
                     ));
                 }
@@ -313,6 +313,7 @@ pub(crate) fn stage_record(
         streams,
         seconds: traces.end_ns as f64 * 1e-9,
         stopped_by: traces.stopped_by.clone(),
+        rejected: traces.rejected,
         saturation: None,
         client: check(&traces, median, capped),
         slo: slo.map(|s| judge(&traces.traces, window, metrics.rates.requests_per_second, s)),

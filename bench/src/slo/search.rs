@@ -1,7 +1,7 @@
 //! The highest rate that meets an objective.
 //!
 //! Rates double (or halve) until one passes and a higher one fails, then the bracket is halved. Each rate is a sequential
-//! test: a stage is judged at 99 % a side, and an undecided rate gets twice as many requests, up to four looks; what is still
+//! test: an undecided rate gets twice as many requests, up to four looks, the first of which must be the surest; what is still
 //! undecided lies so near the limit that nothing practical could decide it, and the search goes on at its two sides. The
 //! result is the bracket: the highest rate that passed and the lowest that failed.
 
@@ -12,10 +12,9 @@ use crate::load::trace::RequestTrace;
 use crate::slo::verdict::{Verdict, judge_clause, overall};
 use crate::slo::{Measure, Slo};
 
-/// Confidence of one look, two-sided: 0.5 % a side, four looks a rate.
-const CONFIDENCE: f64 = 0.99;
-/// Looks at one rate.
-const LOOKS: u32 = 4;
+/// Confidence of each look at a rate, two-sided. A short look sees little of how requests queue together and is surer of itself than it
+/// should be: with 0.99 for all of them, from 400 requests on, 84 of 100 simulated searches held the truth.
+const CONFIDENCE: [f64; 4] = [0.9995, 0.999, 0.997, 0.99];
 
 /// What a search varies.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -224,20 +223,20 @@ fn test(
 ) -> Result<Option<Tried>> {
     let mut pooled: Vec<RequestTrace> = Vec::new();
     let mut saturated = false;
-    for look in 0..LOOKS {
-        let got = probe(rate, requests << look, look)?;
+    for (look, &confidence) in CONFIDENCE.iter().enumerate() {
+        let got = probe(rate, requests << look, look as u32)?;
         if got.client_limited {
             return Ok(None);
         }
         saturated |= got.saturated;
         pooled.extend(got.traces);
         let refs: Vec<&RequestTrace> = pooled.iter().collect();
-        let clauses: Vec<_> = slo.clauses.iter().map(|c| judge_clause(&refs, c, got.rate, CONFIDENCE)).collect();
+        let clauses: Vec<_> = slo.clauses.iter().map(|c| judge_clause(&refs, c, got.rate, confidence)).collect();
         let margins =
             slo.clauses.iter().zip(&clauses).filter(|(c, _)| c.measure != Measure::Rps).map(|(c, v)| v.attained - c.q);
         let margin = margins.fold(f64::INFINITY, f64::min);
         let verdict = if saturated { Verdict::Broken } else { overall(&clauses) };
-        if verdict != Verdict::Inconclusive || look + 1 == LOOKS {
+        if verdict != Verdict::Inconclusive || look + 1 == CONFIDENCE.len() {
             let requests_per_second = got.rate;
             return Ok(Some(Tried { rate, requests: pooled.len(), margin, requests_per_second, verdict, saturated }));
         }
@@ -248,52 +247,78 @@ fn test(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::load::schedule::Arrivals;
+    use crate::load::schedule::{Arrivals, Schedule};
     use crate::load::sim::{Queue, Service, mmc_wait_exceeds, watch};
+    use rand::SeedableRng;
+    use rand::rngs::StdRng;
 
-    /// The rate at which just 90 % of an M/M/4 queue's requests wait at most 100 ms, by bisection of Erlang's formula.
-    fn truth() -> f64 {
-        let (mut low, mut high) = (0.0, 40.0);
-        for _ in 0..100 {
+    /// The rate at which just 90 % of a queue's requests wait at most 100 ms, by bisection of the share that waits longer.
+    fn truth(capacity: f64, longer: impl Fn(f64) -> f64) -> f64 {
+        let (mut low, mut high) = (0.3 * capacity, capacity);
+        for _ in 0..14 {
             let mid = (low + high) / 2.0;
-            if mmc_wait_exceeds(mid, 4, 0.1, 0.1) < 0.1 { low = mid } else { high = mid }
+            if longer(mid) < 0.1 { low = mid } else { high = mid }
         }
         low
     }
 
-    /// The interval holds the truth in at least 90 of 100 simulated searches.
-    #[test]
-    fn the_interval_covers_the_truth() {
-        // The first token comes when service starts: TTFT is the wait.
-        let q = Queue { servers: 4, service: Service::Exponential(0.1), tokens: 1, failures: 0.0 };
+    /// Share of two million requests that wait longer than 100 ms: no formula is known beyond exponential service. The same draws at every
+    /// rate, so that bisection sees one curve.
+    fn simulated(q: &Queue, rate: f64) -> f64 {
+        const REQUESTS: usize = 2_000_000;
+        let mut rng = StdRng::seed_from_u64(77);
+        let mut free = vec![0u64; q.servers];
+        let schedule = Schedule::new(rate, Arrivals::Poisson, 78).unwrap();
+        let late = schedule.take(REQUESTS).filter(|&at| {
+            let first = (0..free.len()).min_by_key(|&i| free[i]).unwrap();
+            let start = free[first].max(at);
+            free[first] = start + (q.service.draw(&mut rng) * 1e9) as u64;
+            start - at > 100_000_000
+        });
+        late.count() as f64 / REQUESTS as f64
+    }
+
+    /// Searches of which the interval holds the truth, of 100, and their mean width.
+    fn coverage(q: &Queue, want: f64, requests: usize) -> (u32, f64) {
         let slo = Slo::parse("ttft_p90<=100").unwrap();
-        let want = truth();
+        let options = SearchOptions { requests, ..SearchOptions::default() };
         let (mut covered, mut width) = (0, 0.0);
         for run in 0..100u64 {
             let mut seed = run * 1000;
-            let found = find_max(
-                &slo,
-                &SearchOptions { requests: 1000, ..SearchOptions::default() },
-                &mut |rate, requests, _| {
-                    seed += 1;
-                    let warm = requests / 4;
-                    let mut traces = q.run(rate, Arrivals::Poisson, requests + warm, seed)?;
-                    let saturated = watch(&traces).is_some();
-                    for t in &mut traces {
-                        // The queue puts the only token at the end; move it to the start of service, one tick after.
-                        t.chunks_ns = vec![t.end_ns];
-                    }
-                    let traces = waits(&traces, 4).split_off(warm);
-                    Ok(Probe { traces, rate, saturated, client_limited: false })
-                },
-            )
+            let found = find_max(&slo, &options, &mut |rate, requests, _| {
+                seed += 1;
+                let warm = requests / 4;
+                let traces = q.run(rate, Arrivals::Poisson, requests + warm, seed)?;
+                let saturated = watch(&traces).is_some();
+                let traces = waits(&traces, q.servers).split_off(warm);
+                Ok(Probe { traces, rate, saturated, client_limited: false })
+            })
             .unwrap();
             assert!(found.bounded && found.low > 0.0, "{found:?}");
             covered += u32::from(found.low <= want && want <= found.high);
             width += (found.high - found.low) / want / 100.0;
         }
-        assert!(covered >= 90, "{covered} of 100");
-        assert!(width < 0.25, "the intervals are {width} wide: right, and of no use");
+        (covered, width)
+    }
+
+    /// The interval holds the truth in at least 90 of 100 simulated searches: for two laws of service, from the first look the command line
+    /// takes and from a longer one.
+    #[test]
+    fn the_interval_covers_the_truth() {
+        // The first token comes when service starts: TTFT is the wait.
+        let memoryless = Queue { servers: 4, service: Service::Exponential(0.1), tokens: 1, failures: 0.0 };
+        let heavy = Queue { service: Service::LogNormal(0.1, 1.5), ..memoryless };
+        let exact = truth(memoryless.capacity(), |rate| mmc_wait_exceeds(rate, 4, 0.1, 0.1));
+        // The simulation finds what the formula says.
+        let found = truth(memoryless.capacity(), |rate| simulated(&memoryless, rate));
+        assert!((found / exact - 1.0).abs() < 0.01, "{found}, by the formula {exact}");
+        for (q, want) in [(&memoryless, exact), (&heavy, truth(heavy.capacity(), |rate| simulated(&heavy, rate)))] {
+            for requests in [SearchOptions::default().requests, 1000] {
+                let (covered, width) = coverage(q, want, requests);
+                assert!(covered >= 90, "{:?}, {requests} requests first: {covered} of 100", q.service);
+                assert!(width < 0.4, "{:?}, {requests} requests first: {width} wide, right and of no use", q.service);
+            }
+        }
     }
 
     /// First tokens at the start of service: the instant a server became free for the request.

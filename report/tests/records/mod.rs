@@ -331,6 +331,7 @@ pub fn load_record(service: f64) -> LoadRecord {
             streams: None,
             seconds: 1.0,
             stopped_by: "requests".into(),
+            rejected: 0,
             saturation: None,
             client: ClientCheck {
                 schedule_delay_p99_ms: 0.1,
@@ -374,6 +375,7 @@ pub fn capacity() -> CapacityRecord {
         dollars_per_million_output: Some(dollars),
         ttft_p50_ms: Some(81.0),
         accuracy: Some(if infeasible.is_empty() { "pass" } else { "regression" }.into()),
+        room: None,
         infeasible: infeasible.iter().map(|s| (*s).to_owned()).collect(),
     };
     CapacityRecord {

@@ -127,6 +127,7 @@ fn stage(mut s: Foreign, tool: &Imported) -> StageRecord {
         cpu_frac: None,
         connections: 0,
         resent: 0,
+        rejected: 0,
     };
     let window = s.window.unwrap_or(Window { from_ns: 0, to_ns: end + 1 });
     let mut out = stage_record(&s.profile, s.rate, s.streams, traces, window, None, true);
