@@ -149,7 +149,7 @@ pub enum Command {
 
 #[derive(Args, Debug, Clone)]
 pub struct QuantOptions {
-    /// w2a16, w3a16, w4a16 or w8a16.
+    /// w2a16, w3a16, w4a16 or w8a16; with --format gguf q4_0, q5_0, q8_0, q4_k or q6_k.
     #[arg(long, default_value = "w4a16")]
     pub scheme: String,
     /// best, fast, gptq or rtn.
@@ -176,10 +176,11 @@ pub struct QuantOptions {
     /// Never write a negative scale (for engines that refuse them).
     #[arg(long)]
     pub unsigned_scales: bool,
-    /// `w8`: quantize lm_head to 8 bits (untied when it shares the embedding's matrix); `auto`: as a budget decides; `keep` leaves it.
+    /// `w8`: quantize lm_head to 8 bits (untied when it shares the embedding's matrix), Q8_0 in a GGUF; `q6_k`: Q6_K, in a GGUF
+    /// only; `auto`: as a budget decides; `keep` leaves it.
     #[arg(long, value_enum, default_value_t = HeadArg::Keep)]
     pub head: HeadArg,
-    /// `w8`: quantize the token embedding to 8 bits (a tied one needs --head w8 as well); lowbit reads it, transformers 5.17 does not. `auto`: as a budget decides; `keep` leaves it.
+    /// `w8`: quantize the token embedding to 8 bits (a tied one needs --head w8 as well); lowbit reads it, transformers 5.17 does not. In a GGUF as --head. `auto`: as a budget decides; `keep` leaves it.
     #[arg(long, value_enum, default_value_t = HeadArg::Keep)]
     pub embedding: HeadArg,
     /// Modules to leave alone: names, or `re:` patterns.
@@ -231,6 +232,12 @@ pub enum FormatArg {
     CompressedTensors,
     /// GPTQ v1.
     Gptq,
+    /// GPTQ v2: zero points as they are.
+    GptqV2,
+    /// AWQ GEMM (4 bits).
+    Awq,
+    /// One file model.gguf, for llama.cpp.
+    Gguf,
     /// Dense bfloat16 (convert only).
     Bf16,
 }
@@ -243,6 +250,9 @@ pub enum HeadArg {
     W8,
     /// 4 to 8 bits or full precision, as a budget decides.
     Auto,
+    /// Q6_K (GGUF only).
+    #[value(name = "q6_k")]
+    Q6K,
 }
 
 #[derive(Args, Debug)]

@@ -1,4 +1,4 @@
-//! `quantization_config` in the dialects of compressed-tensors (`pack-quantized`) and GPTQ.
+//! `quantization_config` in the dialects of compressed-tensors (`pack-quantized`), GPTQ and AWQ.
 //!
 //! Formats whose scheme is not built yet are refused by name.
 
@@ -20,6 +20,8 @@ pub enum PackFormat {
     GptqV1,
     /// GPTQ v2: zero points stored as they are.
     GptqV2,
+    /// AWQ GEMM: 4 bits along `out`, zero points always stored.
+    Awq,
 }
 
 impl PackFormat {
@@ -29,7 +31,23 @@ impl PackFormat {
             PackFormat::CompressedTensors => "compressed-tensors",
             PackFormat::GptqV1 => "gptq",
             PackFormat::GptqV2 => "gptq_v2",
+            PackFormat::Awq => "awq",
         }
+    }
+
+    /// Whether the layout has a place for a linear: whole words of codes and zero points, at widths that its readers know.
+    pub fn holds(self, scheme: Scheme, out: usize, n: usize) -> bool {
+        let whole = |x: usize| (x * scheme.bits as usize).is_multiple_of(32);
+        match self {
+            PackFormat::CompressedTensors => true,
+            PackFormat::Awq => crate::awq::holds(scheme, out),
+            PackFormat::GptqV1 | PackFormat::GptqV2 => matches!(scheme.bits, 2 | 3 | 4 | 8) && whole(out) && whole(n),
+        }
+    }
+
+    /// Whether one scheme serves all packed linears of a checkpoint.
+    pub fn is_uniform(self) -> bool {
+        self != PackFormat::CompressedTensors
     }
 }
 
@@ -142,16 +160,19 @@ impl QuantConfig {
         match q.get("quant_method").or_else(|| q.get("method")).and_then(Value::as_str) {
             Some("compressed-tensors") => parse_compressed_tensors(path, q),
             Some("gptq") => parse_gptq(path, q),
+            Some("awq") => crate::awq::parse(path, q),
             None if q.get("bits").is_some() && q.get("desc_act").is_some() => parse_gptq(path, q),
             other => Err(refused(path, &format!("quantization method `{}`", other.unwrap_or("(none)")))),
         }
     }
 }
 
-fn refused(path: &Path, what: &str) -> CheckpointError {
+pub(crate) fn refused(path: &Path, what: &str) -> CheckpointError {
     CheckpointError::Unsupported {
         what: format!("{}: {what} is not supported", path.display()),
-        hint: Some("supported: compressed-tensors pack-quantized and GPTQ with 2, 3, 4 or 8 bits".into()),
+        hint: Some(
+            "supported: compressed-tensors pack-quantized, GPTQ with 2, 3, 4 or 8 bits, AWQ GEMM with 4 bits".into(),
+        ),
     }
 }
 
@@ -223,19 +244,30 @@ fn parse_gptq(path: &Path, q: &Value) -> Result<QuantConfig> {
     if q.get("dynamic").and_then(Value::as_object).is_some_and(|d| d.keys().any(|k| k.starts_with("+:"))) {
         return Err(refused(path, "GPTQ `dynamic` with per-module overrides"));
     }
-    let group = match q.get("group_size").and_then(Value::as_i64) {
-        Some(-1) => GroupSize::PerChannel,
-        Some(n) if n > 0 && n < 1 << 32 => GroupSize::Cols(n as usize),
-        other => {
-            return Err(CheckpointError::invalid(
-                path,
-                format!("`group_size`: expected -1 or a positive number, found {other:?}"),
-            ));
-        }
-    };
+    let group = parse_group_size(path, q)?;
     let symmetric = q.get("sym").and_then(Value::as_bool).unwrap_or(true);
     let scheme = Scheme { bits: bits as u8, symmetric, group };
     Ok(QuantConfig { format, groups: vec![QuantGroup { targets: vec![Target::Linear], scheme }], ignore: Vec::new() })
+}
+
+/// `group_size` of GPTQ and AWQ: −1 is one scale a row.
+pub(crate) fn parse_group_size(path: &Path, q: &Value) -> Result<GroupSize> {
+    match q.get("group_size").and_then(Value::as_i64) {
+        Some(-1) => Ok(GroupSize::PerChannel),
+        Some(n) if n > 0 && n < 1 << 32 => Ok(GroupSize::Cols(n as usize)),
+        other => Err(CheckpointError::invalid(
+            path,
+            format!("`group_size`: expected -1 or a positive number, found {other:?}"),
+        )),
+    }
+}
+
+/// The other direction of [`parse_group_size`].
+pub(crate) fn written_group_size(scheme: Scheme) -> Value {
+    match scheme.group {
+        GroupSize::Cols(n) => json!(n),
+        GroupSize::PerChannel => json!(-1),
+    }
 }
 
 /// Config of one compressed-tensors rule to write.
@@ -279,13 +311,24 @@ pub fn write_compressed_tensors(groups: &[WrittenGroup<'_>], ignore: &[String]) 
     })
 }
 
-/// The `quantization_config` of a GPTQ v1 checkpoint (also written as `quantize_config.json`). Modules left alone are
-/// `-:` rules of `dynamic`; `damp_frac` is `None` for weights rounded without data.
-pub fn write_gptq(scheme: Scheme, damp_frac: Option<f64>, lm_head: bool, ignore: &[String]) -> Value {
-    let group = match scheme.group {
-        GroupSize::Cols(n) => json!(n),
-        GroupSize::PerChannel => json!(-1),
-    };
+/// The `quantization_config` of a checkpoint whose packed linears all have `scheme`, in the dialect of `format`: GPTQ (also
+/// written as `quantize_config.json`) or AWQ. `ignore` are the modules left alone; `damp_frac` is `None` for weights rounded
+/// without data.
+pub fn write_uniform(
+    format: PackFormat,
+    scheme: Scheme,
+    damp_frac: Option<f64>,
+    lm_head: bool,
+    ignore: &[String],
+) -> Value {
+    match format {
+        PackFormat::Awq => crate::awq::write_config(scheme, lm_head, ignore),
+        _ => write_gptq(format, scheme, damp_frac, lm_head, ignore),
+    }
+}
+
+/// Modules left alone are `-:` rules of `dynamic`.
+fn write_gptq(format: PackFormat, scheme: Scheme, damp_frac: Option<f64>, lm_head: bool, ignore: &[String]) -> Value {
     let mut meta = json!({"quantizer": [format!("lowbit:{}", env!("CARGO_PKG_VERSION"))]});
     if let (Some(d), Some(m)) = (damp_frac, meta.as_object_mut()) {
         m.insert("damp_percent".into(), json!(d));
@@ -293,7 +336,8 @@ pub fn write_gptq(scheme: Scheme, damp_frac: Option<f64>, lm_head: bool, ignore:
         m.insert("true_sequential".into(), json!(true));
     }
     let mut q = json!({
-        "bits": scheme.bits, "checkpoint_format": "gptq", "desc_act": false, "group_size": group, "lm_head": lm_head,
+        "bits": scheme.bits, "checkpoint_format": format.name(), "desc_act": false,
+        "group_size": written_group_size(scheme), "lm_head": lm_head,
         "meta": meta, "pack_dtype": "int32", "quant_method": "gptq", "sym": scheme.symmetric,
     });
     if let (false, Some(m)) = (ignore.is_empty(), q.as_object_mut()) {

@@ -18,6 +18,7 @@ pub mod cpu;
 #[cfg(any(feature = "emulated", feature = "cuda"))]
 pub mod cuda;
 pub mod error;
+pub mod ggml;
 pub mod pack;
 pub mod qdq;
 pub mod quantized;

@@ -87,6 +87,9 @@ pub fn quantize(
     progress: &dyn Progress,
     stop: &AtomicBool,
 ) -> Result<(Outcome, CheckpointWriter)> {
+    if let Some(gguf) = &plan.gguf {
+        return crate::gguf::quantize(ckpt, backend, (plan, gguf), windows, target, force, progress, stop);
+    }
     let chain = Chain::start(resume, ckpt, plan, windows);
     let (declared, shard_bytes) = (plan.declared.clone(), plan.options.shard_bytes);
     let writer = match chain.key() {
@@ -131,22 +134,9 @@ impl Run<'_> {
             }
             (_, Some(w)) => {
                 run.calibrated(backend, w, progress)?;
-                Some(CalibrationRecord {
-                    source: w.source.clone(),
-                    windows_sha256: w.sha256.clone(),
-                    windows: w.tokens.len(),
-                    window_tokens: w.tokens.iter().map(Vec::len).max().unwrap_or(0),
-                    tokens: w.token_count() as u64,
-                    seed: w.seed,
-                })
+                Some(CalibrationRecord::of(w))
             }
-            (method, None) => {
-                return Err(QuantizeError::Plan {
-                    summary: format!("method {} needs calibration data", method.name()),
-                    offenders: vec![],
-                    hint: Some("give --calib FILE, or choose --method rtn".into()),
-                });
-            }
+            (method, None) => return Err(QuantizeError::no_data(method.name())),
         };
         run.tables(progress)?;
         // A record of the original's own making is not this checkpoint's.
@@ -156,7 +146,7 @@ impl Run<'_> {
         )?;
         let text = format!("{:#}\n", plan.config);
         run.writer.write_file("config.json", text.as_bytes())?;
-        if plan.options.format != PackFormat::CompressedTensors
+        if matches!(plan.options.format, PackFormat::GptqV1 | PackFormat::GptqV2)
             && let Some(q) = plan.config.get("quantization_config")
         {
             run.writer.write_file("quantize_config.json", format!("{q:#}\n").as_bytes())?;
@@ -318,7 +308,7 @@ impl Run<'_> {
             }
             let Some(shared) = &shared else { continue };
             let f = &shared.factor;
-            let w = read_dense(self.ckpt, planned)?;
+            let w = read_dense(self.ckpt, &planned.source, planned.out_features, planned.in_features)?;
             let (q, loss) =
                 solve_linear(&w, planned.out_features, planned.in_features, shared, &opts).map_err(solve)?;
             let record = LayerRecord {
@@ -384,7 +374,7 @@ impl Run<'_> {
         let start = Instant::now();
         // Without data the Hessian is the identity: act-order and damping have no meaning.
         let opts = SolverOptions { act_order: false, ..self.plan.options.solver(l.scheme, self.plan.layout.scales) };
-        let w = read_dense(self.ckpt, l)?;
+        let w = read_dense(self.ckpt, &l.source, l.out_features, l.in_features)?;
         let solve = |source| QuantizeError::Solve { module: l.module.clone(), source };
         let q = quantize_rtn(&w, l.out_features, l.in_features, None, &opts).map_err(solve)?;
         let (error, norm) = squared_error(&w, &q);
@@ -421,12 +411,12 @@ impl Run<'_> {
     }
 }
 
-/// The original weight of a linear, `[out, in]`, checked to be finite.
-pub(crate) fn read_dense(ckpt: &Checkpoint, l: &PlannedLinear) -> Result<Vec<f32>> {
-    let name = format!("{}.weight", l.source);
+/// The original weight of a module, `[out, in]`, checked to be finite.
+pub(crate) fn read_dense(ckpt: &Checkpoint, module: &str, out: usize, n: usize) -> Result<Vec<f32>> {
+    let name = format!("{module}.weight");
     let t = ckpt.store.get(&name)?;
-    if t.shape != [l.out_features, l.in_features] {
-        let expected = format!("shape [{}, {}]", l.out_features, l.in_features);
+    if t.shape != [out, n] {
+        let expected = format!("shape [{out}, {n}]");
         return Err(ckpt.store.mismatch(&name, expected, format!("{:?}", t.shape)).into());
     }
     let w =

@@ -67,3 +67,14 @@ pub enum QuantizeError {
         source: lowbit_kernels::KernelError,
     },
 }
+
+impl QuantizeError {
+    /// A method that calibrates was given nothing to calibrate on.
+    pub(crate) fn no_data(method: &str) -> Self {
+        QuantizeError::Plan {
+            summary: format!("method {method} needs calibration data"),
+            offenders: vec![],
+            hint: Some("give --calib FILE, or choose --method rtn".into()),
+        }
+    }
+}

@@ -49,32 +49,9 @@ pub fn gptq_codes(
     opts: &SolverOptions,
 ) -> Result<QuantizedMatrix, SolveError> {
     check_len("factor", n, factor.n)?;
-    check_len("factor's diagonal", n, factor.diag.len())?;
-    check_len("factor's permutation", n, factor.perm.len())?;
-    check_len("factor's matrix", n * n, factor.u.len())?;
     let Scales { scales, zeros, .. } = search_scales(w, out, n, Some(&factor.diag), opts)?;
-    let task = Task {
-        n,
-        cols: opts.scheme.group_cols(n),
-        groups: opts.scheme.groups(n)?,
-        block: opts.block.min(n),
-        mid: opts.scheme.mid_code(),
-        max: opts.scheme.max_code(),
-        perm: &factor.perm,
-        diag: &factor.diag,
-        U: &factor.u,
-    };
-    let mut codes = vec![0u8; out * n];
-    if n > 0 {
-        codes.par_chunks_mut(ROWS * n).zip(w.par_chunks(ROWS * n)).enumerate().for_each_init(
-            || Rows::new(&task),
-            |rows, (chunk, (codes, w))| {
-                let from = chunk * ROWS * task.groups;
-                let zeros = zeros.as_ref().map(|z| &z[from..]);
-                solve_rows(&task, rows, w, &scales[from..], zeros, codes);
-            },
-        );
-    }
+    let shifts = zeros.as_deref().map_or(Shifts::None, Shifts::Zeros);
+    let codes = solve(w, factor, opts, (opts.scheme.group_cols(n), opts.scheme.max_code()), &scales, shifts)?;
     Ok(QuantizedMatrix {
         scheme: opts.scheme,
         out_features: out,
@@ -86,6 +63,76 @@ pub fn gptq_codes(
     })
 }
 
+/// Codes `[out, n]` on grids whose value is `scale · code − offset`: `scales` and `offsets` are `[out, n / cols]`, codes go up
+/// to `max`.
+pub fn gptq_on_grids(
+    w: &[f32],
+    factor: &Factor,
+    opts: &SolverOptions,
+    (cols, max): (usize, u8),
+    scales: &[f32],
+    offsets: &[f32],
+) -> Result<Vec<u8>, SolveError> {
+    check_len("offsets", scales.len(), offsets.len())?;
+    solve(w, factor, opts, (cols, max), scales, Shifts::Offsets(offsets))
+}
+
+/// What stands beside the scales, `[out, groups]`.
+#[derive(Clone, Copy)]
+enum Shifts<'a> {
+    /// The middle code is zero.
+    None,
+    /// The code that is zero.
+    Zeros(&'a [u8]),
+    /// What is subtracted.
+    Offsets(&'a [f32]),
+}
+
+fn solve(
+    w: &[f32],
+    factor: &Factor,
+    opts: &SolverOptions,
+    (cols, max): (usize, u8),
+    scales: &[f32],
+    shifts: Shifts<'_>,
+) -> Result<Vec<u8>, SolveError> {
+    let n = factor.n;
+    check_len("factor's diagonal", n, factor.diag.len())?;
+    check_len("factor's permutation", n, factor.perm.len())?;
+    check_len("factor's matrix", n * n, factor.u.len())?;
+    let mut codes = vec![0u8; w.len()];
+    if n == 0 || cols == 0 {
+        return Ok(codes);
+    }
+    check_len("weight", w.len() / n * n, w.len())?;
+    check_len("scales", w.len() / n * (n / cols), scales.len())?;
+    let task = Task {
+        n,
+        cols,
+        groups: n / cols,
+        block: opts.block.min(n),
+        mid: opts.scheme.mid_code(),
+        max,
+        offsets: matches!(shifts, Shifts::Offsets(_)),
+        perm: &factor.perm,
+        diag: &factor.diag,
+        U: &factor.u,
+    };
+    codes.par_chunks_mut(ROWS * n).zip(w.par_chunks(ROWS * n)).enumerate().for_each_init(
+        || Rows::new(&task),
+        |rows, (chunk, (codes, w))| {
+            let from = chunk * ROWS * task.groups;
+            let shifts = match shifts {
+                Shifts::None => Shifts::None,
+                Shifts::Zeros(z) => Shifts::Zeros(&z[from..]),
+                Shifts::Offsets(o) => Shifts::Offsets(&o[from..]),
+            };
+            solve_rows(&task, rows, w, &scales[from..], shifts, codes);
+        },
+    );
+    Ok(codes)
+}
+
 /// What is the same for every row.
 struct Task<'a> {
     n: usize,
@@ -94,6 +141,8 @@ struct Task<'a> {
     block: usize,
     mid: u8,
     max: u8,
+    /// Whether grids have offsets instead of zero points.
+    offsets: bool,
     perm: &'a [usize],
     diag: &'a [f32],
     U: &'a [f32],
@@ -111,6 +160,8 @@ struct Rows {
     scales: Vec<[f32; ROWS]>,
     /// `[groups]`.
     zeros: Vec<[u8; ROWS]>,
+    /// `[groups]`.
+    offsets: Vec<[f32; ROWS]>,
 }
 
 impl Rows {
@@ -120,13 +171,14 @@ impl Rows {
             E: vec![[0.0; ROWS]; task.block],
             codes: vec![[0; ROWS]; task.n],
             scales: vec![[1.0; ROWS]; task.groups],
-            zeros: vec![[0; ROWS]; task.groups],
+            zeros: vec![[task.mid; ROWS]; task.groups],
+            offsets: vec![[0.0; ROWS]; task.groups],
         }
     }
 }
 
 /// Solves up to [`ROWS`] rows.
-fn solve_rows(task: &Task, rows: &mut Rows, w: &[f32], scales: &[f32], zeros: Option<&[u8]>, codes: &mut [u8]) {
+fn solve_rows(task: &Task, rows: &mut Rows, w: &[f32], scales: &[f32], shifts: Shifts<'_>, codes: &mut [u8]) {
     let n = task.n;
     let count = w.len() / n;
     for (column, &col) in rows.W.iter_mut().zip(task.perm) {
@@ -141,13 +193,20 @@ fn solve_rows(task: &Task, rows: &mut Rows, w: &[f32], scales: &[f32], zeros: Op
     for group in 0..task.groups {
         for r in 0..count {
             rows.scales[group][r] = scales[r * task.groups + group];
-            rows.zeros[group][r] = zeros.map_or(task.mid, |z| z[r * task.groups + group]);
+            match shifts {
+                Shifts::None => {}
+                Shifts::Zeros(z) => rows.zeros[group][r] = z[r * task.groups + group],
+                Shifts::Offsets(o) => rows.offsets[group][r] = o[r * task.groups + group],
+            }
         }
     }
 
     for start in (0..n).step_by(task.block) {
         let end = n.min(start + task.block);
-        solve_block(task, rows, start, end);
+        match task.offsets {
+            true => solve_block_offsets(task, rows, start, end),
+            false => solve_block(task, rows, start, end),
+        }
         if end < n {
             // W[:, end..] -= E · U[start..end, end..]
             let E = MatRef::from_column_major_slice(rows.E.as_flattened(), ROWS, task.block);
@@ -184,6 +243,33 @@ multiversion! {
                 let code = quantize(column[r], scales[r], zeros[r], task.max);
                 rows.codes[j][r] = code;
                 E[r] = (column[r] - dequantize(code, scales[r], zeros[r])) / U[j];
+            }
+            for (column, &u) in later.iter_mut().zip(&U[j + 1..end]) {
+                for r in 0..ROWS {
+                    column[r] -= E[r] * u;
+                }
+            }
+            rows.E[j - start] = E;
+        }
+    }
+}
+
+multiversion! {
+    /// As [`solve_block`], on grids with offsets. A scale of zero leaves one value.
+    fn solve_block_offsets(task: &Task, rows: &mut Rows, start: usize, end: usize) {
+        let top = f32::from(task.max);
+        for j in start..end {
+            let group = task.perm[j] / task.cols;
+            let (scales, offsets) = (&rows.scales[group], &rows.offsets[group]);
+            let U = &task.U[j * task.n..(j + 1) * task.n];
+            let (done, later) = rows.W.split_at_mut(j + 1);
+            let column = &done[j];
+            let mut E = [0f32; ROWS];
+            for r in 0..ROWS {
+                let q = ((column[r] + offsets[r]) / scales[r]).round_ties_even();
+                let code = if q.is_nan() { 0.0 } else { q.clamp(0.0, top) };
+                rows.codes[j][r] = code as u8;
+                E[r] = (column[r] - (scales[r] * code - offsets[r])) / U[j];
             }
             for (column, &u) in later.iter_mut().zip(&U[j + 1..end]) {
                 for r in 0..ROWS {

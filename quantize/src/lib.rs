@@ -13,12 +13,14 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
+pub mod blocks;
 pub mod budget;
 pub mod descent;
 pub mod driver;
 pub mod error;
 mod experts;
 pub mod factor;
+pub mod gguf;
 pub mod gptq;
 pub mod loss;
 pub mod plan;

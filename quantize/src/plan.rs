@@ -10,6 +10,7 @@ use lowbit_checkpoint::quant_config::{Layout, PackFormat};
 use lowbit_checkpoint::writer::{DEFAULT_SHARD_BYTES, Declared};
 use lowbit_checkpoint::{Checkpoint, linear};
 use lowbit_kernels::backend::FloatType;
+use lowbit_kernels::ggml::GgmlType;
 use lowbit_kernels::{GroupSize, ScaleType, Scheme};
 use lowbit_model::block::{LinearGroup, linear_shapes, router_modules};
 use lowbit_model::decoder;
@@ -18,6 +19,7 @@ use serde_json::Value;
 use crate::budget::BudgetRecord;
 use crate::error::{QuantizeError, Result};
 use crate::experts::expert_plan;
+use crate::gguf::{self, GgufChoice, GgufPlan, scheme_name};
 use crate::record::{ComponentSize, PlanRecord, PlannedTensor};
 use crate::room;
 use crate::scale_search::{ScaleSearch, SolverOptions};
@@ -116,6 +118,8 @@ pub struct QuantizeOptions {
     pub expert_bytes: u64,
     /// Scheme of single modules, by full name, in the place of `scheme` (and of a table's 8 bits): a budget's choice.
     pub chosen: BTreeMap<String, Scheme>,
+    /// Write one GGUF file with these types; `scheme`, `format` and `shard_bytes` are not read then.
+    pub gguf: Option<GgufChoice>,
 }
 
 impl QuantizeOptions {
@@ -137,7 +141,18 @@ impl QuantizeOptions {
             offload: None,
             expert_bytes: HESSIAN_BYTES,
             chosen: BTreeMap::new(),
+            gguf: None,
         }
+    }
+
+    /// What the linears of the blocks become: the full name of a scheme, or a type of GGUF.
+    pub fn scheme_name(&self) -> String {
+        self.gguf.map_or_else(|| self.scheme.full_name(), |g| scheme_name(g.kind))
+    }
+
+    /// The layout's name.
+    pub fn format_name(&self) -> &'static str {
+        if self.gguf.is_some() { "gguf" } else { self.format.name() }
     }
 
     /// Solver settings for a scheme whose scales are stored as `scale_type`.
@@ -147,6 +162,7 @@ impl QuantizeOptions {
             act_order: self.act_order && self.method.calibrated(),
             scale_search: self.scale_search,
             signed_scales: self.signed_scales,
+            min_zero: u8::from(self.format == PackFormat::GptqV1),
             correction: self.method.recipe().correction,
             sweeps: self.method.recipe().sweeps,
             ..SolverOptions::new(scheme, scale_type)
@@ -156,9 +172,9 @@ impl QuantizeOptions {
     /// All options by name, for records.
     pub fn to_map(&self) -> BTreeMap<String, Value> {
         let mut m = BTreeMap::new();
-        m.insert("scheme".into(), self.scheme.full_name().into());
+        m.insert("scheme".into(), self.scheme_name().into());
         m.insert("method".into(), self.method.name().into());
-        m.insert("format".into(), self.format.name().into());
+        m.insert("format".into(), self.format_name().into());
         let recipe = self.method.recipe();
         m.insert("input_correction".into(), f64::from(recipe.correction.input).into());
         m.insert("residual_correction".into(), f64::from(recipe.correction.residual).into());
@@ -171,8 +187,12 @@ impl QuantizeOptions {
             if self.scale_search == ScaleSearch::Hessian { "hessian" } else { "minmax" }.into(),
         );
         m.insert("signed_scales".into(), self.signed_scales.into());
-        m.insert("head".into(), if self.head_w8 { "w8" } else { "keep" }.into());
-        m.insert("embedding".into(), if self.embedding_w8 { "w8" } else { "keep" }.into());
+        let table = |w8: bool, kind: fn(&GgufChoice) -> Option<GgmlType>| match self.gguf.as_ref().and_then(kind) {
+            Some(kind) => scheme_name(kind),
+            None => if w8 { "w8" } else { "keep" }.into(),
+        };
+        m.insert("head".into(), table(self.head_w8, |g| g.head).into());
+        m.insert("embedding".into(), table(self.embedding_w8, |g| g.embedding).into());
         m.insert("ignore".into(), self.ignore.clone().into());
         m.insert("strict".into(), self.strict.into());
         m.insert("shard_bytes".into(), self.shard_bytes.into());
@@ -211,6 +231,8 @@ pub struct Plan {
     pub layout: Layout,
     /// `config.json` of the output.
     pub config: Value,
+    /// One GGUF file instead of `linears`, `copies` and `declared`.
+    pub gguf: Option<GgufPlan>,
     /// The record (provenance still empty).
     pub record: PlanRecord,
 }
@@ -241,12 +263,12 @@ pub fn component(name: &str) -> &'static str {
     rules.iter().find(|(k, _)| name.contains(k)).map_or("other", |(_, c)| c)
 }
 
-struct Ignore {
+pub(crate) struct Ignore {
     rules: Vec<(String, Option<regex::Regex>, bool)>,
 }
 
 impl Ignore {
-    fn new(patterns: &[String]) -> Result<Self> {
+    pub(crate) fn new(patterns: &[String]) -> Result<Self> {
         let rules = patterns
             .iter()
             .map(|p| {
@@ -262,7 +284,12 @@ impl Ignore {
         Ok(Self { rules })
     }
 
-    fn hit(&mut self, module: &str) -> Option<String> {
+    /// One line for each pattern that matched nothing.
+    pub(crate) fn unused(&self) -> Vec<String> {
+        self.rules.iter().filter(|r| !r.2).map(|r| format!("--ignore {} matches no linear", r.0)).collect()
+    }
+
+    pub(crate) fn hit(&mut self, module: &str) -> Option<String> {
         let mut found = None;
         for (text, pattern, used) in &mut self.rules {
             if pattern.as_ref().map_or(text == module, |p| p.is_match(module)) {
@@ -287,6 +314,10 @@ pub fn make(
             offenders: vec![],
             hint: Some("start from the original weights".into()),
         });
+    }
+    if let Some(choice) = &options.gguf {
+        let plan = gguf::make(ckpt, options, choice, calibration_tokens)?;
+        return room_for(plan, options, output);
     }
     let c = &ckpt.config;
     let prefix = decoder::prefix(ckpt)?;
@@ -366,8 +397,7 @@ pub fn make(
     if options.head_w8 && !head_ignored {
         linears.push(table(head_module.into(), if c.tie_word_embeddings { embedding } else { head_module.into() }));
     }
-    let unused: Vec<String> =
-        ignore.rules.iter().filter(|r| !r.2).map(|r| format!("--ignore {} matches no linear", r.0)).collect();
+    let unused = ignore.unused();
     if !unused.is_empty() {
         return Err(QuantizeError::Plan {
             summary: "patterns that match nothing".into(),
@@ -377,22 +407,43 @@ pub fn make(
             )),
         });
     }
-    if options.format != PackFormat::CompressedTensors
-        && (linears.iter().any(|l| l.block.is_none() || l.scheme != options.scheme)
-            || linears.iter().any(|l| !(l.out_features * l.scheme.bits as usize).is_multiple_of(32)))
-    {
-        return Err(QuantizeError::Plan {
-            summary: "the GPTQ format holds one bit width, and rows · bits must be a multiple of 32".into(),
-            offenders: vec![],
-            hint: Some("use --format compressed-tensors".into()),
-        });
-    }
+    refuse_layout(options, &linears)?;
     let plan = assemble(ckpt, options, linears, reasons, untie, calibration_tokens)?;
+    room_for(plan, options, output)
+}
+
+fn room_for(plan: Plan, options: &QuantizeOptions, output: Option<&Path>) -> Result<Plan> {
     if let Some(output) = output {
         room::check_disk(output, plan.record.after_bytes)?;
         room::check_memory(plan.record.peak_memory_bytes, options.offload.is_some())?;
     }
     Ok(plan)
+}
+
+/// What a layout of one scheme cannot hold.
+fn refuse_layout(options: &QuantizeOptions, linears: &[PlannedLinear]) -> Result<()> {
+    let format = options.format;
+    let holds = |l: &PlannedLinear| {
+        let uniform = l.block.is_some() && l.scheme == options.scheme;
+        format.holds(l.scheme, l.out_features, l.in_features) && (uniform || !format.is_uniform())
+    };
+    let offenders: Vec<String> = linears
+        .iter()
+        .filter(|l| !holds(l))
+        .map(|l| format!("{}: {} [{}, {}]", l.module, l.scheme.full_name(), l.out_features, l.in_features))
+        .collect();
+    if offenders.is_empty() {
+        return Ok(());
+    }
+    let what = match format {
+        PackFormat::Awq => "4 bits, and rows must be a multiple of 8",
+        _ => "2, 3, 4 or 8 bits, and rows · bits and columns · bits must be multiples of 32",
+    };
+    Err(QuantizeError::Plan {
+        summary: format!("the format {} holds one scheme of {what}", format.name()),
+        offenders,
+        hint: Some("use --format compressed-tensors".into()),
+    })
 }
 
 fn refuse_widths(offenders: &BTreeMap<(usize, String), Vec<usize>>, scheme: Scheme, layers: usize) -> Result<()> {
@@ -512,14 +563,6 @@ fn assemble(
         .filter_map(|n| n.strip_suffix(".weight").map(String::from))
         .collect();
     let config = written_config(ckpt, options, &linears, left, untie);
-    let mut sizes: BTreeMap<String, ComponentSize> = BTreeMap::new();
-    for t in &tensors {
-        let s = sizes
-            .entry(t.component.clone())
-            .or_insert_with(|| ComponentSize { component: t.component.clone(), ..Default::default() });
-        s.before_bytes += t.before_bytes;
-        s.after_bytes += t.after_bytes;
-    }
     let quantized = linears.len();
     let experts = expert_plan(&ckpt.config, options);
     let record = PlanRecord {
@@ -538,14 +581,28 @@ fn assemble(
         kept_linears: reasons.len(),
         experts,
         budget: None,
-        sizes: sizes.into_values().collect(),
+        sizes: component_sizes(&tensors),
+        notes: Vec::new(),
         tensors,
     };
-    Ok(Plan { options: options.clone(), linears, copies, declared, layout, config, record })
+    Ok(Plan { options: options.clone(), linears, copies, declared, layout, config, gguf: None, record })
+}
+
+/// Bytes before and after of each component.
+pub(crate) fn component_sizes(tensors: &[PlannedTensor]) -> Vec<ComponentSize> {
+    let mut sizes: BTreeMap<String, ComponentSize> = BTreeMap::new();
+    for t in tensors {
+        let s = sizes
+            .entry(t.component.clone())
+            .or_insert_with(|| ComponentSize { component: t.component.clone(), ..Default::default() });
+        s.before_bytes += t.before_bytes;
+        s.after_bytes += t.after_bytes;
+    }
+    sizes.into_values().collect()
 }
 
 /// Estimate: carried activations of each stream, the widest group's Hessian with its factors, and one block in f32.
-fn peak_memory(ckpt: &Checkpoint, tokens: usize, recipe: Recipe, experts: u64) -> u64 {
+pub(crate) fn peak_memory(ckpt: &Checkpoint, tokens: usize, recipe: Recipe, experts: u64) -> u64 {
     let c = &ckpt.config;
     let (h, m) = (c.hidden_size as u64, c.intermediate_size as u64);
     let t = tokens as u64;

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use lowbit_calibration::Windows;
 use lowbit_checkpoint::provenance::Provenance;
 use serde::{Deserialize, Serialize};
 
@@ -72,6 +73,9 @@ pub struct PlanRecord {
     /// Where a budget was given: what it was spent on.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub budget: Option<BudgetRecord>,
+    /// What a reader should know: linears that do not get the type asked for.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub notes: Vec<String>,
 }
 
 /// What calibrating the experts of a block takes.
@@ -177,7 +181,7 @@ pub struct QuantizeRecord {
     pub scheme: String,
     /// `best`, `fast`, `gptq` or `rtn`.
     pub method: String,
-    /// `compressed-tensors` or `gptq`.
+    /// `compressed-tensors`, `gptq`, `gptq_v2`, `awq` or `gguf`.
     pub format: String,
     /// Options in full.
     pub options: BTreeMap<String, serde_json::Value>,
@@ -203,6 +207,20 @@ pub struct QuantizeRecord {
     /// Where a budget was given: what it was spent on.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub budget: Option<BudgetRecord>,
+}
+
+impl CalibrationRecord {
+    /// Of these windows.
+    pub fn of(w: &Windows) -> Self {
+        Self {
+            source: w.source.clone(),
+            windows_sha256: w.sha256.clone(),
+            windows: w.tokens.len(),
+            window_tokens: w.tokens.iter().map(Vec::len).max().unwrap_or(0),
+            tokens: w.token_count() as u64,
+            seed: w.seed,
+        }
+    }
 }
 
 /// Which data was used.

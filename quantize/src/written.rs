@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use lowbit_checkpoint::Checkpoint;
-use lowbit_checkpoint::quant_config::{PackFormat, WrittenGroup, write_compressed_tensors, write_gptq};
+use lowbit_checkpoint::quant_config::{PackFormat, WrittenGroup, write_compressed_tensors, write_uniform};
 use lowbit_kernels::Scheme;
 use serde_json::Value;
 
@@ -69,7 +69,7 @@ pub(crate) fn written_config(
         }
         _ => {
             let damp = options.method.calibrated().then_some(options.damp_frac);
-            write_gptq(options.scheme, damp, false, &ignore)
+            write_uniform(options.format, options.scheme, damp, false, &ignore)
         }
     };
     if let Some(map) = config.as_object_mut() {

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use anyhow::{Result, bail};
-use lowbit_checkpoint::quant_config::{Layout, PackFormat, WrittenGroup, write_compressed_tensors, write_gptq};
+use lowbit_checkpoint::quant_config::{Layout, PackFormat, WrittenGroup, write_compressed_tensors, write_uniform};
 use lowbit_checkpoint::writer::{CheckpointWriter, DEFAULT_SHARD_BYTES, Declared};
 use lowbit_checkpoint::{Checkpoint, CheckpointError, Dtype, linear};
 use lowbit_kernels::Scheme;
@@ -21,11 +21,10 @@ pub fn convert(ctx: &Context, args: &ConvertArgs) -> Result<()> {
     if args.output.exists() && !args.force {
         return Err(CheckpointError::Exists { path: args.output.clone() }.into());
     }
-    if args.model.ends_with(".gguf") {
-        if args.format != FormatArg::Bf16 {
-            bail!("a GGUF file converts to bf16; quantize the result\nhint: drop --format");
-        }
-        models::import_gguf(ctx, Path::new(&args.model), &args.output, args.force)?;
+    let gguf = models::gguf_file(Path::new(&args.model));
+    if let Some(file) = gguf.as_ref().filter(|_| matches!(args.format, FormatArg::Bf16 | FormatArg::CompressedTensors))
+    {
+        models::import_gguf(ctx, file, &args.output, args.format != FormatArg::Bf16, args.force)?;
     } else {
         let located = models::locate(ctx, &args.model)?;
         super::quantize::refuse_same(&located.dir, &args.output)?;
@@ -60,18 +59,25 @@ fn repack(ctx: &Context, ckpt: &Checkpoint, args: &ConvertArgs) -> Result<()> {
         FormatArg::Bf16 => None,
         FormatArg::CompressedTensors => Some(Layout::new(PackFormat::CompressedTensors, model_dtype(ckpt))),
         FormatArg::Gptq => Some(Layout::new(PackFormat::GptqV1, FloatType::F16)),
+        FormatArg::GptqV2 => Some(Layout::new(PackFormat::GptqV2, FloatType::F16)),
+        FormatArg::Gguf => {
+            bail!("convert does not write GGUF\nhint: `lowbit quantize --format gguf` on the original weights")
+        }
+        FormatArg::Awq => Some(Layout::new(PackFormat::Awq, FloatType::F16)),
     };
     let format = target.map(|t| t.format);
     if format == Some(q.format) {
         bail!("{} is in that format already", ckpt.dir.display());
     }
     let (items, dense) = collect(ckpt, target)?;
-    if format == Some(PackFormat::GptqV1)
+    let uniform = format.filter(|f| f.is_uniform());
+    if let Some(format) = uniform
         && let Some(other) = items.iter().find(|i| items.first().is_some_and(|f| f.scheme != i.scheme))
     {
         bail!(
-            "`{}` has another scheme than the first linear: the GPTQ format holds one\nhint: --format bf16",
-            other.module
+            "`{}` has another scheme than the first linear: the format {} holds one\nhint: --format bf16",
+            other.module,
+            format.name()
         );
     }
     let packed_prefixes: Vec<String> = items.iter().map(|i| format!("{}.", i.module)).collect();
@@ -111,6 +117,12 @@ fn repack(ctx: &Context, ckpt: &Checkpoint, args: &ConvertArgs) -> Result<()> {
                         layout.scales
                     );
                 }
+                if layout.format == PackFormat::GptqV1 && matrix.zeros.as_ref().is_some_and(|z| z.contains(&0)) {
+                    bail!(
+                        "`{}` has a zero point of 0: GPTQ v1 stores it minus one, and engines do not wrap\nhint: --format gptq-v2",
+                        item.module
+                    );
+                }
                 for (d, bytes) in item.declared.iter().zip(linear::encode(&matrix, layout)?) {
                     writer.write(&d.name, &bytes)?;
                 }
@@ -126,24 +138,24 @@ fn repack(ctx: &Context, ckpt: &Checkpoint, args: &ConvertArgs) -> Result<()> {
         let written = match format {
             None => None,
             Some(PackFormat::CompressedTensors) => {
-                let groups: Vec<WrittenGroup<'_>> = q
-                    .groups
-                    .iter()
-                    .map(|g| WrittenGroup {
-                        scheme: g.scheme,
-                        targets: vec!["Linear".into()],
+                let groups: Vec<WrittenGroup<'_>> = rules(&items)
+                    .into_iter()
+                    .map(|(scheme, targets)| WrittenGroup {
+                        scheme,
+                        targets,
                         observer: "memoryless_minmax",
                         static_act_order: false,
                     })
                     .collect();
                 Some(write_compressed_tensors(&groups, &dense))
             }
-            Some(_) => items
-                .first()
-                .map(|i| write_gptq(i.scheme, None, items.iter().any(|i| i.module.ends_with("lm_head")), &dense)),
+            Some(format) => {
+                let head = items.iter().any(|i| i.module.ends_with("lm_head"));
+                items.first().map(|i| write_uniform(format, i.scheme, None, head, &dense))
+            }
         };
         if let Some(w) = written {
-            if format != Some(PackFormat::CompressedTensors) {
+            if matches!(format, Some(PackFormat::GptqV1 | PackFormat::GptqV2)) {
                 writer.write_file("quantize_config.json", format!("{w:#}\n").as_bytes())?;
             }
             map.insert("quantization_config".into(), w);
@@ -153,6 +165,21 @@ fn repack(ctx: &Context, ckpt: &Checkpoint, args: &ConvertArgs) -> Result<()> {
     ckpt.store.unchanged()?;
     writer.finish()?;
     Ok(())
+}
+
+/// Rules of a compressed-tensors checkpoint: one for every linear, or names where schemes differ.
+fn rules(items: &[Item]) -> Vec<(Scheme, Vec<String>)> {
+    let mut rules: Vec<(Scheme, Vec<String>)> = Vec::new();
+    for item in items {
+        match rules.iter_mut().find(|(s, _)| *s == item.scheme) {
+            Some((_, names)) => names.push(item.module.clone()),
+            None => rules.push((item.scheme, vec![item.module.clone()])),
+        }
+    }
+    if let [(_, names)] = rules.as_mut_slice() {
+        *names = vec!["Linear".into()];
+    }
+    rules
 }
 
 fn collect(ckpt: &Checkpoint, target: Option<Layout>) -> Result<(Vec<Item>, Vec<String>)> {
@@ -185,6 +212,13 @@ fn collect(ckpt: &Checkpoint, target: Option<Layout>) -> Result<(Vec<Item>, Vec<
         if target.is_some() && p.group_index.is_some() {
             bail!(
                 "`{module}` has an unsorted g_idx: its columns cannot be carried into the other format losslessly\nhint: --format bf16"
+            );
+        }
+        if let Some(t) = target.filter(|t| !t.format.holds(p.scheme, out, n)) {
+            bail!(
+                "`{module}` is {} [{out}, {n}], which the format {} does not hold\nhint: --format compressed-tensors, or bf16",
+                p.scheme.full_name(),
+                t.format.name()
             );
         }
         let declared = match target {

@@ -11,8 +11,10 @@ use lowbit_checkpoint::provenance::Provenance;
 use lowbit_checkpoint::quant_config::PackFormat;
 use lowbit_checkpoint::tokenizer::Tokenizer;
 use lowbit_checkpoint::{Checkpoint, CheckpointError};
+use lowbit_kernels::ggml::GgmlType;
 use lowbit_kernels::{GroupSize, Scheme};
 use lowbit_model::Model;
+use lowbit_quantize::gguf::GgufChoice;
 use lowbit_quantize::plan::{self, Plan};
 use lowbit_quantize::record::{PlanRecord, QuantizeRecord};
 use lowbit_quantize::scale_search::ScaleSearch;
@@ -29,6 +31,15 @@ use crate::recipe;
 
 /// Validates the options.
 pub fn options(q: &QuantOptions) -> Result<QuantizeOptions> {
+    if q.format == FormatArg::Gguf {
+        return gguf_options(q);
+    }
+    if let Some(kind) = gguf_kind(&q.scheme) {
+        bail!("--scheme {} is {}, a type of GGUF\nhint: add --format gguf", q.scheme, kind.name());
+    }
+    if q.head == HeadArg::Q6K || q.embedding == HeadArg::Q6K {
+        bail!("q6_k is a type of GGUF\nhint: w8, or --format gguf");
+    }
     let group = match q.group_size.as_deref() {
         None => GroupSize::Cols(128),
         Some("channel" | "-1") => GroupSize::PerChannel,
@@ -37,6 +48,19 @@ pub fn options(q: &QuantOptions) -> Result<QuantizeOptions> {
             _ => bail!("--group-size {n}: expected a positive number or `channel`"),
         },
     };
+    let scheme = Scheme::parse(&q.scheme, group, !q.asymmetric)?;
+    let format = match q.format {
+        FormatArg::CompressedTensors => PackFormat::CompressedTensors,
+        FormatArg::Gptq => PackFormat::GptqV1,
+        FormatArg::GptqV2 => PackFormat::GptqV2,
+        FormatArg::Awq => PackFormat::Awq,
+        FormatArg::Bf16 | FormatArg::Gguf => bail!("--format bf16 writes dense weights: that is `lowbit convert`"),
+    };
+    common(q, QuantizeOptions { format, ..QuantizeOptions::new(scheme) })
+}
+
+/// Options that every format has.
+fn common(q: &QuantOptions, base: QuantizeOptions) -> Result<QuantizeOptions> {
     if !(q.damp.is_finite() && (0.0..=1.0).contains(&q.damp)) {
         bail!("--damp {}: expected a fraction between 0 and 1", q.damp);
     }
@@ -44,12 +68,6 @@ pub fn options(q: &QuantOptions) -> Result<QuantizeOptions> {
         bail!("--samples and --seq-len must be at least 1");
     }
     budget::refuse_auto(q)?;
-    let scheme = Scheme::parse(&q.scheme, group, !q.asymmetric)?;
-    let format = match q.format {
-        FormatArg::CompressedTensors => PackFormat::CompressedTensors,
-        FormatArg::Gptq => PackFormat::GptqV1,
-        FormatArg::Bf16 => bail!("--format bf16 writes dense weights: that is `lowbit convert`"),
-    };
     Ok(QuantizeOptions {
         method: match q.method {
             MethodArg::Gptq => Method::Gptq,
@@ -57,7 +75,6 @@ pub fn options(q: &QuantOptions) -> Result<QuantizeOptions> {
             MethodArg::Fast => Method::Fast,
             MethodArg::Rtn => Method::Rtn,
         },
-        format,
         damp_frac: q.damp,
         act_order: !q.no_act_order,
         scale_search: if q.minmax_scales { ScaleSearch::MinMax } else { ScaleSearch::Hessian },
@@ -68,8 +85,32 @@ pub fn options(q: &QuantOptions) -> Result<QuantizeOptions> {
         strict: q.strict,
         offload: q.offload.clone(),
         shard_bytes: q.shard_mb.max(1).saturating_mul(1_000_000),
-        ..QuantizeOptions::new(scheme)
+        ..base
     })
+}
+
+/// The type of GGUF that a scheme's name is.
+fn gguf_kind(name: &str) -> Option<GgmlType> {
+    use GgmlType::{Q4_0, Q4K, Q5_0, Q6K, Q8_0};
+    [Q4_0, Q5_0, Q8_0, Q4K, Q6K].into_iter().find(|k| k.name().eq_ignore_ascii_case(name))
+}
+
+fn gguf_options(q: &QuantOptions) -> Result<QuantizeOptions> {
+    let Some(kind) = gguf_kind(&q.scheme) else {
+        bail!("--format gguf with --scheme {}\nhint: --scheme q4_0, q5_0, q8_0, q4_k or q6_k", q.scheme);
+    };
+    if q.group_size.is_some() || q.asymmetric {
+        bail!("{} has its own groups and zero points\nhint: leave --group-size and --asymmetric away", kind.name());
+    }
+    let table = |arg: HeadArg| match arg {
+        // Of a budget, which a GGUF does not have.
+        HeadArg::Keep | HeadArg::Auto => None,
+        HeadArg::W8 => Some(GgmlType::Q8_0),
+        HeadArg::Q6K => Some(GgmlType::Q6K),
+    };
+    let gguf = GgufChoice { kind, embedding: table(q.embedding), head: table(q.head) };
+    let scheme = kind.scheme().unwrap_or(Scheme { bits: 8, symmetric: true, group: GroupSize::Cols(32) });
+    common(q, QuantizeOptions { gguf: Some(gguf), ..QuantizeOptions::new(scheme) })
 }
 
 /// The full options of a run, for the record.
@@ -90,7 +131,7 @@ fn option_map(options: &QuantizeOptions, q: &QuantOptions) -> std::collections::
 
 /// `lowbit plan`.
 pub fn plan(ctx: &Context, args: &PlanArgs) -> Result<()> {
-    let located = models::locate(ctx, &args.model)?;
+    let located = models::locate_floats(ctx, &args.model)?;
     let ckpt = located.open()?;
     let options = options(&args.quant)?;
     let made = make_plan(ctx, &located, &ckpt, &options, &args.quant, None)?;
@@ -112,7 +153,7 @@ pub fn make_plan(
     let mut made = match budget::ask(&q.budget)? {
         None => plan::make(ckpt, options, output, tokens)?,
         Some(ask) => {
-            lowbit_quantize::budget::check(ckpt)?;
+            lowbit_quantize::budget::check(ckpt, options)?;
             let windows = calibration_windows(ctx, ckpt, q)?;
             let (options, spent) = budget::spend(ctx, ckpt, options, q, ask, &windows, &identity(&gathered))?;
             let mut made = plan::make(ckpt, &options, output, tokens)?;
@@ -144,6 +185,7 @@ pub fn describe(p: &PlanRecord) -> String {
             ratio(p.before_bytes, p.after_bytes),
         ]])
         .collect();
+    let notes: String = p.notes.iter().map(|n| format!("\nnote: {n}")).collect();
     let experts = p.experts.as_ref().map_or(String::new(), |e| {
         format!(
             "\n{} experts a block, {} a token: Hessians of {} at once ({} in all), {} a block; an expert needs {} tokens",
@@ -156,7 +198,7 @@ pub fn describe(p: &PlanRecord) -> String {
         )
     });
     format!(
-        "{} linears to quantize, {} ignored; peak memory about {}{experts}\n\n{}",
+        "{} linears to quantize, {} ignored; peak memory about {}{experts}{notes}\n\n{}",
         p.quantized_linears,
         p.kept_linears,
         megabytes(p.peak_memory_bytes),
@@ -174,10 +216,13 @@ pub fn quantize(ctx: &Context, args: &QuantizeArgs) -> Result<()> {
     if args.output.exists() && !args.force {
         return Err(CheckpointError::Exists { path: args.output.clone() }.into());
     }
-    let located = models::locate(ctx, &args.model)?;
+    let located = models::locate_floats(ctx, &args.model)?;
     refuse_same(&located.dir, &args.output)?;
     let ckpt = located.open()?;
     let made = make_plan(ctx, &located, &ckpt, &options, &args.quant, Some(&args.output))?;
+    for note in &made.record.notes {
+        ctx.say(format!("note: {note}"));
+    }
     let record = execute(ctx, &ckpt, &made, &args.quant, &args.output, args.force, args.fresh)?;
     ctx.print(&record, || summary(&record))
 }
@@ -211,7 +256,7 @@ pub fn execute(
 ) -> Result<QuantizeRecord> {
     let start = Instant::now();
     let windows = if made.options.method.calibrated() { Some(calibration_windows(ctx, ckpt, q)?) } else { None };
-    exit::starts_over(!lowbit_quantize::resume::keeps_blocks(&ckpt.config));
+    exit::starts_over(!lowbit_quantize::resume::keeps_blocks(&ckpt.config, &made.options));
     let writing = ctx.writing();
     let (outcome, writer) = lowbit_quantize::quantize(
         ckpt,
@@ -239,10 +284,10 @@ pub fn execute(
         provenance: made.record.provenance.clone(),
         scheme: match &made.record.budget {
             Some(b) => format!("mixed, {:.2} bits", b.bits_per_weight),
-            None => made.options.scheme.full_name(),
+            None => made.options.scheme_name(),
         },
         method: made.options.method.name().into(),
-        format: made.options.format.name().into(),
+        format: made.options.format_name().into(),
         options: made.record.provenance.options.clone(),
         calibration: outcome.calibration,
         layers: outcome.layers,

@@ -14,6 +14,7 @@ mod endpoint;
 mod errors;
 mod experts;
 mod faults;
+mod formats;
 mod gate;
 mod golden;
 mod hardship;

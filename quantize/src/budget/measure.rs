@@ -188,7 +188,7 @@ impl Measurement<'_> {
         let mut curve = Curve { block: Some(index), probe: probe.full_name(), ..Curve::default() };
         let mut linears = Vec::new();
         for (i, l) in &members {
-            let w = read_dense(self.ckpt, l)?;
+            let w = read_dense(self.ckpt, &l.source, l.out_features, l.in_features)?;
             let solve = |w: &[f32], rows: usize, scheme: Scheme| -> Result<(QuantizedMatrix, f64)> {
                 let opts = self.solver(scheme);
                 let solved = match &shared {
@@ -230,7 +230,7 @@ impl Measurement<'_> {
     fn embedding(&mut self, ids: &[u32]) -> Result<()> {
         let Some(l) = self.tables().0 else { return Ok(()) };
         let (schemes, l) = (table_schemes(l), l.clone());
-        let w = read_dense(self.ckpt, &l)?;
+        let w = read_dense(self.ckpt, &l.source, l.out_features, l.in_features)?;
         let mut curve = self.table_curve(&l)?;
         for scheme in &schemes {
             let (q, loss) = self.round(&l, &w, *scheme)?;
@@ -294,7 +294,7 @@ impl Measurement<'_> {
             }
         }
         let Some(l) = self.tables().1.cloned() else { return Ok(()) };
-        let w = read_dense(self.ckpt, &l)?;
+        let w = read_dense(self.ckpt, &l.source, l.out_features, l.in_features)?;
         let mut curve = self.table_curve(&l)?;
         let schemes = table_schemes(&l);
         for scheme in &schemes {

@@ -127,6 +127,7 @@ pub fn plan() -> PlanRecord {
         kept_linears: 1,
         experts: None,
         budget: None,
+        notes: Vec::new(),
     }
 }
 
