@@ -73,8 +73,12 @@ impl SuperBlock {
     /// What the codes stand for.
     pub fn values(&self, codes: &[u8; SUPER]) -> [f32; SUPER] {
         std::array::from_fn(|i| {
-            let j = i / self.sub();
-            self.scale(j) * f32::from(codes[i]) - self.offset(j)
+            let (scale, code) = (self.scale(i / self.sub()), f32::from(codes[i]));
+            match self.kind {
+                GgmlType::Q4K => scale * code - self.offset(i / self.sub()),
+                // The same number, and the sign of a zero is ggml's.
+                _ => scale * (code - MIDDLE),
+            }
         })
     }
 
