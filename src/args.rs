@@ -149,13 +149,21 @@ pub enum Command {
 
 #[derive(Args, Debug, Clone)]
 pub struct QuantOptions {
-    /// w2a16, w3a16, w4a16 or w8a16; with --format gguf q4_0, q5_0, q8_0, q4_k or q6_k.
+    /// Weights and inputs: w2a16, w3a16, w4a16, w8a16 (integers); w8a8, w8a8-static; fp8a16, fp8-dynamic, fp8-static, fp8-block;
+    /// nvfp4a16, nvfp4, mxfp4a16. The static ones and nvfp4 store scales of inputs, from calibration data. With --format gguf q4_0, q5_0,
+    /// q8_0, q4_k or q6_k.
     #[arg(long, default_value = "w4a16")]
     pub scheme: String,
+    /// Another scheme for some modules: a name or a `re:` pattern, and `:GROUP` for integers, as in 're:.*down_proj=w8a16:64'.
+    #[arg(long, value_name = "PATTERN=SCHEME")]
+    pub module: Vec<String>,
+    /// Store scales for keys and values in eight bits, from calibration data: one for a layer, or one for each head.
+    #[arg(long, value_enum)]
+    pub kv_scheme: Option<KvSchemeArg>,
     /// best, fast, gptq or rtn.
     #[arg(long, value_enum, default_value_t = MethodArg::Gptq)]
     pub method: MethodArg,
-    /// Input columns that share a scale, or `channel`. Default: 128.
+    /// Input columns that share a scale of integers, or `channel`. Default: 128.
     #[arg(long)]
     pub group_size: Option<String>,
     /// Zero point per group instead of a symmetric range.
@@ -212,6 +220,18 @@ pub struct QuantOptions {
     /// Options from a file: a recipe.toml of an earlier run, or a recipe of llm-compressor (.yaml) where it maps. What is typed wins.
     #[arg(long, value_name = "FILE")]
     pub recipe: Option<PathBuf>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum KvSchemeArg {
+    /// E4M3.
+    Fp8,
+    /// E4M3, a scale for each key/value head.
+    Fp8Head,
+    /// int8.
+    Int8,
+    /// int8, a scale for each key/value head.
+    Int8Head,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]

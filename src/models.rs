@@ -6,11 +6,11 @@ use std::sync::Arc;
 use anyhow::{Context as _, Result};
 use lowbit_checkpoint::gguf::{self, GgufModel};
 use lowbit_checkpoint::hub::{self, HubOptions};
-use lowbit_checkpoint::quant_config::{Layout, PackFormat, WrittenGroup, write_compressed_tensors};
+use lowbit_checkpoint::quant_config::{Layout, PackFormat, WrittenGroup, by_scheme, write_compressed_tensors};
 use lowbit_checkpoint::writer::{CheckpointWriter, DEFAULT_SHARD_BYTES, Declared};
 use lowbit_checkpoint::{Checkpoint, CheckpointError, Dtype, linear};
 use lowbit_kernels::backend::Backend;
-use lowbit_kernels::{ScaleType, Scheme};
+use lowbit_kernels::{LinearScheme, ScaleType};
 use lowbit_model::Model;
 
 use crate::context::{Context, Purpose};
@@ -167,17 +167,14 @@ pub fn import_gguf(ctx: &Context, file: &Path, output: &Path, codes: bool, force
     let layout = Layout { format: PackFormat::CompressedTensors, scales: ScaleType::F16 };
     let names = gguf.tensor_names();
     let mut declared = Vec::new();
-    let mut rules: Vec<(Scheme, Vec<String>)> = Vec::new();
+    let mut packed: Vec<(LinearScheme, String)> = Vec::new();
     let mut dense = Vec::new();
     for (name, shape) in &names {
         let module = name.strip_suffix(".weight").unwrap_or(name).to_string();
         match (gguf.packed_scheme(name).filter(|_| codes), shape.as_slice()) {
             (Some(scheme), [rows, cols]) => {
                 declared.extend(linear::declare(&module, scheme, layout, *rows, *cols)?);
-                match rules.iter_mut().find(|(s, _)| *s == scheme) {
-                    Some((_, modules)) => modules.push(module),
-                    None => rules.push((scheme, vec![module])),
-                }
+                packed.push((LinearScheme::from(scheme), module));
             }
             _ => {
                 if shape.len() == 2 && !name.contains("embed_tokens") {
@@ -205,13 +202,13 @@ pub fn import_gguf(ctx: &Context, file: &Path, output: &Path, codes: bool, force
         ctx.progress.advance(1);
     }
     let mut config = gguf.config_json()?;
-    if let (false, Some(map)) = (rules.is_empty(), config.as_object_mut()) {
+    if let (false, Some(map)) = (packed.is_empty(), config.as_object_mut()) {
         // The scales are f16, and engines load everything in one dtype.
         map.insert("dtype".into(), "float16".into());
         if gguf.tied() {
             dense.push("lm_head".into());
         }
-        let groups: Vec<WrittenGroup<'_>> = rules
+        let groups: Vec<WrittenGroup<'_>> = by_scheme(packed)
             .into_iter()
             .map(|(scheme, targets)| WrittenGroup {
                 scheme,
@@ -220,7 +217,7 @@ pub fn import_gguf(ctx: &Context, file: &Path, output: &Path, codes: bool, force
                 static_act_order: false,
             })
             .collect();
-        map.insert("quantization_config".into(), write_compressed_tensors(&groups, &dense));
+        map.insert("quantization_config".into(), write_compressed_tensors(&groups, &dense, None));
     }
     writer.write_file("config.json", format!("{config:#}\n").as_bytes())?;
     for (name, bytes) in gguf.tokenizer_files()? {

@@ -35,11 +35,13 @@ pub(crate) fn parse(path: &Path, q: &Value) -> Result<QuantConfig> {
     };
     let group = parse_group_size(path, &named)?;
     let symmetric = q.get("zero_point").and_then(Value::as_bool) == Some(false);
+    let scheme = Scheme { bits: 4, symmetric, group };
     let names = q.get("modules_to_not_convert").and_then(Value::as_array).into_iter().flatten();
     Ok(QuantConfig {
         format: PackFormat::Awq,
-        groups: vec![QuantGroup { targets: vec![Target::Linear], scheme: Scheme { bits: 4, symmetric, group } }],
+        groups: vec![QuantGroup { targets: vec![Target::Linear], scheme: scheme.into() }],
         ignore: names.filter_map(Value::as_str).map(String::from).collect(),
+        kv: None,
     })
 }
 

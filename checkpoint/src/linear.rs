@@ -1,8 +1,11 @@
 //! One linear between its tensors on disk and a [`HostWeight`] / [`QuantizedMatrix`].
 
+pub mod narrow;
+
+use lowbit_kernels::activation::InputRule;
 use lowbit_kernels::backend::{Bytes, HostWeight, PackedWeight};
 use lowbit_kernels::pack;
-use lowbit_kernels::{KernelError, QuantizedMatrix, Scheme};
+use lowbit_kernels::{KernelError, LinearScheme, QuantizedMatrix, QuantizedWeight, Scheme};
 use safetensors::Dtype;
 
 use crate::awq;
@@ -20,23 +23,41 @@ pub fn read(
     in_features: usize,
 ) -> Result<HostWeight> {
     let dense = format!("{module}.weight");
-    if let Some(t) = store.find(&dense) {
+    if let Some(t) = store.find(&dense).filter(|t| !is_narrow(t)) {
         return read_dense(store, &dense, t, out_features, in_features);
     }
     let first = if store.find(&format!("{module}.qweight")).is_some() { "qweight" } else { "weight_packed" };
-    if store.find(&format!("{module}.{first}")).is_none() {
+    let codes = store.find(&dense).or_else(|| store.find(&format!("{module}.{first}")));
+    let Some(codes) = codes else {
         return Err(CheckpointError::MissingTensor { dir: store.dir().to_path_buf(), tensor: dense });
-    }
+    };
     let unknown =
         |found: &str| store.mismatch(&dense, "a quantization_config that covers this module".into(), found.into());
     let quant = quant.ok_or_else(|| unknown("packed tensors and no quantization_config"))?;
     let scheme = quant.scheme_of(module).ok_or_else(|| unknown("no rule for it"))?;
+    let Some(int) = scheme.int().filter(|_| codes.dtype == Dtype::I32) else {
+        return narrow::read(store, module, scheme, out_features, in_features);
+    };
     let packed = match quant.format {
-        PackFormat::CompressedTensors => read_compressed_tensors(store, module, scheme, out_features, in_features)?,
-        PackFormat::Awq => awq::read(store, module, scheme, out_features, in_features)?,
-        v => read_gptq(store, module, scheme, v, out_features, in_features)?,
+        PackFormat::CompressedTensors => read_compressed_tensors(store, module, int, out_features, in_features)?,
+        PackFormat::Awq => awq::read(store, module, int, out_features, in_features)?,
+        v => read_gptq(store, module, int, v, out_features, in_features)?,
     };
     Ok(HostWeight::Packed(packed))
+}
+
+/// Whether a `weight` holds codes of a byte or less.
+fn is_narrow(t: &StoredTensor) -> bool {
+    matches!(t.dtype, Dtype::I8 | Dtype::U8 | Dtype::F8_E4M3)
+}
+
+/// How the input of `module` is rounded before the product; `None` where its weight is dense or the config leaves inputs alone.
+pub fn read_input_rule(store: &TensorStore, quant: Option<&QuantConfig>, module: &str) -> Result<Option<InputRule>> {
+    let Some(format) = quant.and_then(|q| q.scheme_of(module)).and_then(|s| s.input) else { return Ok(None) };
+    match store.find(&format!("{module}.weight")) {
+        Some(t) if !is_narrow(t) => Ok(None),
+        _ => narrow::input_rule(store, module, format).map(Some),
+    }
 }
 
 fn read_dense(
@@ -249,6 +270,14 @@ pub fn unpack(p: &PackedWeight) -> lowbit_kernels::Result<QuantizedMatrix> {
     Ok(q)
 }
 
+/// For upload.
+pub fn host_weight(w: &QuantizedWeight) -> lowbit_kernels::Result<HostWeight> {
+    Ok(match w {
+        QuantizedWeight::Int(m) => HostWeight::Packed(pack_matrix(m)?),
+        QuantizedWeight::Float(f) => HostWeight::Float(f.clone()),
+    })
+}
+
 /// Packs for upload, as compressed-tensors does.
 pub fn pack_matrix(q: &QuantizedMatrix) -> lowbit_kernels::Result<PackedWeight> {
     q.validate()?;
@@ -267,11 +296,13 @@ pub fn pack_matrix(q: &QuantizedMatrix) -> lowbit_kernels::Result<PackedWeight> 
 /// Names, dtypes and shapes that `module` will have on disk in `format`, in writing order.
 pub fn declare(
     module: &str,
-    scheme: Scheme,
+    scheme: impl Into<LinearScheme>,
     layout: Layout,
     out: usize,
     n: usize,
 ) -> lowbit_kernels::Result<Vec<Declared>> {
+    let whole: LinearScheme = scheme.into();
+    let Some(scheme) = narrow::packed(whole) else { return narrow::declare(module, whole, layout, out, n) };
     let groups = scheme.groups(n)?;
     let t = |suffix: &str, dtype, shape: Vec<usize>| Declared { name: format!("{module}.{suffix}"), dtype, shape };
     Ok(match layout.format {
@@ -296,7 +327,20 @@ pub fn declare(
     })
 }
 
-/// The bytes of each tensor [`declare`] lists, in the same order.
+/// The bytes of each tensor [`declare`] lists, in the same order. `input` is the rule of the linear's input, where it is quantized.
+pub fn encode_weight(
+    w: &QuantizedWeight,
+    scheme: LinearScheme,
+    input: Option<&InputRule>,
+    layout: Layout,
+) -> lowbit_kernels::Result<Vec<Vec<u8>>> {
+    match (w, narrow::packed(scheme)) {
+        (QuantizedWeight::Int(m), Some(_)) => encode(m, layout),
+        _ => narrow::encode(w, input, layout),
+    }
+}
+
+/// [`encode_weight`] of packed integers whose input is left alone.
 pub fn encode(q: &QuantizedMatrix, layout: Layout) -> lowbit_kernels::Result<Vec<Vec<u8>>> {
     q.validate()?;
     let (out, n, bits) = (q.out_features, q.in_features, q.scheme.bits);

@@ -11,7 +11,7 @@ pub enum KernelError {
     #[error("{what} {value} is not divisible by {by}")]
     NotDivisible { what: &'static str, value: usize, by: usize },
     /// A scheme name or field is not one we know.
-    #[error("unknown scheme `{0}`: expected one of w2a16, w3a16, w4a16, w8a16")]
+    #[error("unknown scheme `{0}`: expected one of {names}", names = crate::scheme::LinearScheme::NAMES.join(", "))]
     UnknownScheme(String),
     /// Scales and zero points must be finite and non-zero before packing.
     #[error("scale {value} at row {row}, group {group} is not a finite non-zero number")]

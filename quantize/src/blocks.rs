@@ -1,13 +1,15 @@
 //! Super-blocks of GGUF (`Q4_K`, `Q6_K`): their grids from the weights and the Hessian's diagonal, their codes by rounding or
 //! by GPTQ on those grids.
 
+use std::ops::Range;
+
 use lowbit_kernels::error::check_len;
 use lowbit_kernels::ggml::GgmlType;
 use lowbit_kernels::ggml::k_quants::{SUPER, SuperBlock};
 use rayon::prelude::*;
 
 use crate::factor::{Factor, SolveError};
-use crate::gptq::gptq_on_grids;
+use crate::gptq::{Grid, GridScales, Shifts, grid_codes};
 use crate::scale_search::{SolverOptions, check_finite};
 
 /// A matrix `[rows, cols]` in super-blocks.
@@ -30,8 +32,18 @@ impl BlockMatrix {
 
     /// What it stands for, `[rows, cols]`.
     pub fn values(&self) -> Vec<f32> {
-        let blocks = self.grids.iter().zip(self.codes.as_chunks::<SUPER>().0);
-        blocks.flat_map(|(grid, codes)| grid.values(codes)).collect()
+        let mut values = vec![0f32; self.codes.len()];
+        self.widen(0..self.codes.len() / self.cols.max(1), &mut values);
+        values
+    }
+
+    /// Rows as f32 `[rows, cols]`; `rows` is within the matrix.
+    pub fn widen(&self, rows: Range<usize>, out: &mut [f32]) {
+        let first = rows.start * (self.cols / SUPER);
+        let blocks = self.grids.iter().zip(self.codes.as_chunks::<SUPER>().0).skip(first);
+        for (out, (grid, codes)) in out.as_chunks_mut::<SUPER>().0.iter_mut().zip(blocks) {
+            *out = grid.values(codes);
+        }
     }
 }
 
@@ -88,7 +100,10 @@ pub fn blocks_gptq(
     let all = |f: fn(&SuperBlock, usize) -> f32| -> Vec<f32> {
         grids.iter().flat_map(|g| (0..SUPER / sub).map(move |j| f(g, j))).collect()
     };
-    let codes = gptq_on_grids(w, factor, opts, (sub, max), &all(SuperBlock::scale), &all(SuperBlock::offset))?;
+    let (scales, offsets) = (all(SuperBlock::scale), all(SuperBlock::offset));
+    let shifts = Shifts::Offsets(&offsets);
+    let on = GridScales { grid: Grid::Steps { max }, scales: &scales, shifts, cols: sub };
+    let codes = grid_codes(w, w.len() / n.max(1), n, factor, &on, opts.block)?;
     Ok(BlockMatrix { kind, cols: n, grids, codes })
 }
 

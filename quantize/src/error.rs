@@ -5,6 +5,7 @@ use lowbit_checkpoint::CheckpointError;
 use lowbit_model::ModelError;
 
 use crate::factor::SolveError;
+use crate::plan::Method;
 
 /// Result of this crate.
 pub type Result<T> = std::result::Result<T, QuantizeError>;
@@ -69,12 +70,16 @@ pub enum QuantizeError {
 }
 
 impl QuantizeError {
-    /// A method that calibrates was given nothing to calibrate on.
-    pub(crate) fn no_data(method: &str) -> Self {
-        QuantizeError::Plan {
-            summary: format!("method {method} needs calibration data"),
-            offenders: vec![],
-            hint: Some("give --calib FILE, or choose --method rtn".into()),
-        }
+    /// A method that calibrates, or stored scales, were given nothing to calibrate on.
+    pub(crate) fn no_data(method: Method) -> Self {
+        let (summary, other) = match method.calibrated() {
+            true => (format!("method {} needs calibration data", method.name()), "--method rtn"),
+            false => (
+                "stored scales of inputs, keys or values need calibration data".into(),
+                "a scheme without them (fp8-dynamic, w8a8), and no --kv-scheme",
+            ),
+        };
+        let hint = Some(format!("give --calib FILE, or choose {other}"));
+        QuantizeError::Plan { summary, offenders: vec![], hint }
     }
 }

@@ -26,7 +26,7 @@ pub struct PlannedTensor {
     pub name: String,
     /// `[out, in]` or as stored.
     pub shape: Vec<usize>,
-    /// `quantize`, `keep`, `copy` or `drop`.
+    /// `quantize`, `keep`, `copy`, `drop` or `add`.
     pub action: String,
     /// Full scheme name when quantized.
     pub scheme: Option<String>,
@@ -161,6 +161,9 @@ pub struct LayerRecord {
     pub tokens: u64,
     /// Largest |input|.
     pub input_abs_max: f32,
+    /// The stored scale of its input (NVFP4: the global one), where there is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub input_scale: Option<f32>,
     /// Input columns never activated.
     pub dead_columns: usize,
     /// Damping used, as a fraction of mean(diag H).

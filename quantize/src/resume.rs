@@ -48,7 +48,7 @@ impl Chain {
         // These change no code: strictness is checked again, and the writer looks at the layout of the shards itself.
         options.retain(|k, _| !matches!(k.as_str(), "strict" | "shard_bytes"));
         let linears: Vec<Value> =
-            plan.linears.iter().map(|l| json!([l.module, l.source, l.scheme.full_name()])).collect();
+            plan.linears.iter().map(|l| json!([l.module, l.source, l.scheme_name()])).collect();
         let all = json!({
             "identity": resume.identity, "options": options, "linears": linears,
             "windows": windows.map(|w| w.sha256.as_str()),
@@ -136,9 +136,9 @@ pub(crate) fn linears_of(plan: &Plan, block: usize) -> impl Iterator<Item = &Pla
     plan.linears.iter().filter(move |l| l.block == Some(block))
 }
 
-/// Names of the tensors a block's linears are written as.
+/// Names of the tensors that a solved block has: its linears, and the scales of its keys and values.
 fn tensors_of(plan: &Plan, block: usize) -> Result<Vec<String>> {
-    let mut names = Vec::new();
+    let mut names = plan.kv_scales(block);
     for l in linears_of(plan, block) {
         let declared = linear::declare(&l.module, l.scheme, plan.layout, l.out_features, l.in_features)
             .map_err(|source| QuantizeError::Kernel { module: l.module.clone(), source })?;

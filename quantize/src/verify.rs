@@ -45,12 +45,20 @@ pub fn verify(ckpt: &Checkpoint, record: Option<&QuantizeRecord>, original: Opti
         match ckpt.linear(module, *out, *n) {
             Err(e) => problems.push(e.to_string()),
             Ok(HostWeight::Dense { .. }) => done.dense_linears += 1,
-            Ok(HostWeight::Packed(p)) => {
-                match linear::unpack(&p) {
-                    Ok(_) => done.packed_linears += 1,
+            Ok(w @ (HostWeight::Packed(_) | HostWeight::Float(_))) => {
+                let checked = match &w {
+                    HostWeight::Packed(p) => linear::unpack(p).map(|_| ()),
+                    HostWeight::Float(f) => f.validate(),
+                    HostWeight::Dense { .. } => Ok(()),
+                };
+                match checked {
+                    Ok(()) => done.packed_linears += 1,
                     Err(e) => problems.push(format!("`{module}`: {e}")),
                 }
-                let scheme = p.scheme.full_name();
+                if let Err(e) = ckpt.input_rule(module) {
+                    problems.push(e.to_string());
+                }
+                let scheme = ckpt.scheme_of(module, &w).map_or_else(String::new, |s| s.full_name());
                 let noted = record.and_then(|r| r.layers.iter().find(|l| l.name == *module));
                 match (record.is_some(), noted) {
                     (true, None) => problems.push(format!("`{module}` is packed but quantize.json does not list it")),
@@ -60,6 +68,11 @@ pub fn verify(ckpt: &Checkpoint, record: Option<&QuantizeRecord>, original: Opti
                     _ => {}
                 }
             }
+        }
+    }
+    for i in 0..c.num_layers {
+        if let Err(e) = ckpt.kv_rules(&format!("{prefix}.layers.{i}.self_attn")) {
+            problems.push(e.to_string());
         }
     }
     for (name, t) in ckpt.store.iter() {

@@ -3,11 +3,13 @@
 use std::path::Path;
 
 use anyhow::{Result, bail};
-use lowbit_checkpoint::quant_config::{Layout, PackFormat, WrittenGroup, write_compressed_tensors, write_uniform};
+use lowbit_checkpoint::quant_config::{
+    Layout, PackFormat, QuantConfig, WrittenGroup, by_scheme, write_compressed_tensors, write_uniform,
+};
 use lowbit_checkpoint::writer::{CheckpointWriter, DEFAULT_SHARD_BYTES, Declared};
 use lowbit_checkpoint::{Checkpoint, CheckpointError, Dtype, linear};
-use lowbit_kernels::Scheme;
 use lowbit_kernels::backend::{FloatType, HostWeight};
+use lowbit_kernels::{LinearScheme, QuantizedWeight};
 use lowbit_model::block::{linear_shapes, router_modules};
 use lowbit_model::decoder;
 use lowbit_quantize::Progress;
@@ -47,7 +49,7 @@ struct Item {
     module: String,
     out: usize,
     n: usize,
-    scheme: Scheme,
+    scheme: LinearScheme,
     declared: Vec<Declared>,
 }
 
@@ -69,7 +71,7 @@ fn repack(ctx: &Context, ckpt: &Checkpoint, args: &ConvertArgs) -> Result<()> {
     if format == Some(q.format) {
         bail!("{} is in that format already", ckpt.dir.display());
     }
-    let (items, dense) = collect(ckpt, target)?;
+    let (items, dense) = collect(ckpt, q, target)?;
     let uniform = format.filter(|f| f.is_uniform());
     if let Some(format) = uniform
         && let Some(other) = items.iter().find(|i| items.first().is_some_and(|f| f.scheme != i.scheme))
@@ -87,7 +89,10 @@ fn repack(ctx: &Context, ckpt: &Checkpoint, args: &ConvertArgs) -> Result<()> {
             .any(|p| name.strip_prefix(p.as_str()).is_some_and(|rest| rest != "bias" && !rest.contains('.')))
     };
     let mut declared: Vec<Declared> = items.iter().flat_map(|i| i.declared.clone()).collect();
-    let copies: Vec<String> = ckpt.store.iter().map(|(n, _)| n.to_string()).filter(|n| !of_packed(n)).collect();
+    // Scales of keys and values mean nothing without the scheme that names them.
+    let of_cache = |name: &str| q.kv.is_some() && (name.ends_with(".k_scale") || name.ends_with(".v_scale"));
+    let copies: Vec<String> =
+        ckpt.store.iter().map(|(n, _)| n.to_string()).filter(|n| !of_packed(n) && !of_cache(n)).collect();
     for name in &copies {
         let t = ckpt.store.get(name)?;
         declared.push(Declared { name: name.clone(), dtype: t.dtype, shape: t.shape.clone() });
@@ -101,15 +106,19 @@ fn repack(ctx: &Context, ckpt: &Checkpoint, args: &ConvertArgs) -> Result<()> {
     }
     for item in &items {
         ctx.check_stop()?;
-        let HostWeight::Packed(p) = ckpt.linear(&item.module, item.out, item.n)? else { continue };
-        let matrix = linear::unpack(&p)?;
-        match target {
-            None => {
+        let weight = match ckpt.linear(&item.module, item.out, item.n)? {
+            HostWeight::Packed(p) => QuantizedWeight::Int(linear::unpack(&p)?),
+            HostWeight::Float(f) => QuantizedWeight::Float(f),
+            HostWeight::Dense { .. } => continue,
+        };
+        match (target, weight) {
+            // Other layouts hold no float codes, so that `collect` let none pass.
+            (None, weight) | (_, weight @ QuantizedWeight::Float(_)) => {
                 let bytes: Vec<u8> =
-                    matrix.dequantize()?.iter().flat_map(|w| half::bf16::from_f32(*w).to_le_bytes()).collect();
+                    weight.dequantize()?.iter().flat_map(|w| half::bf16::from_f32(*w).to_le_bytes()).collect();
                 writer.write(&format!("{}.weight", item.module), &bytes)?;
             }
-            Some(layout) => {
+            (Some(layout), QuantizedWeight::Int(matrix)) => {
                 if let Some(s) = matrix.scales.iter().find(|s| layout.scales.round(**s) != **s) {
                     bail!(
                         "`{}` has the scale {s}, which {:?} does not hold exactly: the format would change the weights\nhint: quantize the original with the other --format",
@@ -138,7 +147,11 @@ fn repack(ctx: &Context, ckpt: &Checkpoint, args: &ConvertArgs) -> Result<()> {
         let written = match format {
             None => None,
             Some(PackFormat::CompressedTensors) => {
-                let groups: Vec<WrittenGroup<'_>> = rules(&items)
+                let mut rules = by_scheme(items.iter().map(|i| (i.scheme, i.module.clone())));
+                if let [(_, names)] = rules.as_mut_slice() {
+                    *names = vec!["Linear".into()];
+                }
+                let groups: Vec<WrittenGroup<'_>> = rules
                     .into_iter()
                     .map(|(scheme, targets)| WrittenGroup {
                         scheme,
@@ -147,11 +160,12 @@ fn repack(ctx: &Context, ckpt: &Checkpoint, args: &ConvertArgs) -> Result<()> {
                         static_act_order: false,
                     })
                     .collect();
-                Some(write_compressed_tensors(&groups, &dense))
+                Some(write_compressed_tensors(&groups, &dense, None))
             }
             Some(format) => {
                 let head = items.iter().any(|i| i.module.ends_with("lm_head"));
-                items.first().map(|i| write_uniform(format, i.scheme, None, head, &dense))
+                let scheme = items.first().and_then(|i| i.scheme.int());
+                scheme.map(|scheme| write_uniform(format, scheme, None, head, &dense))
             }
         };
         if let Some(w) = written {
@@ -167,22 +181,8 @@ fn repack(ctx: &Context, ckpt: &Checkpoint, args: &ConvertArgs) -> Result<()> {
     Ok(())
 }
 
-/// Rules of a compressed-tensors checkpoint: one for every linear, or names where schemes differ.
-fn rules(items: &[Item]) -> Vec<(Scheme, Vec<String>)> {
-    let mut rules: Vec<(Scheme, Vec<String>)> = Vec::new();
-    for item in items {
-        match rules.iter_mut().find(|(s, _)| *s == item.scheme) {
-            Some((_, names)) => names.push(item.module.clone()),
-            None => rules.push((item.scheme, vec![item.module.clone()])),
-        }
-    }
-    if let [(_, names)] = rules.as_mut_slice() {
-        *names = vec!["Linear".into()];
-    }
-    rules
-}
-
-fn collect(ckpt: &Checkpoint, target: Option<Layout>) -> Result<(Vec<Item>, Vec<String>)> {
+/// What is quantized, and the modules that are not.
+fn collect(ckpt: &Checkpoint, q: &QuantConfig, target: Option<Layout>) -> Result<(Vec<Item>, Vec<String>)> {
     let c = &ckpt.config;
     let prefix = decoder::prefix(ckpt)?;
     let mut modules: Vec<(String, usize, usize)> = Vec::new();
@@ -202,30 +202,32 @@ fn collect(ckpt: &Checkpoint, target: Option<Layout>) -> Result<(Vec<Item>, Vec<
         .flat_map(|i| router_modules(c, i).into_iter().map(move |(m, _)| format!("{prefix}.layers.{i}.{m}")))
         .collect();
     for (module, out, n) in modules {
-        let HostWeight::Packed(p) = ckpt.linear(&module, out, n)? else {
+        let weight = ckpt.linear(&module, out, n)?;
+        let Some(scheme) = ckpt.scheme_of(&module, &weight) else {
             // The embedding is not a linear: no rule would ever cover it.
             if !module.ends_with("embed_tokens") {
                 dense.push(module);
             }
             continue;
         };
-        if target.is_some() && p.group_index.is_some() {
+        if target.is_some() && matches!(&weight, HostWeight::Packed(p) if p.group_index.is_some()) {
             bail!(
                 "`{module}` has an unsorted g_idx: its columns cannot be carried into the other format losslessly\nhint: --format bf16"
             );
         }
-        if let Some(t) = target.filter(|t| !t.format.holds(p.scheme, out, n)) {
+        if let Some(t) = target.filter(|t| !t.format.holds(scheme, out, n)) {
+            let way_out = if q.format == PackFormat::CompressedTensors { "bf16" } else { "compressed-tensors, or bf16" };
             bail!(
-                "`{module}` is {} [{out}, {n}], which the format {} does not hold\nhint: --format compressed-tensors, or bf16",
-                p.scheme.full_name(),
+                "`{module}` is {} [{out}, {n}], which the format {} does not hold\nhint: --format {way_out}",
+                scheme.full_name(),
                 t.format.name()
             );
         }
         let declared = match target {
             None => vec![Declared { name: format!("{module}.weight"), dtype: Dtype::BF16, shape: vec![out, n] }],
-            Some(f) => linear::declare(&module, p.scheme, f, out, n)?,
+            Some(f) => linear::declare(&module, scheme, f, out, n)?,
         };
-        items.push(Item { module, out, n, scheme: p.scheme, declared });
+        items.push(Item { module, out, n, scheme, declared });
     }
     Ok((items, dense))
 }

@@ -8,11 +8,12 @@ use lowbit_calibration::{Source, WindowOrder, Windows, build_windows, load_texts
 use lowbit_checkpoint::chat_template::ChatTemplate;
 use lowbit_checkpoint::hub;
 use lowbit_checkpoint::provenance::Provenance;
-use lowbit_checkpoint::quant_config::PackFormat;
+use lowbit_checkpoint::quant_config::{KvScheme, PackFormat};
 use lowbit_checkpoint::tokenizer::Tokenizer;
 use lowbit_checkpoint::{Checkpoint, CheckpointError};
+use lowbit_kernels::activation::InputCode;
 use lowbit_kernels::ggml::GgmlType;
-use lowbit_kernels::{GroupSize, Scheme};
+use lowbit_kernels::{GroupSize, LinearScheme, Scheme};
 use lowbit_model::Model;
 use lowbit_quantize::gguf::GgufChoice;
 use lowbit_quantize::plan::{self, Plan};
@@ -20,7 +21,7 @@ use lowbit_quantize::record::{PlanRecord, QuantizeRecord};
 use lowbit_quantize::scale_search::ScaleSearch;
 use lowbit_quantize::{Method, Progress, QuantizeOptions, Resume};
 
-use crate::args::{FormatArg, HeadArg, MethodArg, PlanArgs, QuantOptions, QuantizeArgs};
+use crate::args::{FormatArg, HeadArg, KvSchemeArg, MethodArg, PlanArgs, QuantOptions, QuantizeArgs};
 use crate::commands::budget;
 use crate::commands::table::{megabytes, table};
 use crate::context::{Context, Purpose};
@@ -48,7 +49,13 @@ pub fn options(q: &QuantOptions) -> Result<QuantizeOptions> {
             _ => bail!("--group-size {n}: expected a positive number or `channel`"),
         },
     };
-    let scheme = Scheme::parse(&q.scheme, group, !q.asymmetric)?;
+    let scheme = LinearScheme::parse(&q.scheme, group, !q.asymmetric)?;
+    if !has_groups(&q.scheme) && q.group_size.is_some() {
+        bail!("--group-size: {} fixes its groups\nhint: leave --group-size out", q.scheme);
+    }
+    if !has_groups(&q.scheme) && q.asymmetric {
+        bail!("--asymmetric: {} is symmetric\nhint: leave --asymmetric out", q.scheme);
+    }
     let format = match q.format {
         FormatArg::CompressedTensors => PackFormat::CompressedTensors,
         FormatArg::Gptq => PackFormat::GptqV1,
@@ -56,11 +63,16 @@ pub fn options(q: &QuantOptions) -> Result<QuantizeOptions> {
         FormatArg::Awq => PackFormat::Awq,
         FormatArg::Bf16 | FormatArg::Gguf => bail!("--format bf16 writes dense weights: that is `lowbit convert`"),
     };
-    common(q, QuantizeOptions { format, ..QuantizeOptions::new(scheme) })
+    common(q, group, QuantizeOptions { format, ..QuantizeOptions::new(scheme) })
 }
 
-/// Options that every format has.
-fn common(q: &QuantOptions, base: QuantizeOptions) -> Result<QuantizeOptions> {
+/// Whether a scheme of this name has groups of any size, and zero points where they are asked for.
+pub fn has_groups(scheme: &str) -> bool {
+    Scheme::parse(scheme, GroupSize::PerChannel, true).is_ok()
+}
+
+/// Options that every format has; `group` is that of modules whose rule names none.
+fn common(q: &QuantOptions, group: GroupSize, base: QuantizeOptions) -> Result<QuantizeOptions> {
     if !(q.damp.is_finite() && (0.0..=1.0).contains(&q.damp)) {
         bail!("--damp {}: expected a fraction between 0 and 1", q.damp);
     }
@@ -68,6 +80,7 @@ fn common(q: &QuantOptions, base: QuantizeOptions) -> Result<QuantizeOptions> {
         bail!("--samples and --seq-len must be at least 1");
     }
     budget::refuse_auto(q)?;
+    let modules = q.module.iter().map(|m| module_rule(m, group, !q.asymmetric)).collect::<Result<_>>()?;
     Ok(QuantizeOptions {
         method: match q.method {
             MethodArg::Gptq => Method::Gptq,
@@ -84,6 +97,13 @@ fn common(q: &QuantOptions, base: QuantizeOptions) -> Result<QuantizeOptions> {
         ignore: q.ignore.clone(),
         strict: q.strict,
         offload: q.offload.clone(),
+        modules,
+        kv: q.kv_scheme.map(|kv| match kv {
+            KvSchemeArg::Fp8 => KvScheme { code: InputCode::Fp8, per_head: false },
+            KvSchemeArg::Fp8Head => KvScheme { code: InputCode::Fp8, per_head: true },
+            KvSchemeArg::Int8 => KvScheme { code: InputCode::Int8, per_head: false },
+            KvSchemeArg::Int8Head => KvScheme { code: InputCode::Int8, per_head: true },
+        }),
         shard_bytes: q.shard_mb.max(1).saturating_mul(1_000_000),
         ..base
     })
@@ -110,7 +130,26 @@ fn gguf_options(q: &QuantOptions) -> Result<QuantizeOptions> {
     };
     let gguf = GgufChoice { kind, embedding: table(q.embedding), head: table(q.head) };
     let scheme = kind.scheme().unwrap_or(Scheme { bits: 8, symmetric: true, group: GroupSize::Cols(32) });
-    common(q, QuantizeOptions { gguf: Some(gguf), ..QuantizeOptions::new(scheme) })
+    common(q, GroupSize::Cols(32), QuantizeOptions { gguf: Some(gguf), ..QuantizeOptions::new(scheme) })
+}
+
+/// `PATTERN=SCHEME` or `PATTERN=SCHEME:GROUP`; a pattern may hold `=` itself.
+fn module_rule(text: &str, group: GroupSize, symmetric: bool) -> Result<(String, LinearScheme)> {
+    let Some((pattern, scheme)) = text.rsplit_once('=').filter(|(p, s)| !p.is_empty() && !s.is_empty()) else {
+        bail!("--module {text}: expected PATTERN=SCHEME\nhint: for example --module 're:.*down_proj=w8a16'");
+    };
+    let (name, group) = match scheme.split_once(':') {
+        Some((name, "channel" | "-1")) => (name, GroupSize::PerChannel),
+        Some((name, n)) => match n.parse::<usize>() {
+            Ok(n) if n > 0 => (name, GroupSize::Cols(n)),
+            _ => bail!("--module {text}: group {n}: expected a positive number or `channel`"),
+        },
+        None => (scheme, group),
+    };
+    if scheme.contains(':') && !has_groups(name) {
+        bail!("--module {text}: {name} fixes its groups\nhint: leave `:GROUP` out");
+    }
+    Ok((pattern.to_string(), LinearScheme::parse(name, group, symmetric)?))
 }
 
 /// The full options of a run, for the record.
@@ -147,7 +186,7 @@ pub fn make_plan(
     q: &QuantOptions,
     output: Option<&Path>,
 ) -> Result<Plan> {
-    let tokens = if options.method.calibrated() { q.samples.saturating_mul(q.seq_len) } else { 0 };
+    let tokens = if options.needs_data() { q.samples.saturating_mul(q.seq_len) } else { 0 };
     let gathered =
         provenance::gather(ctx, Purpose::Accuracy, located, None, q.seed.unwrap_or(0), option_map(options, q))?;
     let mut made = match budget::ask(&q.budget)? {
@@ -255,7 +294,7 @@ pub fn execute(
     fresh: bool,
 ) -> Result<QuantizeRecord> {
     let start = Instant::now();
-    let windows = if made.options.method.calibrated() { Some(calibration_windows(ctx, ckpt, q)?) } else { None };
+    let windows = if made.options.needs_data() { Some(calibration_windows(ctx, ckpt, q)?) } else { None };
     exit::starts_over(!lowbit_quantize::resume::keeps_blocks(&ckpt.config, &made.options));
     let writing = ctx.writing();
     let (outcome, writer) = lowbit_quantize::quantize(
@@ -352,7 +391,7 @@ fn coverage(r: &QuantizeRecord) -> String {
 fn calibration_windows(ctx: &Context, ckpt: &Checkpoint, q: &QuantOptions) -> Result<Windows> {
     let Some(given) = q.calib.as_deref() else {
         bail!(
-            "this method needs calibration data\nhint: give --calib FILE (.txt, .jsonl, .parquet), a hub data set, or `self`; or choose --method rtn"
+            "this method or scheme needs calibration data\nhint: give --calib FILE (.txt, .jsonl, .parquet), a hub data set, or `self`; or choose --method rtn and a scheme without stored scales"
         );
     };
     let order = q.seed.map_or(WindowOrder::Packed, WindowOrder::Random);

@@ -12,7 +12,7 @@ use lowbit_quantize::record::{PlanRecord, QuantizeRecord};
 use lowbit_quantize::{gguf, verify};
 use serde::de::DeserializeOwned;
 
-use crate::args::{FormatArg, KvCacheArg, RunArgs};
+use crate::args::{KvCacheArg, RunArgs};
 use crate::commands::run_accuracy::{self, Pair};
 use crate::commands::{bench, quantize, report, run_serving};
 use crate::context::Context;
@@ -26,7 +26,7 @@ pub fn run(ctx: &Context, args: &RunArgs) -> Result<()> {
     if demo {
         // The demo needs no data of the user's: the model writes its own calibration text.
         q.calib.get_or_insert_with(|| "self".into());
-        if q.format != FormatArg::Gguf {
+        if quantize::has_groups(&q.scheme) {
             q.group_size.get_or_insert_with(|| "64".into());
         }
         if args.quant.samples == 128 && args.quant.seq_len == 512 {

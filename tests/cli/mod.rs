@@ -20,6 +20,7 @@ mod golden;
 mod hardship;
 mod load;
 mod mistakes;
+mod narrow;
 mod pipeline;
 mod records;
 mod resume;

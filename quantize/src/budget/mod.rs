@@ -112,25 +112,30 @@ pub fn default_candidates() -> Vec<Scheme> {
     out
 }
 
-/// Fails where no budget can be spent: a layout of one scheme, or a model with parts that no budget knows yet (experts, latent
-/// attention).
+/// Fails where no budget can be spent: a layout of one scheme, modules whose scheme is given, or a model with parts that no budget
+/// knows yet (experts, latent attention).
 pub fn check(ckpt: &Checkpoint, options: &QuantizeOptions) -> Result<()> {
     refuse_budget(&ckpt.config)?;
-    if options.gguf.is_none() && !options.format.is_uniform() {
-        return Ok(());
+    let refuse = |summary, hint: &str| Err(QuantizeError::Plan { summary, offenders: vec![], hint: Some(hint.into()) });
+    if options.gguf.is_some() || options.format.is_uniform() {
+        let summary = format!("{} holds one scheme, a budget needs several", options.format_name());
+        return refuse(summary, "use --format compressed-tensors");
     }
-    Err(QuantizeError::Plan {
-        summary: format!("{} holds one scheme, a budget needs several", options.format_name()),
-        offenders: vec![],
-        hint: Some("use --format compressed-tensors".into()),
-    })
+    if let Some((pattern, scheme)) = options.modules.first() {
+        let summary = format!(
+            "--module {pattern}={}: a budget chooses the scheme of every linear, so none can be given",
+            scheme.full_name()
+        );
+        return refuse(summary, "leave --module out, keep these linears with --ignore, or give no budget");
+    }
+    Ok(())
 }
 
 /// The plan that lists what takes part, whatever the budget will be.
 pub fn outline(ckpt: &Checkpoint, options: &QuantizeOptions) -> Result<Plan> {
     check(ckpt, options)?;
     let scheme = Scheme { bits: 8, symmetric: true, group: GroupSize::PerChannel };
-    crate::plan::make(ckpt, &QuantizeOptions { scheme, chosen: BTreeMap::new(), ..options.clone() }, None, 0)
+    crate::plan::make(ckpt, &QuantizeOptions { scheme: scheme.into(), chosen: BTreeMap::new(), ..options.clone() }, None, 0)
 }
 
 /// Bytes of a linear on disk under a scheme.
@@ -186,7 +191,7 @@ pub fn choose(
                 let head_module = module.ends_with("lm_head");
                 (head, embedding) = (head && !head_module, embedding && head_module);
             } else if let Some(scheme) = parse_scheme(name) {
-                schemes.insert(module.clone(), scheme);
+                schemes.insert(module.clone(), scheme.into());
             }
         }
     }

@@ -5,12 +5,15 @@ use std::collections::BTreeMap;
 use lowbit_checkpoint::Checkpoint;
 use lowbit_checkpoint::gguf::write::{FILE, FileLayout, Names, Wanted, dense_type};
 use lowbit_checkpoint::provenance::Provenance;
+use lowbit_checkpoint::quant_config::Layout;
+use lowbit_kernels::backend::FloatType;
 use lowbit_kernels::ggml::GgmlType;
+use lowbit_kernels::{GroupSize, LinearScheme, Scheme};
 use lowbit_model::block::linear_shapes;
 
-use super::{GgufChoice, GgufLinear, GgufPlan, scheme_name};
+use super::GgufChoice;
 use crate::error::{QuantizeError, Result};
-use crate::plan::{Ignore, Plan, QuantizeOptions, component, component_sizes, peak_memory};
+use crate::plan::{Plan, PlannedLinear, QuantizeOptions, Rules, component, component_sizes, peak_memory};
 use crate::record::{PLAN_SCHEMA, PlanRecord, PlannedTensor};
 
 fn refuse<T>(summary: impl Into<String>, offenders: Vec<String>, hint: &str) -> Result<T> {
@@ -22,6 +25,20 @@ pub(crate) fn make(ckpt: &Checkpoint, options: &QuantizeOptions, choice: &GgufCh
     let c = &ckpt.config;
     if !ckpt.has_weight("model.embed_tokens") {
         return refuse("a checkpoint with parts beside the language model", vec![], "GGUF is written for text models");
+    }
+    if let Some((pattern, _)) = options.modules.first() {
+        return refuse(
+            format!("--module {pattern}: a GGUF file gets one type, and those that llama.cpp takes where it does not fit"),
+            vec![],
+            "leave --module out, or use --format compressed-tensors",
+        );
+    }
+    if options.kv.is_some() {
+        return refuse(
+            "a GGUF file holds no scales of keys and values",
+            vec![],
+            "leave --kv-scheme out, or use --format compressed-tensors",
+        );
     }
     if choice.kind.scheme().is_none() && options.method.recipe() != Default::default() {
         return refuse(
@@ -38,7 +55,7 @@ pub(crate) fn make(ckpt: &Checkpoint, options: &QuantizeOptions, choice: &GgufCh
     let names = Names::new(c, &ckpt.dir, has_bias)?;
     let (linears, reasons) = choose(ckpt, options, choice)?;
 
-    let by_weight: BTreeMap<String, &GgufLinear> =
+    let by_weight: BTreeMap<String, &PlannedLinear> =
         linears.iter().map(|l| (format!("{}.weight", l.module), l)).collect();
     let mut wanted = Vec::new();
     let mut tensors = Vec::new();
@@ -66,9 +83,9 @@ pub(crate) fn make(ckpt: &Checkpoint, options: &QuantizeOptions, choice: &GgufCh
         let kind = match by_weight.get(name) {
             Some(l) => {
                 row.action = "quantize".into();
-                row.scheme = Some(scheme_name(l.kind));
+                row.scheme = Some(l.scheme_name());
                 row.reason = reason(l, choice, options);
-                l.kind
+                l.ggml.unwrap_or(dense)
             }
             None => {
                 row.action = if reasons.contains_key(name) { "keep" } else { "copy" }.into();
@@ -84,13 +101,13 @@ pub(crate) fn make(ckpt: &Checkpoint, options: &QuantizeOptions, choice: &GgufCh
     for l in linears.iter().filter(|l| ckpt.store.find(&format!("{}.weight", l.module)).is_none()) {
         let name = format!("{}.weight", l.module);
         let shape = vec![l.out_features, l.in_features];
-        wanted.push(Wanted { name: name.clone(), shape: shape.clone(), kind: l.kind });
+        wanted.push(Wanted { name: name.clone(), shape: shape.clone(), kind: l.ggml.unwrap_or(choice.kind) });
         tensors.push(PlannedTensor {
             component: component(&name).into(),
             name,
             shape,
             action: "quantize".into(),
-            scheme: Some(scheme_name(l.kind)),
+            scheme: Some(l.scheme_name()),
             reason: "rtn; untied from the embedding".into(),
             before_bytes: 0,
             after_bytes: 0,
@@ -134,14 +151,20 @@ pub(crate) fn make(ckpt: &Checkpoint, options: &QuantizeOptions, choice: &GgufCh
     }
     Ok(Plan {
         options: options.clone(),
-        linears: Vec::new(),
-        copies: Vec::new(),
+        blocks: "model.layers".into(),
+        linears,
+        copies,
         declared: Vec::new(),
-        layout: lowbit_checkpoint::quant_config::Layout::new(options.format, lowbit_kernels::backend::FloatType::F16),
+        layout: Layout::new(options.format, FloatType::F16),
         config: ckpt.raw_config.clone(),
-        gguf: Some(GgufPlan { linears, copies, layout }),
+        gguf: Some(layout),
         record,
     })
+}
+
+/// The scheme of a type's codes; super-blocks have none, and theirs is not read.
+fn scheme(kind: GgmlType) -> LinearScheme {
+    kind.scheme().unwrap_or(Scheme { bits: 8, symmetric: true, group: GroupSize::Cols(32) }).into()
 }
 
 /// The matrices to quantize, and why others stay.
@@ -149,15 +172,15 @@ fn choose(
     ckpt: &Checkpoint,
     options: &QuantizeOptions,
     choice: &GgufChoice,
-) -> Result<(Vec<GgufLinear>, BTreeMap<String, String>)> {
+) -> Result<(Vec<PlannedLinear>, BTreeMap<String, String>)> {
     let c = &ckpt.config;
-    let mut ignore = Ignore::new(&options.ignore)?;
+    let mut ignore = Rules::new("ignore", &options.ignore)?;
     let mut reasons = BTreeMap::new();
     let mut linears = Vec::new();
     for block in 0..c.num_layers {
         for s in linear_shapes(c, block) {
             let module = format!("model.layers.{block}.{}", s.suffix);
-            if let Some(rule) = ignore.hit(&module) {
+            if let Some((_, rule)) = ignore.hit(&module) {
                 reasons.insert(format!("{module}.weight"), format!("ignored by `{rule}`"));
                 continue;
             }
@@ -169,24 +192,35 @@ fn choose(
                 );
                 continue;
             }
-            linears.push(GgufLinear {
+            linears.push(PlannedLinear {
                 source: module.clone(),
                 module,
                 block: Some(block),
-                kind,
+                group: Some(s.group),
+                scheme: scheme(kind),
+                ggml: Some(kind),
                 out_features: s.out_features,
                 in_features: s.in_features,
             });
         }
     }
-    let table = |module: &str, source: &str, kind: GgmlType| GgufLinear {
-        module: module.into(),
-        source: source.into(),
-        block: None,
-        kind: kind.for_width(c.hidden_size),
-        out_features: c.vocab_size,
-        in_features: c.hidden_size,
+    let table = |module: &str, source: &str, kind: GgmlType| {
+        let kind = kind.for_width(c.hidden_size);
+        PlannedLinear {
+            module: module.into(),
+            source: source.into(),
+            block: None,
+            group: None,
+            scheme: scheme(kind),
+            ggml: Some(kind),
+            out_features: c.vocab_size,
+            in_features: c.hidden_size,
+        }
     };
+    if choice.embedding.or(choice.head).is_some_and(|kind| kind.for_width(c.hidden_size) == GgmlType::F16) {
+        let summary = format!("embedding and head have {} columns, which are not whole blocks of 32", c.hidden_size);
+        return refuse(summary, vec![], "leave --embedding and --head away: they then keep their floats");
+    }
     let embedding = "model.embed_tokens";
     let ignored = ignore.hit("lm_head").is_some();
     let head = choice.head.filter(|_| !ignored);
@@ -202,17 +236,14 @@ fn choose(
     if let Some(kind) = head.filter(|_| !(c.tie_word_embeddings && choice.embedding.is_some())) {
         linears.push(table("lm_head", if c.tie_word_embeddings { embedding } else { "lm_head" }, kind));
     }
-    let unused = ignore.unused();
-    if !unused.is_empty() {
-        return refuse("patterns that match nothing", unused, "`lowbit inspect` lists the modules");
-    }
+    Rules::refuse_unused(&[&ignore], "`lowbit inspect` lists the modules".into())?;
     Ok((linears, reasons))
 }
 
-fn reason(l: &GgufLinear, choice: &GgufChoice, options: &QuantizeOptions) -> String {
+fn reason(l: &PlannedLinear, choice: &GgufChoice, options: &QuantizeOptions) -> String {
     let method = if l.block.is_some() { options.method.name() } else { "rtn" };
     match l.block {
-        Some(_) if l.kind != choice.kind => {
+        Some(_) if l.ggml != Some(choice.kind) => {
             format!("{method}; {} does not fit {} columns", choice.kind.name(), l.in_features)
         }
         _ => method.into(),
@@ -220,10 +251,12 @@ fn reason(l: &GgufLinear, choice: &GgufChoice, options: &QuantizeOptions) -> Str
 }
 
 /// What a user who asked for one type should read about those that got another.
-fn fallback_notes(linears: &[GgufLinear], reasons: &BTreeMap<String, String>, choice: &GgufChoice) -> Vec<String> {
+fn fallback_notes(linears: &[PlannedLinear], reasons: &BTreeMap<String, String>, choice: &GgufChoice) -> Vec<String> {
     let mut counts: BTreeMap<(usize, &str), usize> = BTreeMap::new();
-    for l in linears.iter().filter(|l| l.block.is_some() && l.kind != choice.kind) {
-        *counts.entry((l.in_features, l.kind.name())).or_default() += 1;
+    for l in linears.iter().filter(|l| l.block.is_some()) {
+        if let Some(kind) = l.ggml.filter(|k| *k != choice.kind) {
+            *counts.entry((l.in_features, kind.name())).or_default() += 1;
+        }
     }
     let block = choice.kind.block().0;
     let mut notes: Vec<String> = counts
