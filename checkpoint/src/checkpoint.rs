@@ -84,7 +84,9 @@ impl Checkpoint {
             // Their scale is that of the latent vector, which other engines cache in the place of keys and values.
             return Err(CheckpointError::Unsupported {
                 what: format!("{}: `kv_cache_scheme` with latent attention is not supported", self.dir.display()),
-                hint: Some("remove `kv_cache_scheme` from config.json: keys and values then keep full precision".into()),
+                hint: Some(
+                    "remove `kv_cache_scheme` from config.json: keys and values then keep full precision".into(),
+                ),
             });
         }
         linear::narrow::kv_rules(&self.store, kv, attention, self.config.num_kv_heads).map(Some)

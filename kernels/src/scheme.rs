@@ -215,6 +215,15 @@ impl LinearScheme {
         }
     }
 
+    /// Bits of a weight's code.
+    pub fn code_bits(&self) -> u32 {
+        match self.weight {
+            WeightFormat::Int(s) => u32::from(s.bits),
+            WeightFormat::Fp8(_) => 8,
+            WeightFormat::Nvfp4 | WeightFormat::Mxfp4 => 4,
+        }
+    }
+
     /// One name for one meaning: `w4a16-g128`, `w8a8-channel`, `fp8-dynamic`, `nvfp4a16`; what has no name of its own is put together,
     /// as in `fp8-tensor+fp8-token`.
     pub fn full_name(&self) -> String {

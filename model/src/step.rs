@@ -8,7 +8,6 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use lowbit_kernels::backend::{Buffer, Segment, Steps};
 
-use crate::block::Block;
 use crate::decoder::{KvCache, Model};
 use crate::error::{At, Result};
 

@@ -47,8 +47,7 @@ impl Chain {
         let mut options = plan.options.to_map();
         // These change no code: strictness is checked again, and the writer looks at the layout of the shards itself.
         options.retain(|k, _| !matches!(k.as_str(), "strict" | "shard_bytes"));
-        let linears: Vec<Value> =
-            plan.linears.iter().map(|l| json!([l.module, l.source, l.scheme_name()])).collect();
+        let linears: Vec<Value> = plan.linears.iter().map(|l| json!([l.module, l.source, l.scheme_name()])).collect();
         let all = json!({
             "identity": resume.identity, "options": options, "linears": linears,
             "windows": windows.map(|w| w.sha256.as_str()),

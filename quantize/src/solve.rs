@@ -154,7 +154,9 @@ pub fn round_any(
     opts: &SolverOptions,
 ) -> Result<Solved, SolveError> {
     Ok(match wanted {
-        Wanted::Codes(WeightFormat::Int(_)) => Solved::Codes(QuantizedWeight::Int(quantize_rtn(w, out, n, None, opts)?)),
+        Wanted::Codes(WeightFormat::Int(_)) => {
+            Solved::Codes(QuantizedWeight::Int(quantize_rtn(w, out, n, None, opts)?))
+        }
         Wanted::Codes(format) => {
             Solved::Codes(QuantizedWeight::Float(quantize_float(w, out, n, format, set_max, None, opts)?))
         }

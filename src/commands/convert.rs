@@ -216,7 +216,8 @@ fn collect(ckpt: &Checkpoint, q: &QuantConfig, target: Option<Layout>) -> Result
             );
         }
         if let Some(t) = target.filter(|t| !t.format.holds(scheme, out, n)) {
-            let way_out = if q.format == PackFormat::CompressedTensors { "bf16" } else { "compressed-tensors, or bf16" };
+            let way_out =
+                if q.format == PackFormat::CompressedTensors { "bf16" } else { "compressed-tensors, or bf16" };
             bail!(
                 "`{module}` is {} [{out}, {n}], which the format {} does not hold\nhint: --format {way_out}",
                 scheme.full_name(),

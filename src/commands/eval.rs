@@ -9,7 +9,6 @@ use lowbit_checkpoint::tokenizer::Tokenizer;
 use lowbit_checkpoint::writer::write_atomic;
 use lowbit_checkpoint::{Checkpoint, CheckpointError};
 use lowbit_eval::{EvalRecord, KlOptions, Protocol, Scorer, Setup, Source, evaluate_kl, evaluate_perplexity};
-use lowbit_kernels::{LinearScheme, WeightFormat};
 use lowbit_model::Model;
 use lowbit_quantize::Progress;
 
@@ -88,20 +87,11 @@ impl Models {
                 );
             }
         }
-        let bits = ckpt.quantization.as_ref().and_then(|q| q.groups.iter().map(|g| weight_bits(&g.scheme)).min());
+        let bits = ckpt.quantization.as_ref().and_then(|q| q.groups.iter().map(|g| g.scheme.code_bits()).min());
         let family = ckpt.config.family.clone();
         let (second, other) = loaded.unzip();
         let checkpoints = [ckpt].into_iter().chain(second).collect();
         Ok(Self { candidate, reference, model, other, checkpoints, tokenizer, family, bits })
-    }
-}
-
-/// Bits of a weight's code.
-fn weight_bits(scheme: &LinearScheme) -> u32 {
-    match scheme.weight {
-        WeightFormat::Int(s) => u32::from(s.bits),
-        WeightFormat::Fp8(_) => 8,
-        WeightFormat::Nvfp4 | WeightFormat::Mxfp4 => 4,
     }
 }
 

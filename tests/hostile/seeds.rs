@@ -113,7 +113,9 @@ pub fn quantization() -> Vec<Vec<u8>> {
         ),
         bytes(json!({"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": true, "version": "gemm"})),
         bytes(json!({"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]})),
-        bytes(json!({"quant_method": "modelopt", "quant_algo": "NVFP4", "kv_cache_quant_algo": "FP8", "ignore": ["lm_head"]})),
+        bytes(
+            json!({"quant_method": "modelopt", "quant_algo": "NVFP4", "kv_cache_quant_algo": "FP8", "ignore": ["lm_head"]}),
+        ),
         bytes(json!({"quant_method": "compressed-tensors", "format": "mixed-precision", "kv_cache_scheme": kv,
             "config_groups": {"group_0": block, "group_1": nvfp4}})),
     ]

@@ -135,7 +135,12 @@ pub fn check(ckpt: &Checkpoint, options: &QuantizeOptions) -> Result<()> {
 pub fn outline(ckpt: &Checkpoint, options: &QuantizeOptions) -> Result<Plan> {
     check(ckpt, options)?;
     let scheme = Scheme { bits: 8, symmetric: true, group: GroupSize::PerChannel };
-    crate::plan::make(ckpt, &QuantizeOptions { scheme: scheme.into(), chosen: BTreeMap::new(), ..options.clone() }, None, 0)
+    crate::plan::make(
+        ckpt,
+        &QuantizeOptions { scheme: scheme.into(), chosen: BTreeMap::new(), ..options.clone() },
+        None,
+        0,
+    )
 }
 
 /// Bytes of a linear on disk under a scheme.

@@ -28,7 +28,9 @@ pub(crate) fn make(ckpt: &Checkpoint, options: &QuantizeOptions, choice: &GgufCh
     }
     if let Some((pattern, _)) = options.modules.first() {
         return refuse(
-            format!("--module {pattern}: a GGUF file gets one type, and those that llama.cpp takes where it does not fit"),
+            format!(
+                "--module {pattern}: a GGUF file gets one type, and those that llama.cpp takes where it does not fit"
+            ),
             vec![],
             "leave --module out, or use --format compressed-tensors",
         );

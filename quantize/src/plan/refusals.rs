@@ -142,7 +142,9 @@ pub(super) fn refuse_layout(options: &QuantizeOptions, linears: &[PlannedLinear]
     let cache = options.kv.map(|kv| format!("keys and values: {}", kv.name()));
     refuse(
         match format {
-            PackFormat::Awq => "the AWQ format holds 4 bits of integers in one scheme, and rows must be a multiple of 8",
+            PackFormat::Awq => {
+                "the AWQ format holds 4 bits of integers in one scheme, and rows must be a multiple of 8"
+            }
             _ => {
                 "the GPTQ format holds integers of 2, 3, 4 or 8 bits in one scheme, and rows · bits and columns · bits must be multiples of 32"
             }
@@ -156,7 +158,10 @@ pub(super) fn refuse_layout(options: &QuantizeOptions, linears: &[PlannedLinear]
 pub(super) fn refuse_cache(c: &ModelConfig, options: &QuantizeOptions) -> Result<()> {
     let offenders = options.kv.filter(|_| c.latent.is_some()).map(|kv| format!("--kv-scheme {}", kv.name()));
     refuse(
-        format!("latent attention (`{}`): engines cache the latent vector, not the keys and values whose scales these are", c.family),
+        format!(
+            "latent attention (`{}`): engines cache the latent vector, not the keys and values whose scales these are",
+            c.family
+        ),
         offenders.into_iter().collect(),
         "leave --kv-scheme out",
     )
