@@ -135,7 +135,7 @@ impl Run<'_> {
                 run.calibrated(backend, w, progress)?;
                 Some(CalibrationRecord::of(w))
             }
-            (method, None) => return Err(QuantizeError::no_data(method)),
+            (_, None) => return Err(plan.options.no_data()),
         };
         run.tables(progress)?;
         if plan.gguf.is_none() {
@@ -252,7 +252,7 @@ impl Run<'_> {
                 },
                 &mut || tick(1),
             )?;
-            if let Some(e) = self.ckpt.config.experts_of(index) {
+            if let Some(e) = self.ckpt.config.experts_of(index).filter(|_| self.plan.options.reads_inputs()) {
                 let needed = tokens_needed(self.ckpt.config.hidden_size, e.intermediate_size);
                 self.experts.push(ExpertCoverage::new(index, routed, needed));
             }

@@ -5,7 +5,6 @@ use lowbit_checkpoint::CheckpointError;
 use lowbit_model::ModelError;
 
 use crate::factor::SolveError;
-use crate::plan::Method;
 
 /// Result of this crate.
 pub type Result<T> = std::result::Result<T, QuantizeError>;
@@ -70,16 +69,14 @@ pub enum QuantizeError {
 }
 
 impl QuantizeError {
-    /// A method that calibrates, or stored scales, were given nothing to calibrate on.
-    pub(crate) fn no_data(method: Method) -> Self {
-        let (summary, other) = match method.calibrated() {
-            true => (format!("method {} needs calibration data", method.name()), "--method rtn"),
-            false => (
-                "stored scales of inputs, keys or values need calibration data".into(),
-                "a scheme without them (fp8-dynamic, w8a8), and no --kv-scheme",
-            ),
-        };
-        let hint = Some(format!("give --calib FILE, or choose {other}"));
-        QuantizeError::Plan { summary, offenders: vec![], hint }
+    /// `what` was given no data to calibrate on; `instead` needs none.
+    pub fn no_data(what: &str, instead: &str) -> Self {
+        QuantizeError::Plan {
+            summary: format!("{what} needs calibration data"),
+            offenders: vec![],
+            hint: Some(format!(
+                "give --calib FILE (.txt, .jsonl, .parquet), a hub data set, or `self`; or choose {instead}"
+            )),
+        }
     }
 }

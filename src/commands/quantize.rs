@@ -19,7 +19,7 @@ use lowbit_quantize::gguf::GgufChoice;
 use lowbit_quantize::plan::{self, Plan};
 use lowbit_quantize::record::{PlanRecord, QuantizeRecord};
 use lowbit_quantize::scale_search::ScaleSearch;
-use lowbit_quantize::{Method, Progress, QuantizeOptions, Resume};
+use lowbit_quantize::{Method, Progress, QuantizeError, QuantizeOptions, Resume};
 
 use crate::args::{FormatArg, HeadArg, KvSchemeArg, MethodArg, PlanArgs, QuantOptions, QuantizeArgs};
 use crate::commands::budget;
@@ -193,7 +193,8 @@ pub fn make_plan(
         None => plan::make(ckpt, options, output, tokens)?,
         Some(ask) => {
             lowbit_quantize::budget::check(ckpt, options)?;
-            let windows = calibration_windows(ctx, ckpt, q)?;
+            let missing = || QuantizeError::no_data("a budget", "one scheme: --scheme w4a16");
+            let windows = calibration_windows(ctx, ckpt, q, missing)?;
             let (options, spent) = budget::spend(ctx, ckpt, options, q, ask, &windows, &identity(&gathered))?;
             let mut made = plan::make(ckpt, &options, output, tokens)?;
             made.explain(spent);
@@ -294,7 +295,8 @@ pub fn execute(
     fresh: bool,
 ) -> Result<QuantizeRecord> {
     let start = Instant::now();
-    let windows = if made.options.needs_data() { Some(calibration_windows(ctx, ckpt, q)?) } else { None };
+    let needed = made.options.needs_data();
+    let windows = needed.then(|| calibration_windows(ctx, ckpt, q, || made.options.no_data())).transpose()?;
     exit::starts_over(!lowbit_quantize::resume::keeps_blocks(&ckpt.config, &made.options));
     let writing = ctx.writing();
     let (outcome, writer) = lowbit_quantize::quantize(
@@ -388,12 +390,14 @@ fn coverage(r: &QuantizeRecord) -> String {
     table(&["block", "experts", "fewest tokens", "median", "needed", "starved", "dead"], &rows)
 }
 
-fn calibration_windows(ctx: &Context, ckpt: &Checkpoint, q: &QuantOptions) -> Result<Windows> {
-    let Some(given) = q.calib.as_deref() else {
-        bail!(
-            "this method or scheme needs calibration data\nhint: give --calib FILE (.txt, .jsonl, .parquet), a hub data set, or `self`; or choose --method rtn and a scheme without stored scales"
-        );
-    };
+/// The windows of `--calib`; `missing` says what needs them.
+fn calibration_windows(
+    ctx: &Context,
+    ckpt: &Checkpoint,
+    q: &QuantOptions,
+    missing: impl FnOnce() -> QuantizeError,
+) -> Result<Windows> {
+    let given = q.calib.as_deref().ok_or_else(missing)?;
     let order = q.seed.map_or(WindowOrder::Packed, WindowOrder::Random);
     let path = match Source::parse(given)? {
         Source::SelfGenerated => return self_generated(ctx, ckpt, q),

@@ -10,6 +10,7 @@ use lowbit_kernels::ggml::GgmlType;
 use lowbit_kernels::{GroupSize, InputFormat, LinearScheme, ScaleType, Scheme};
 use serde_json::Value;
 
+use crate::error::QuantizeError;
 use crate::gguf::{GgufChoice, scheme_name};
 use crate::scale_search::{ScaleSearch, SolverOptions};
 use crate::target::Correction;
@@ -149,13 +150,26 @@ impl QuantizeOptions {
         if self.gguf.is_some() { "gguf" } else { self.format.name() }
     }
 
-    /// Whether the work needs calibration data: for the method, or for scales that are stored.
-    pub fn needs_data(&self) -> bool {
+    /// Whether anything of a linear comes from calibration data: its codes, or a stored scale of its input.
+    pub fn reads_inputs(&self) -> bool {
         let stored = |s: &LinearScheme| s.input.is_some_and(InputFormat::is_static);
-        self.method.calibrated()
-            || self.kv.is_some()
-            || stored(&self.scheme)
-            || self.modules.iter().any(|m| stored(&m.1))
+        self.method.calibrated() || stored(&self.scheme) || self.modules.iter().any(|m| stored(&m.1))
+    }
+
+    /// Whether the work needs calibration data: for linears, or for scales of keys and values.
+    pub fn needs_data(&self) -> bool {
+        self.reads_inputs() || self.kv.is_some()
+    }
+
+    /// What [`Self::needs_data`] is about, where there is none.
+    pub fn no_data(&self) -> QuantizeError {
+        match self.method.calibrated() {
+            true => QuantizeError::no_data(&format!("method {}", self.method.name()), "--method rtn"),
+            false => QuantizeError::no_data(
+                "a stored scale of inputs, keys or values",
+                "a scheme without one, such as fp8-dynamic or w8a8, and no --kv-scheme",
+            ),
+        }
     }
 
     /// Solver settings for a scheme whose scales are stored as `scale_type`. Float codes have no integer scheme: theirs is not read.
