@@ -95,15 +95,11 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// Module of a block's attention.
-    pub(crate) fn attention(&self, block: usize) -> String {
-        format!("{}.{block}.self_attn", self.blocks)
-    }
-
     /// Names of the stored scales of a block's keys and values.
     pub(crate) fn kv_scales(&self, block: usize) -> Vec<String> {
-        let declared = |kv| declare_kv(kv, &self.attention(block), 1, self.layout);
-        self.options.kv.map_or_else(Vec::new, |kv| declared(kv).into_iter().map(|d| d.name).collect())
+        let Some(kv) = self.options.kv else { return Vec::new() };
+        let declared = declare_kv(kv, &format!("{}.{block}.self_attn", self.blocks), 1, self.layout);
+        declared.into_iter().map(|d| d.name).collect()
     }
 
     /// Adds what a budget was spent on, and each linear's share of it as its reason.
