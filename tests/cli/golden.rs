@@ -116,7 +116,7 @@ fn float_and_activation_quantized_checkpoints() {
     }
 }
 
-/// Checkpoints of ours with the logits that transformers gave for them, made by `tests/judges/narrow_formats.py`.
+/// Checkpoints of ours with the logits that transformers gave for them, made by `checkpoint/judges/narrow_formats.py`.
 #[test]
 fn judged_by_transformers() {
     let Some(folder) = std::env::var_os("LOWBIT_JUDGED") else {
