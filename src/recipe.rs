@@ -13,9 +13,9 @@ use anyhow::{Context as _, Result, bail};
 use clap::parser::ValueSource;
 use clap::{ArgAction, ArgMatches, Args, Command, CommandFactory, FromArgMatches};
 use lowbit_checkpoint::provenance::Provenance;
+use lowbit_kernels::LinearScheme;
 
 use crate::args::{Cli, QuantOptions};
-use crate::commands::quantize::has_groups;
 
 /// The table of a recipe that holds options.
 const OPTIONS: &str = "quantize";
@@ -59,7 +59,7 @@ pub fn parse(argv: Vec<OsString>) -> Result<(Cli, ArgMatches), ParseError> {
     let budget_typed = typed.iter().any(|t| alternatives.contains(&t.as_str()));
     // A scheme that fixes its groups takes none from the recipe.
     let scheme = sub.try_get_one::<String>("scheme").ok().flatten().filter(|_| typed.iter().any(|t| t == "scheme"));
-    let fixes = scheme.is_some_and(|s| !has_groups(s));
+    let fixes = scheme.is_some_and(|s| !LinearScheme::has_groups(s));
     let kept = given.into_iter().filter(|(k, _)| {
         !(typed.contains(k)
             || budget_typed && alternatives.contains(&k.as_str())

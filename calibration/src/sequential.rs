@@ -385,7 +385,7 @@ fn activate(b: &dyn Backend, block: &Block, x: &Buffer) -> Result<Buffer> {
 
 /// The residual stream after `block`, from that before it; `window` is the longest segment's tokens.
 pub fn advance(b: &dyn Backend, block: &Block, mut x: Buffer, segments: &[Segment], window: usize) -> Result<Buffer> {
-    let y = attend(b, block, &x, segments, window)?;
+    let y = attend(b, block, &x, segments, window, None)?;
     block.attention_residual(b, &mut x, &y)?;
     if let Some(experts) = block.experts() {
         let input = block.mlp_input(b, &x)?;

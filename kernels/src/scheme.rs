@@ -207,6 +207,11 @@ impl LinearScheme {
         Ok(Self { weight, input })
     }
 
+    /// Whether a scheme of this name has groups of any size, and zero points where they are asked for.
+    pub fn has_groups(name: &str) -> bool {
+        Scheme::parse(name, GroupSize::PerChannel, true).is_ok()
+    }
+
     /// The integer scheme of the weight, where it is one.
     pub fn int(&self) -> Option<Scheme> {
         match self.weight {

@@ -50,10 +50,10 @@ pub fn options(q: &QuantOptions) -> Result<QuantizeOptions> {
         },
     };
     let scheme = LinearScheme::parse(&q.scheme, group, !q.asymmetric)?;
-    if !has_groups(&q.scheme) && q.group_size.is_some() {
+    if !LinearScheme::has_groups(&q.scheme) && q.group_size.is_some() {
         bail!("--group-size: {} fixes its groups\nhint: leave --group-size out", q.scheme);
     }
-    if !has_groups(&q.scheme) && q.asymmetric {
+    if !LinearScheme::has_groups(&q.scheme) && q.asymmetric {
         bail!("--asymmetric: {} is symmetric\nhint: leave --asymmetric out", q.scheme);
     }
     let format = match q.format {
@@ -64,11 +64,6 @@ pub fn options(q: &QuantOptions) -> Result<QuantizeOptions> {
         FormatArg::Bf16 | FormatArg::Gguf => bail!("--format bf16 writes dense weights: that is `lowbit convert`"),
     };
     common(q, group, QuantizeOptions { format, ..QuantizeOptions::new(scheme) })
-}
-
-/// Whether a scheme of this name has groups of any size, and zero points where they are asked for.
-pub fn has_groups(scheme: &str) -> bool {
-    Scheme::parse(scheme, GroupSize::PerChannel, true).is_ok()
 }
 
 /// Options that every format has; `group` is that of modules whose rule names none.
@@ -146,7 +141,7 @@ fn module_rule(text: &str, group: GroupSize, symmetric: bool) -> Result<(String,
         },
         None => (scheme, group),
     };
-    if scheme.contains(':') && !has_groups(name) {
+    if scheme.contains(':') && !LinearScheme::has_groups(name) {
         bail!("--module {text}: {name} fixes its groups\nhint: leave `:GROUP` out");
     }
     Ok((pattern.to_string(), LinearScheme::parse(name, group, symmetric)?))

@@ -8,6 +8,7 @@ use lowbit_bench::{BenchOptions, BenchRecord};
 use lowbit_checkpoint::CheckpointError;
 use lowbit_checkpoint::hash::model_sha256;
 use lowbit_checkpoint::writer::write_atomic;
+use lowbit_kernels::LinearScheme;
 use lowbit_quantize::record::{PlanRecord, QuantizeRecord};
 use lowbit_quantize::{gguf, verify};
 use serde::de::DeserializeOwned;
@@ -26,7 +27,7 @@ pub fn run(ctx: &Context, args: &RunArgs) -> Result<()> {
     if demo {
         // The demo needs no data of the user's: the model writes its own calibration text.
         q.calib.get_or_insert_with(|| "self".into());
-        if quantize::has_groups(&q.scheme) {
+        if LinearScheme::has_groups(&q.scheme) {
             q.group_size.get_or_insert_with(|| "64".into());
         }
         if args.quant.samples == 128 && args.quant.seq_len == 512 {

@@ -305,26 +305,31 @@ pub fn encode_row(kind: GgmlType, row: &[f32], weight: &[f32]) -> Result<Vec<u8>
 
 #[cfg(test)]
 mod tests {
-    use rand::rngs::StdRng;
-    use rand::{Rng, SeedableRng};
-
     use super::*;
     use crate::ggml::decode;
 
     const KINDS: [GgmlType; 2] = [GgmlType::Q4K, GgmlType::Q6K];
 
+    /// Numbers from −1 to 1.
+    fn noise(mut seed: u64) -> impl FnMut() -> f32 {
+        move || {
+            seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (seed >> 40) as f32 / (1 << 23) as f32 - 1.0
+        }
+    }
+
     fn weights(seed: u64) -> [f32; SUPER] {
-        let mut rng = StdRng::seed_from_u64(seed);
-        std::array::from_fn(|_| rng.random_range(-1f32..1.0).powi(3))
+        let mut next = noise(seed);
+        std::array::from_fn(|_| next().powi(3))
     }
 
     #[test]
     fn packing_round_trips() {
         for kind in KINDS {
-            let mut rng = StdRng::seed_from_u64(1);
+            let mut next = noise(1);
             let x = weights(2);
             let grid = SuperBlock::fit(kind, &x, &[1.0; SUPER]).unwrap();
-            let codes: [u8; SUPER] = std::array::from_fn(|_| rng.random_range(0..=grid.max_code()));
+            let codes: [u8; SUPER] = std::array::from_fn(|_| (next().abs() * f32::from(grid.max_code())).round() as u8);
             let bytes = grid.pack(&codes);
             assert_eq!(bytes.len(), kind.block().1);
             assert_eq!(SuperBlock::unpack(kind, &bytes).unwrap(), (grid, codes));
