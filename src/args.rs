@@ -248,7 +248,7 @@ pub enum MethodArg {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum FormatArg {
-    /// pack-quantized.
+    /// Packed integers, int8, float codes, mixes.
     CompressedTensors,
     /// GPTQ v1.
     Gptq,
