@@ -149,13 +149,21 @@ pub enum Command {
 
 #[derive(Args, Debug, Clone)]
 pub struct QuantOptions {
-    /// w2a16, w3a16, w4a16 or w8a16.
+    /// Weights and inputs: w2a16, w3a16, w4a16, w8a16 (integers); w8a8, w8a8-static; fp8a16, fp8-dynamic, fp8-static, fp8-block;
+    /// nvfp4a16, nvfp4, mxfp4a16. The static ones and nvfp4 store scales of inputs, from calibration data. With --format gguf q4_0, q5_0,
+    /// q8_0, q4_k or q6_k.
     #[arg(long, default_value = "w4a16")]
     pub scheme: String,
+    /// Another scheme for some modules: a name or a `re:` pattern, and `:GROUP` for integers, as in 're:.*down_proj=w8a16:64'.
+    #[arg(long, value_name = "PATTERN=SCHEME")]
+    pub module: Vec<String>,
+    /// Store scales for keys and values in eight bits, from calibration data: one for a layer, or one for each head.
+    #[arg(long, value_enum)]
+    pub kv_scheme: Option<KvSchemeArg>,
     /// best, fast, gptq or rtn.
     #[arg(long, value_enum, default_value_t = MethodArg::Gptq)]
     pub method: MethodArg,
-    /// Input columns that share a scale, or `channel`. Default: 128.
+    /// Input columns that share a scale of integers, or `channel`. Default: 128.
     #[arg(long)]
     pub group_size: Option<String>,
     /// Zero point per group instead of a symmetric range.
@@ -176,10 +184,11 @@ pub struct QuantOptions {
     /// Never write a negative scale (for engines that refuse them).
     #[arg(long)]
     pub unsigned_scales: bool,
-    /// `w8`: quantize lm_head to 8 bits (untied when it shares the embedding's matrix); `auto`: as a budget decides; `keep` leaves it.
+    /// `w8`: quantize lm_head to 8 bits (untied when it shares the embedding's matrix), Q8_0 in a GGUF; `q6_k`: Q6_K, in a GGUF
+    /// only; `auto`: as a budget decides; `keep` leaves it.
     #[arg(long, value_enum, default_value_t = HeadArg::Keep)]
     pub head: HeadArg,
-    /// `w8`: quantize the token embedding to 8 bits (a tied one needs --head w8 as well); lowbit reads it, transformers 5.17 does not. `auto`: as a budget decides; `keep` leaves it.
+    /// `w8`: quantize the token embedding to 8 bits (a tied one needs --head w8 as well); lowbit reads it, transformers 5.17 does not. In a GGUF as --head. `auto`: as a budget decides; `keep` leaves it.
     #[arg(long, value_enum, default_value_t = HeadArg::Keep)]
     pub embedding: HeadArg,
     /// Modules to leave alone: names, or `re:` patterns.
@@ -214,6 +223,18 @@ pub struct QuantOptions {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum KvSchemeArg {
+    /// E4M3.
+    Fp8,
+    /// E4M3, a scale for each key/value head.
+    Fp8Head,
+    /// int8.
+    Int8,
+    /// int8, a scale for each key/value head.
+    Int8Head,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum MethodArg {
     /// GPTQ on calibration data.
     Gptq,
@@ -227,10 +248,16 @@ pub enum MethodArg {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum FormatArg {
-    /// pack-quantized.
+    /// Packed integers, int8, float codes, mixes.
     CompressedTensors,
     /// GPTQ v1.
     Gptq,
+    /// GPTQ v2: zero points as they are.
+    GptqV2,
+    /// AWQ GEMM (4 bits).
+    Awq,
+    /// One file model.gguf, for llama.cpp.
+    Gguf,
     /// Dense bfloat16 (convert only).
     Bf16,
 }
@@ -243,6 +270,9 @@ pub enum HeadArg {
     W8,
     /// 4 to 8 bits or full precision, as a budget decides.
     Auto,
+    /// Q6_K (GGUF only).
+    #[value(name = "q6_k")]
+    Q6K,
 }
 
 #[derive(Args, Debug)]

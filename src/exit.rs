@@ -60,9 +60,7 @@ pub fn talk(text: &str) {
 pub fn interrupted() -> u8 {
     talk("error: interrupted");
     if NO_BLOCKS.load(Ordering::SeqCst) {
-        talk(
-            "hint: give the same command again; the quantization of a model with experts or latent attention starts over",
-        );
+        talk("hint: give the same command again; this quantization starts over");
     } else if let Some(hint) = RESUME.get() {
         talk(&format!("hint: {hint}"));
     }

@@ -4,11 +4,13 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context as _, Result};
-use lowbit_checkpoint::gguf::GgufModel;
+use lowbit_checkpoint::gguf::{self, GgufModel};
 use lowbit_checkpoint::hub::{self, HubOptions};
+use lowbit_checkpoint::quant_config::{Layout, PackFormat, WrittenGroup, by_scheme, write_compressed_tensors};
 use lowbit_checkpoint::writer::{CheckpointWriter, DEFAULT_SHARD_BYTES, Declared};
-use lowbit_checkpoint::{Checkpoint, CheckpointError, Dtype};
+use lowbit_checkpoint::{Checkpoint, CheckpointError, Dtype, linear};
 use lowbit_kernels::backend::Backend;
+use lowbit_kernels::{LinearScheme, ScaleType};
 use lowbit_model::Model;
 
 use crate::context::{Context, Purpose};
@@ -54,13 +56,22 @@ impl Located {
     }
 }
 
-/// Finds MODEL: a folder, a .gguf file (imported into the cache), `demo`, or a hub id.
+/// Finds MODEL: a folder, a .gguf file (imported into the cache, its integer codes as they are), `demo`, or a hub id.
 pub fn locate(ctx: &Context, model: &str) -> Result<Located> {
+    locate_as(ctx, model, true)
+}
+
+/// As [`locate`], for what is to be quantized: a .gguf file is decoded to bf16.
+pub fn locate_floats(ctx: &Context, model: &str) -> Result<Located> {
+    locate_as(ctx, model, false)
+}
+
+fn locate_as(ctx: &Context, model: &str, codes: bool) -> Result<Located> {
     let path = Path::new(model);
-    let dir = if path.is_dir() {
+    let dir = if let Some(file) = gguf_file(path) {
+        import_cached(ctx, &file, codes)?
+    } else if path.is_dir() {
         path.to_path_buf()
-    } else if model.ends_with(".gguf") {
-        import_cached(ctx, path)?
     } else if model == "demo" {
         demo()?
     } else if looks_like_hub_id(model) {
@@ -74,6 +85,15 @@ pub fn locate(ctx: &Context, model: &str) -> Result<Located> {
         .into());
     };
     Ok(Located { name: model.to_string(), dir })
+}
+
+/// The GGUF file that a path is, or that the folder it names holds in place of a checkpoint.
+pub fn gguf_file(path: &Path) -> Option<PathBuf> {
+    let inside = path.join(gguf::write::FILE);
+    match path.is_dir() {
+        true => (inside.is_file() && !path.join("config.json").exists()).then_some(inside),
+        false => path.extension().is_some_and(|e| e == "gguf").then(|| path.to_path_buf()),
+    }
 }
 
 /// Hub options from the environment.
@@ -127,32 +147,79 @@ fn demo() -> Result<PathBuf> {
     Ok(dir)
 }
 
-fn import_cached(ctx: &Context, file: &Path) -> Result<PathBuf> {
+/// Imports a file into the cache once.
+fn import_cached(ctx: &Context, file: &Path, codes: bool) -> Result<PathBuf> {
     let sha = lowbit_checkpoint::hash::sha256_file(file)?;
-    let dir = cache_dir().join(format!("gguf-{}", sha.get(..16).unwrap_or_default()));
+    let kind = if codes { "gguf-codes" } else { "gguf" };
+    let dir = cache_dir().join(format!("{kind}-{}", sha.get(..16).unwrap_or_default()));
     if !dir.exists() {
         ctx.say(format!("importing {} into {}", file.display(), dir.display()));
-        import_gguf(ctx, file, &dir, false)?;
+        import_gguf(ctx, file, &dir, codes, false)?;
     }
     Ok(dir)
 }
 
-/// Writes a Hugging Face folder from a GGUF file.
-pub fn import_gguf(ctx: &Context, file: &Path, output: &Path, force: bool) -> Result<()> {
+/// Writes a Hugging Face folder from a GGUF file. With `codes`, linears of integer types stay packed (compressed-tensors, with the
+/// file's f16 scales); everything else becomes bf16.
+pub fn import_gguf(ctx: &Context, file: &Path, output: &Path, codes: bool, force: bool) -> Result<()> {
     use lowbit_quantize::Progress;
     let mut gguf = GgufModel::open(file)?;
+    let layout = Layout { format: PackFormat::CompressedTensors, scales: ScaleType::F16 };
     let names = gguf.tensor_names();
-    let declared =
-        names.iter().map(|(n, s)| Declared { name: n.clone(), dtype: Dtype::BF16, shape: s.clone() }).collect();
+    let mut declared = Vec::new();
+    let mut packed: Vec<(LinearScheme, String)> = Vec::new();
+    let mut dense = Vec::new();
+    for (name, shape) in &names {
+        let module = name.strip_suffix(".weight").unwrap_or(name).to_string();
+        match (gguf.packed_scheme(name).filter(|_| codes), shape.as_slice()) {
+            (Some(scheme), [rows, cols]) => {
+                declared.extend(linear::declare(&module, scheme, layout, *rows, *cols)?);
+                packed.push((LinearScheme::from(scheme), module));
+            }
+            _ => {
+                if shape.len() == 2 && !name.contains("embed_tokens") {
+                    dense.push(module);
+                }
+                declared.push(Declared { name: name.clone(), dtype: Dtype::BF16, shape: shape.clone() });
+            }
+        }
+    }
     let _writing = ctx.writing();
     let mut writer = CheckpointWriter::create(output, declared, DEFAULT_SHARD_BYTES, force)?;
     ctx.progress.stage("convert", names.len() as u64);
     for (name, _) in &names {
         ctx.check_stop()?;
-        writer.write(name, &gguf.read_bf16(name)?)?;
+        match gguf.packed(name)?.filter(|_| codes) {
+            Some(q) => {
+                let module = name.strip_suffix(".weight").unwrap_or(name);
+                let parts = linear::declare(module, q.scheme, layout, q.out_features, q.in_features)?;
+                for (d, bytes) in parts.iter().zip(linear::encode(&q, layout)?) {
+                    writer.write(&d.name, &bytes)?;
+                }
+            }
+            None => writer.write(name, &gguf.read_bf16(name)?)?,
+        }
         ctx.progress.advance(1);
     }
-    writer.write_file("config.json", format!("{:#}\n", gguf.config_json()?).as_bytes())?;
+    let mut config = gguf.config_json()?;
+    if let (false, Some(map)) = (packed.is_empty(), config.as_object_mut()) {
+        // The scales are f16, and engines load everything in one dtype.
+        map.insert("dtype".into(), "float16".into());
+        if gguf.tied() {
+            dense.push("lm_head".into());
+        }
+        let groups: Vec<WrittenGroup<'_>> = by_scheme(packed)
+            .into_iter()
+            .map(|(scheme, targets)| WrittenGroup {
+                scheme,
+                targets,
+                observer: "memoryless_minmax",
+                static_act_order: false,
+            })
+            .collect();
+        map.insert("quantization_config".into(), write_compressed_tensors(&groups, &dense, None));
+    }
+    writer.write_file("config.json", format!("{config:#}\n").as_bytes())?;
     for (name, bytes) in gguf.tokenizer_files()? {
         writer.write_file(&name, &bytes)?;
     }

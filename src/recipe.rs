@@ -13,6 +13,7 @@ use anyhow::{Context as _, Result, bail};
 use clap::parser::ValueSource;
 use clap::{ArgAction, ArgMatches, Args, Command, CommandFactory, FromArgMatches};
 use lowbit_checkpoint::provenance::Provenance;
+use lowbit_kernels::LinearScheme;
 
 use crate::args::{Cli, QuantOptions};
 
@@ -56,8 +57,14 @@ pub fn parse(argv: Vec<OsString>) -> Result<(Cli, ArgMatches), ParseError> {
         .collect();
     let alternatives = ["bits", "size", "fit", "context"];
     let budget_typed = typed.iter().any(|t| alternatives.contains(&t.as_str()));
-    let kept =
-        given.into_iter().filter(|(k, _)| !(typed.contains(k) || budget_typed && alternatives.contains(&k.as_str())));
+    // A scheme that fixes its groups takes none from the recipe.
+    let scheme = sub.try_get_one::<String>("scheme").ok().flatten().filter(|_| typed.iter().any(|t| t == "scheme"));
+    let fixes = scheme.is_some_and(|s| !LinearScheme::has_groups(s));
+    let kept = given.into_iter().filter(|(k, _)| {
+        !(typed.contains(k)
+            || budget_typed && alternatives.contains(&k.as_str())
+            || fixes && ["group-size", "asymmetric"].contains(&k.as_str()))
+    });
     let from_recipe = kept.flat_map(|(k, values)| {
         let flag = OsString::from(format!("--{k}"));
         match values {
@@ -244,6 +251,9 @@ mod tests {
             quant(&format!("lowbit quantize m -o out --recipe {} --size 1GB --candidates w3-g64", file.display()));
         assert_eq!((typed.budget.bits, typed.budget.size), (None, Some(1_000_000_000)));
         assert_eq!(typed.budget.candidates, ["w3-g64"]);
+        std::fs::write(&file, "[quantize]\nscheme = \"w4a16\"\ngroup-size = \"64\"\nasymmetric = true\n").unwrap();
+        let typed = quant(&format!("lowbit quantize m -o out --recipe {} --scheme nvfp4a16", file.display()));
+        assert_eq!((typed.scheme.as_str(), typed.group_size, typed.asymmetric), ("nvfp4a16", None, false));
     }
 
     #[test]

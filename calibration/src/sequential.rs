@@ -28,6 +28,8 @@ const CHUNK_TOKENS: usize = 2048;
 pub struct PassOptions {
     /// Run the float model beside the quantized one and gather [`crate::Drift`].
     pub float_stream: bool,
+    /// Note the largest magnitudes of keys (after their rotation) and values; of each head by itself where this holds true.
+    pub kv_ranges: Option<bool>,
     /// Weight tokens of o and down by 1 / rms of the residual their output is added to: the next norm divides by it,
     /// so an error on a token with a large residual hurts less.
     pub token_weights: bool,
@@ -37,7 +39,7 @@ pub struct PassOptions {
 
 impl Default for PassOptions {
     fn default() -> Self {
-        Self { float_stream: false, token_weights: false, expert_bytes: HESSIAN_BYTES }
+        Self { float_stream: false, kv_ranges: None, token_weights: false, expert_bytes: HESSIAN_BYTES }
     }
 }
 
@@ -52,6 +54,36 @@ pub struct SequentialPass<'a> {
     segments: Vec<Vec<Segment>>,
     window_tokens: usize,
     offload: Option<PathBuf>,
+    kv_range: KvRange,
+}
+
+/// Largest magnitudes of a block's keys and values: one each, or one a head.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct KvRange {
+    /// Keys, after their rotation.
+    pub keys: Vec<f32>,
+    /// Values.
+    pub values: Vec<f32>,
+}
+
+impl KvRange {
+    /// Takes in k and v `[T, width]` of `heads` heads.
+    fn widen(&mut self, b: &dyn Backend, k: &Buffer, v: &Buffer, heads: Option<(usize, usize)>) -> Result<()> {
+        for (seen, x) in [(&mut self.keys, k), (&mut self.values, v)] {
+            let found = match heads {
+                None => vec![b.abs_max(x)?],
+                Some((heads, width)) => (0..heads)
+                    .map(|h| {
+                        let d = width / heads.max(1);
+                        b.abs_max(&b.slice_columns(x, width, h * d..(h + 1) * d)?)
+                    })
+                    .collect::<lowbit_kernels::Result<Vec<_>>>()?,
+            };
+            seen.resize(found.len(), 0.0);
+            seen.iter_mut().zip(found).for_each(|(m, f)| *m = m.max(f));
+        }
+        Ok(())
+    }
 }
 
 impl<'a> SequentialPass<'a> {
@@ -86,7 +118,8 @@ impl<'a> SequentialPass<'a> {
             segments.push(rows);
         }
         let offload = offload.map(Path::to_path_buf);
-        Ok(Self { backend, options, x, float, segments, window_tokens, offload })
+        let kv_range = KvRange::default();
+        Ok(Self { backend, options, x, float, segments, window_tokens, offload, kv_range })
     }
 
     /// Runs one block. `on_group` gets each group's statistics and may replace the linears it names; `tick` is called
@@ -130,14 +163,16 @@ impl<'a> SequentialPass<'a> {
         self.run_latents(block, original, on_group)?;
 
         let mut sums = self.sums(block, LinearGroup::Output)?;
+        let mut range = KvRange::default();
         for i in 0..chunks {
             let (x, segments) = (self.x.load(i)?, &self.segments[i]);
-            let y = attend(b, block, &x, segments, self.window_tokens)?;
+            let noted = self.options.kv_ranges.map(|by_head| (&mut range, by_head));
+            let y = attend(b, block, &x, segments, self.window_tokens, noted)?;
             let weights = self.weights(block, &x)?;
             match original {
                 Some(o) => {
                     let xf = self.float.load(i)?;
-                    let yf = attend(b, o, &xf, segments, self.window_tokens)?;
+                    let yf = attend(b, o, &xf, segments, self.window_tokens, None)?;
                     let residuals = block.adds_output_directly().then_some((&xf, &x));
                     sums.update(&y, Some(&FloatSide { input: &yf, residuals }), weights.as_deref())?;
                     self.float.restore(i, xf)?;
@@ -150,6 +185,7 @@ impl<'a> SequentialPass<'a> {
             tick()?;
         }
         on_group(LinearGroup::Output, sums.finish()?, block)?;
+        self.kv_range = range;
 
         let mut sums = self.sums(block, LinearGroup::Mlp)?;
         for i in 0..chunks {
@@ -283,6 +319,11 @@ impl<'a> SequentialPass<'a> {
         Ok(())
     }
 
+    /// What [`PassOptions::kv_ranges`] noted in the last block.
+    pub fn kv_range(&self) -> &KvRange {
+        &self.kv_range
+    }
+
     /// Calls of `tick` one block makes.
     pub fn ticks_per_block(&self) -> u64 {
         4 * self.segments.len() as u64
@@ -315,10 +356,27 @@ impl<'a> SequentialPass<'a> {
     }
 }
 
-fn attend(b: &dyn Backend, block: &Block, x: &Buffer, segments: &[Segment], window: usize) -> Result<Buffer> {
+/// The input of o; `noted` takes in the keys' and values' range, by head if it says so.
+fn attend(
+    b: &dyn Backend,
+    block: &Block,
+    x: &Buffer,
+    segments: &[Segment],
+    window: usize,
+    noted: Option<(&mut KvRange, bool)>,
+) -> Result<Buffer> {
     let mut cache = b.kv_cache(segments.len(), window, block.kv_heads(), block.head_dim())?;
     let input = block.attention_input(b, x)?;
-    Ok(block.attend(b, &input, segments, &mut cache)?)
+    let Some((range, by_head)) = noted else { return Ok(block.attend(b, &input, segments, &mut cache, None)?) };
+    let heads = by_head.then(|| (block.kv_heads(), block.kv_heads() * block.head_dim()));
+    let mut failed = None;
+    let mut watch = |k: &Buffer, v: &Buffer| {
+        if let Err(e) = range.widen(b, k, v, heads) {
+            failed.get_or_insert(e);
+        }
+    };
+    let y = block.attend(b, &input, segments, &mut cache, Some(&mut watch))?;
+    failed.map_or(Ok(y), Err)
 }
 
 fn activate(b: &dyn Backend, block: &Block, x: &Buffer) -> Result<Buffer> {
@@ -327,7 +385,7 @@ fn activate(b: &dyn Backend, block: &Block, x: &Buffer) -> Result<Buffer> {
 
 /// The residual stream after `block`, from that before it; `window` is the longest segment's tokens.
 pub fn advance(b: &dyn Backend, block: &Block, mut x: Buffer, segments: &[Segment], window: usize) -> Result<Buffer> {
-    let y = attend(b, block, &x, segments, window)?;
+    let y = attend(b, block, &x, segments, window, None)?;
     block.attention_residual(b, &mut x, &y)?;
     if let Some(experts) = block.experts() {
         let input = block.mlp_input(b, &x)?;

@@ -79,29 +79,35 @@ fn from_settings(settings: &Json) -> Option<String> {
     Some(entry.get("template")?.as_str()?.to_string())
 }
 
+/// The text of a checkpoint's template and the file it is in.
+fn source(dir: &Path, settings_file: PathBuf, settings: Option<&Json>) -> Result<Option<(PathBuf, String)>> {
+    let alone = dir.join("chat_template.jinja");
+    match crate::files::read_text(&alone) {
+        Ok(source) => return Ok(Some((alone, source))),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+        Err(source) => return Err(CheckpointError::Io { file: alone, source }),
+    }
+    if let Some(source) = settings.and_then(from_settings) {
+        return Ok(Some((settings_file, source)));
+    }
+    let legacy = dir.join("chat_template.json");
+    Ok(read_json(&legacy)?.as_ref().and_then(from_settings).map(|source| (legacy, source)))
+}
+
+/// The text of a checkpoint's template, as it stands there.
+pub(crate) fn template_text(dir: &Path) -> Result<Option<String>> {
+    let settings_file = dir.join("tokenizer_config.json");
+    let settings = read_json(&settings_file)?;
+    Ok(source(dir, settings_file, settings.as_ref())?.map(|(_, text)| text))
+}
+
 impl ChatTemplate {
     /// Loads `chat_template.jinja`, or else the `chat_template` of `tokenizer_config.json` or
     /// `chat_template.json`. `None` where the checkpoint has none.
     pub fn load(dir: &Path) -> Result<Option<Self>> {
         let settings_file = dir.join("tokenizer_config.json");
         let settings = read_json(&settings_file)?;
-        let alone = dir.join("chat_template.jinja");
-        let (file, source) = match crate::files::read_text(&alone) {
-            Ok(source) => (alone, source),
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-                let legacy = dir.join("chat_template.json");
-                if let Some(source) = settings.as_ref().and_then(from_settings) {
-                    (settings_file, source)
-                } else if let Some(source) = read_json(&legacy)?.as_ref().and_then(from_settings) {
-                    (legacy, source)
-                } else {
-                    return Ok(None);
-                }
-            }
-            Err(source) => {
-                return Err(CheckpointError::Io { file: alone, source });
-            }
-        };
+        let Some((file, source)) = source(dir, settings_file, settings.as_ref())? else { return Ok(None) };
         let mut tokens = Vec::new();
         for key in ["bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token"] {
             if let Some(text) = settings.as_ref().and_then(|value| special_token(value, key)) {

@@ -2,7 +2,9 @@
 
 use std::path::{Path, PathBuf};
 
+use lowbit_kernels::activation::InputRule;
 use lowbit_kernels::backend::HostWeight;
+use lowbit_kernels::{LinearScheme, WeightFormat};
 use serde_json::Value;
 
 use crate::config::{self, ModelConfig};
@@ -38,12 +40,12 @@ impl Checkpoint {
         let path = dir.join("config.json");
         let raw_config = read_json(&path)?;
         let config = config::parse(&path, &raw_config)?;
-        let external = dir.join("quantize_config.json");
+        let external = ["quantize_config.json", "hf_quant_config.json"].map(|f| dir.join(f));
+        let external = external.into_iter().find(|f| f.exists());
         let quantization = match raw_config.get("quantization_config").or_else(|| raw_config.get("compression_config"))
         {
             Some(q) if !q.is_null() => Some(QuantConfig::parse(&path, q)?),
-            _ if external.exists() => Some(QuantConfig::parse(&external, &read_json(&external)?)?),
-            _ => None,
+            _ => external.map(|f| QuantConfig::parse(&f, &read_json(&f)?)).transpose()?,
         };
         let mut store = TensorStore::open(dir)?;
         if let Some(experts) = &config.experts {
@@ -55,6 +57,39 @@ impl Checkpoint {
     /// The weight of a linear or embedding, dense or packed.
     pub fn linear(&self, module: &str, out_features: usize, in_features: usize) -> Result<HostWeight> {
         linear::read(&self.store, self.quantization.as_ref(), module, out_features, in_features)
+    }
+
+    /// The number formats of a linear whose `weight` was read; `None` where that is dense. Of integers the tensors may say more than the
+    /// config: AWQ's does not know whether they are symmetric.
+    pub fn scheme_of(&self, module: &str, weight: &HostWeight) -> Option<LinearScheme> {
+        let named = self.quantization.as_ref().and_then(|q| q.scheme_of(module));
+        match weight {
+            HostWeight::Dense { .. } => None,
+            HostWeight::Packed(p) => {
+                Some(LinearScheme { weight: WeightFormat::Int(p.scheme), input: named.and_then(|s| s.input) })
+            }
+            HostWeight::Float(_) => named,
+        }
+    }
+
+    /// How a linear's input is rounded, where it is.
+    pub fn input_rule(&self, module: &str) -> Result<Option<InputRule>> {
+        linear::read_input_rule(&self.store, self.quantization.as_ref(), module)
+    }
+
+    /// How keys and values are rounded before they are cached; `attention` is `model.layers.0.self_attn`.
+    pub fn kv_rules(&self, attention: &str) -> Result<Option<[InputRule; 2]>> {
+        let Some(kv) = self.quantization.as_ref().and_then(|q| q.kv) else { return Ok(None) };
+        if self.config.latent.is_some() {
+            // Their scale is that of the latent vector, which other engines cache in the place of keys and values.
+            return Err(CheckpointError::Unsupported {
+                what: format!("{}: `kv_cache_scheme` with latent attention is not supported", self.dir.display()),
+                hint: Some(
+                    "remove `kv_cache_scheme` from config.json: keys and values then keep full precision".into(),
+                ),
+            });
+        }
+        linear::narrow::kv_rules(&self.store, kv, attention, self.config.num_kv_heads).map(Some)
     }
 
     /// A linear's bias, where it has one.

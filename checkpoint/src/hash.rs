@@ -43,11 +43,12 @@ pub fn sha256_file(path: impl AsRef<Path>) -> Result<String> {
 
 /// Whether a file name counts towards the identity of a checkpoint.
 fn is_part_of_model(name: &str) -> bool {
-    name == "config.json" || name == "tokenizer.json" || name.ends_with(".safetensors") || name.ends_with(".index.json")
+    let ends = [".safetensors", ".index.json", ".gguf"];
+    name == "config.json" || name == "tokenizer.json" || ends.iter().any(|e| name.ends_with(e))
 }
 
 /// The identity of a checkpoint folder: SHA-256 over one line `name NUL sha256 LF` for each of
-/// `config.json`, `tokenizer.json`, `*.safetensors` and `*.index.json`, sorted by name.
+/// `config.json`, `tokenizer.json`, `*.safetensors`, `*.index.json` and `*.gguf`, sorted by name.
 pub fn model_sha256(dir: &Path) -> Result<String> {
     let io = |source| CheckpointError::Io { file: dir.to_path_buf(), source };
     let mut names = Vec::new();

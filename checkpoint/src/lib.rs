@@ -11,6 +11,7 @@
 //! # Ok::<(), lowbit_checkpoint::CheckpointError>(())
 //! ```
 
+pub mod awq;
 pub mod chat_template;
 pub mod checkpoint;
 pub mod config;

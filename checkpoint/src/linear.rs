@@ -1,10 +1,14 @@
 //! One linear between its tensors on disk and a [`HostWeight`] / [`QuantizedMatrix`].
 
+pub mod narrow;
+
+use lowbit_kernels::activation::InputRule;
 use lowbit_kernels::backend::{Bytes, HostWeight, PackedWeight};
 use lowbit_kernels::pack;
-use lowbit_kernels::{QuantizedMatrix, Scheme};
+use lowbit_kernels::{KernelError, LinearScheme, QuantizedMatrix, QuantizedWeight, Scheme};
 use safetensors::Dtype;
 
+use crate::awq;
 use crate::error::{CheckpointError, Result};
 use crate::quant_config::{Layout, PackFormat, QuantConfig};
 use crate::store::{StoredTensor, TensorStore};
@@ -19,22 +23,41 @@ pub fn read(
     in_features: usize,
 ) -> Result<HostWeight> {
     let dense = format!("{module}.weight");
-    if let Some(t) = store.find(&dense) {
+    if let Some(t) = store.find(&dense).filter(|t| !is_narrow(t)) {
         return read_dense(store, &dense, t, out_features, in_features);
     }
     let first = if store.find(&format!("{module}.qweight")).is_some() { "qweight" } else { "weight_packed" };
-    if store.find(&format!("{module}.{first}")).is_none() {
+    let codes = store.find(&dense).or_else(|| store.find(&format!("{module}.{first}")));
+    let Some(codes) = codes else {
         return Err(CheckpointError::MissingTensor { dir: store.dir().to_path_buf(), tensor: dense });
-    }
+    };
     let unknown =
         |found: &str| store.mismatch(&dense, "a quantization_config that covers this module".into(), found.into());
     let quant = quant.ok_or_else(|| unknown("packed tensors and no quantization_config"))?;
     let scheme = quant.scheme_of(module).ok_or_else(|| unknown("no rule for it"))?;
+    let Some(int) = scheme.int().filter(|_| codes.dtype == Dtype::I32) else {
+        return narrow::read(store, module, scheme, out_features, in_features);
+    };
     let packed = match quant.format {
-        PackFormat::CompressedTensors => read_compressed_tensors(store, module, scheme, out_features, in_features)?,
-        v => read_gptq(store, module, scheme, v, out_features, in_features)?,
+        PackFormat::CompressedTensors => read_compressed_tensors(store, module, int, out_features, in_features)?,
+        PackFormat::Awq => awq::read(store, module, int, out_features, in_features)?,
+        v => read_gptq(store, module, int, v, out_features, in_features)?,
     };
     Ok(HostWeight::Packed(packed))
+}
+
+/// Whether a `weight` holds codes of a byte or less.
+fn is_narrow(t: &StoredTensor) -> bool {
+    matches!(t.dtype, Dtype::I8 | Dtype::U8 | Dtype::F8_E4M3)
+}
+
+/// How the input of `module` is rounded before the product; `None` where its weight is dense or the config leaves inputs alone.
+pub fn read_input_rule(store: &TensorStore, quant: Option<&QuantConfig>, module: &str) -> Result<Option<InputRule>> {
+    let Some(format) = quant.and_then(|q| q.scheme_of(module)).and_then(|s| s.input) else { return Ok(None) };
+    match store.find(&format!("{module}.weight")) {
+        Some(t) if !is_narrow(t) => Ok(None),
+        _ => narrow::input_rule(store, module, format).map(Some),
+    }
 }
 
 fn read_dense(
@@ -52,14 +75,14 @@ fn read_dense(
     Ok(HostWeight::Dense { dtype, out_features, in_features, data: t.data.clone() })
 }
 
-fn kernel_error<'a>(
+pub(crate) fn kernel_error<'a>(
     store: &'a TensorStore,
     tensor: &'a str,
 ) -> impl Fn(lowbit_kernels::KernelError) -> CheckpointError + 'a {
     move |source| CheckpointError::Kernel { dir: store.dir().to_path_buf(), tensor: tensor.to_string(), source }
 }
 
-fn words_of(store: &TensorStore, name: &str, shape: [usize; 2]) -> Result<Vec<u32>> {
+pub(crate) fn words_of(store: &TensorStore, name: &str, shape: [usize; 2]) -> Result<Vec<u32>> {
     let t = typed(store, name, Dtype::I32, &shape)?;
     Ok(t.data.as_slice().as_chunks::<4>().0.iter().map(|c| u32::from_le_bytes(*c)).collect())
 }
@@ -81,8 +104,15 @@ fn read_compressed_tensors(
 ) -> Result<PackedWeight> {
     let name = format!("{module}.weight_packed");
     let groups = scheme.groups(n).map_err(kernel_error(store, &name))?;
-    let width = pack::words_for(n, scheme.bits);
-    let words = typed(store, &name, Dtype::I32, &[out, width])?.data.clone();
+    let padded = is_padded(store, &name, scheme, out, n)?;
+    let words = if padded {
+        let words = words_of(store, &name, [out, pack::padded_words_for(n, scheme.bits)])?;
+        let codes = pack::unpack_rows_padded(&words, out, n, scheme.bits).map_err(kernel_error(store, &name))?;
+        let dense = pack::pack_rows(&codes, out, n, scheme.bits).map_err(kernel_error(store, &name))?;
+        Bytes::from_vec(dense.iter().flat_map(|w| w.to_le_bytes()).collect())
+    } else {
+        typed(store, &name, Dtype::I32, &[out, pack::words_for(n, scheme.bits)])?.data.clone()
+    };
     let shape_name = format!("{module}.weight_shape");
     if let Some(t) = store.find(&shape_name) {
         let dims: Vec<i64> = t.data.as_slice().as_chunks::<8>().0.iter().map(|c| i64::from_le_bytes(*c)).collect();
@@ -101,12 +131,41 @@ fn read_compressed_tensors(
         None
     } else {
         let zname = format!("{module}.weight_zero_point");
-        let rows = pack::words_for(out, scheme.bits);
+        let (rows, unpack): (_, fn(&[u32], usize, usize, u8) -> _) = match padded {
+            true => (pack::padded_words_for(out, scheme.bits), pack::unpack_columns_padded),
+            false => (pack::words_for(out, scheme.bits), pack::unpack_columns),
+        };
         let words = words_of(store, &zname, [rows, groups])?;
-        Some(pack::unpack_columns(&words, out, groups, scheme.bits).map_err(kernel_error(store, &zname))?)
+        Some(unpack(&words, out, groups, scheme.bits).map_err(kernel_error(store, &zname))?)
     };
     let group_index = read_group_index(store, module, "weight_g_idx", scheme, n, groups)?;
     Ok(PackedWeight { scheme, out_features: out, in_features: n, words, scales, zeros, group_index })
+}
+
+/// Whether a `weight_packed` has `floor(32 / bits)` codes a word, as writers until late 2025 made it for widths that do not
+/// divide 32. Its shape tells; where both ways need the same number of words, a set top bit does, and without one the tensor
+/// is refused.
+fn is_padded(store: &TensorStore, name: &str, scheme: Scheme, out: usize, n: usize) -> Result<bool> {
+    let (dense, padded) = (pack::words_for(n, scheme.bits), pack::padded_words_for(n, scheme.bits));
+    let used = 32 / u32::from(scheme.bits) * u32::from(scheme.bits);
+    if used == 32 || padded == 1 {
+        return Ok(false);
+    }
+    if dense != padded {
+        return Ok(store.get(name)?.shape == [out, padded]);
+    }
+    // An empty top in every word is one chance in 4^words under the dense packing.
+    match words_of(store, name, [out, dense])?.iter().any(|w| w >> used != 0) {
+        true => Ok(false),
+        false => Err(store.mismatch(
+            name,
+            format!("{}-bit codes in one dense stream", scheme.bits),
+            format!(
+                "words that may be that or the packing of {} codes a word, which writers until late 2025 used",
+                32 / scheme.bits
+            ),
+        )),
+    }
 }
 
 fn read_group_index(
@@ -180,14 +239,14 @@ fn read_gptq(
     })
 }
 
-fn finite(store: &TensorStore, name: &str, scales: &[f32]) -> Result<()> {
+pub(crate) fn finite(store: &TensorStore, name: &str, scales: &[f32]) -> Result<()> {
     match scales.iter().position(|s| !s.is_finite()) {
         Some(i) => Err(store.mismatch(name, "finite scales".into(), format!("{} at {i}", scales[i]))),
         None => Ok(()),
     }
 }
 
-fn transpose<T: Copy>(x: &[T], rows: usize, cols: usize) -> Vec<T> {
+pub(crate) fn transpose<T: Copy>(x: &[T], rows: usize, cols: usize) -> Vec<T> {
     let mut out = Vec::with_capacity(x.len());
     for c in 0..cols {
         out.extend((0..rows).map(|r| x[r * cols + c]));
@@ -211,6 +270,14 @@ pub fn unpack(p: &PackedWeight) -> lowbit_kernels::Result<QuantizedMatrix> {
     Ok(q)
 }
 
+/// For upload.
+pub fn host_weight(w: &QuantizedWeight) -> lowbit_kernels::Result<HostWeight> {
+    Ok(match w {
+        QuantizedWeight::Int(m) => HostWeight::Packed(pack_matrix(m)?),
+        QuantizedWeight::Float(f) => HostWeight::Float(f.clone()),
+    })
+}
+
 /// Packs for upload, as compressed-tensors does.
 pub fn pack_matrix(q: &QuantizedMatrix) -> lowbit_kernels::Result<PackedWeight> {
     q.validate()?;
@@ -229,11 +296,13 @@ pub fn pack_matrix(q: &QuantizedMatrix) -> lowbit_kernels::Result<PackedWeight> 
 /// Names, dtypes and shapes that `module` will have on disk in `format`, in writing order.
 pub fn declare(
     module: &str,
-    scheme: Scheme,
+    scheme: impl Into<LinearScheme>,
     layout: Layout,
     out: usize,
     n: usize,
 ) -> lowbit_kernels::Result<Vec<Declared>> {
+    let whole: LinearScheme = scheme.into();
+    let Some(scheme) = narrow::packed(whole) else { return narrow::declare(module, whole, layout, out, n) };
     let groups = scheme.groups(n)?;
     let t = |suffix: &str, dtype, shape: Vec<usize>| Declared { name: format!("{module}.{suffix}"), dtype, shape };
     Ok(match layout.format {
@@ -248,6 +317,7 @@ pub fn declare(
             }
             v
         }
+        PackFormat::Awq => awq::declare(module, scheme, out, n)?,
         _ => vec![
             t("qweight", Dtype::I32, vec![pack::words_for(n, scheme.bits), out]),
             t("qzeros", Dtype::I32, vec![groups, pack::words_for(out, scheme.bits)]),
@@ -257,7 +327,20 @@ pub fn declare(
     })
 }
 
-/// The bytes of each tensor [`declare`] lists, in the same order.
+/// The bytes of each tensor [`declare`] lists, in the same order. `input` is the rule of the linear's input, where it is quantized.
+pub fn encode_weight(
+    w: &QuantizedWeight,
+    scheme: LinearScheme,
+    input: Option<&InputRule>,
+    layout: Layout,
+) -> lowbit_kernels::Result<Vec<Vec<u8>>> {
+    match (w, narrow::packed(scheme)) {
+        (QuantizedWeight::Int(m), Some(_)) => encode(m, layout),
+        _ => narrow::encode(w, input, layout),
+    }
+}
+
+/// [`encode_weight`] of packed integers whose input is left alone.
 pub fn encode(q: &QuantizedMatrix, layout: Layout) -> lowbit_kernels::Result<Vec<Vec<u8>>> {
     q.validate()?;
     let (out, n, bits) = (q.out_features, q.in_features, q.scheme.bits);
@@ -275,14 +358,18 @@ pub fn encode(q: &QuantizedMatrix, layout: Layout) -> lowbit_kernels::Result<Vec
             }
             Ok(v)
         }
+        PackFormat::Awq => awq::encode(q),
         _ => {
             let mid = vec![q.scheme.mid_code(); out * groups];
             let zeros = q.zeros.as_ref().unwrap_or(&mid);
             let shift = u8::from(layout.format == PackFormat::GptqV1);
-            let stored: Vec<u8> = transpose(zeros, out, groups)
-                .into_iter()
-                .map(|z| z.wrapping_sub(shift) & q.scheme.max_code())
-                .collect();
+            if shift == 1
+                && let Some(i) = zeros.iter().position(|z| *z == 0)
+            {
+                // Stored as zero − 1 it would wrap; other engines add 1 without wrapping back.
+                return Err(KernelError::ZeroPoint { row: i / groups, group: i % groups, format: "GPTQ v1" });
+            }
+            let stored: Vec<u8> = transpose(zeros, out, groups).into_iter().map(|z| z - shift).collect();
             let cols = q.scheme.group_cols(n);
             Ok(vec![
                 le(pack::pack_columns(&transpose(&q.codes, out, n), n, out, bits)?),

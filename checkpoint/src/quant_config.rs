@@ -1,25 +1,34 @@
-//! `quantization_config` in the dialects of compressed-tensors (`pack-quantized`) and GPTQ.
+//! `quantization_config` in the dialects of compressed-tensors, GPTQ, AWQ, DeepSeek's FP8 and Model-Optimizer.
 //!
 //! Formats whose scheme is not built yet are refused by name.
 
+mod compressed_tensors;
+mod vendors;
+mod written;
+
+pub use written::{WrittenGroup, by_scheme, write_compressed_tensors};
+
 use std::path::Path;
 
+use lowbit_kernels::activation::InputCode;
 use lowbit_kernels::backend::FloatType;
-use lowbit_kernels::{GroupSize, ScaleType, Scheme};
+use lowbit_kernels::{GroupSize, LinearScheme, ScaleType, Scheme};
 use safetensors::Dtype;
 use serde_json::{Value, json};
 
 use crate::error::{CheckpointError, Result};
 
-/// On-disk layout of packed integer weights.
+/// On-disk layout of quantized weights.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PackFormat {
-    /// compressed-tensors `pack-quantized`: `weight_packed` along rows.
+    /// compressed-tensors: integers packed along rows (`pack-quantized`), and its formats of bytes and half bytes.
     CompressedTensors,
     /// GPTQ v1: `qweight` along columns, zero points stored minus one.
     GptqV1,
     /// GPTQ v2: zero points stored as they are.
     GptqV2,
+    /// AWQ GEMM: 4 bits along `out`, zero points always stored.
+    Awq,
 }
 
 impl PackFormat {
@@ -29,7 +38,25 @@ impl PackFormat {
             PackFormat::CompressedTensors => "compressed-tensors",
             PackFormat::GptqV1 => "gptq",
             PackFormat::GptqV2 => "gptq_v2",
+            PackFormat::Awq => "awq",
         }
+    }
+
+    /// Whether the layout has a place for a linear. What is not compressed-tensors holds integers whose input is left alone, in whole
+    /// words of codes and zero points, at widths that its readers know.
+    pub fn holds(self, scheme: LinearScheme, out: usize, n: usize) -> bool {
+        let Some(int) = scheme.int().filter(|_| scheme.input.is_none()) else { return !self.is_uniform() };
+        let whole = |x: usize| (x * int.bits as usize).is_multiple_of(32);
+        match self {
+            PackFormat::CompressedTensors => true,
+            PackFormat::Awq => crate::awq::holds(int, out),
+            PackFormat::GptqV1 | PackFormat::GptqV2 => matches!(int.bits, 2 | 3 | 4 | 8) && whole(out) && whole(n),
+        }
+    }
+
+    /// Whether one scheme serves all packed linears of a checkpoint.
+    pub fn is_uniform(self) -> bool {
+        self != PackFormat::CompressedTensors
     }
 }
 
@@ -74,8 +101,25 @@ impl Layout {
 pub struct QuantGroup {
     /// `Linear`, exact names, or `re:` patterns.
     pub targets: Vec<Target>,
-    /// Number format.
-    pub scheme: Scheme,
+    /// Number formats.
+    pub scheme: LinearScheme,
+}
+
+/// How keys and values are rounded before they are cached: stored scales, `k_scale` and `v_scale` of every layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KvScheme {
+    /// What they become.
+    pub code: InputCode,
+    /// A scale for each key/value head instead of one.
+    pub per_head: bool,
+}
+
+impl KvScheme {
+    /// `fp8`, `int8-head`, ...
+    pub fn name(self) -> String {
+        let code = if self.code == InputCode::Int8 { "int8" } else { "fp8" };
+        format!("{code}{}", if self.per_head { "-head" } else { "" })
+    }
 }
 
 /// A target of a rule.
@@ -123,11 +167,13 @@ pub struct QuantConfig {
     pub groups: Vec<QuantGroup>,
     /// Modules left alone.
     pub ignore: Vec<String>,
+    /// Keys and values, where they are quantized.
+    pub kv: Option<KvScheme>,
 }
 
 impl QuantConfig {
     /// Scheme of a module: a specific rule wins over `Linear`.
-    pub fn scheme_of(&self, module: &str) -> Option<Scheme> {
+    pub fn scheme_of(&self, module: &str) -> Option<LinearScheme> {
         let hit = |specific: bool| {
             self.groups
                 .iter()
@@ -140,74 +186,28 @@ impl QuantConfig {
     /// Parses the object found in `config.json` (or `quantize_config.json`).
     pub fn parse(path: &Path, q: &Value) -> Result<Self> {
         match q.get("quant_method").or_else(|| q.get("method")).and_then(Value::as_str) {
-            Some("compressed-tensors") => parse_compressed_tensors(path, q),
+            Some("compressed-tensors") => compressed_tensors::parse(path, q),
+            Some("fp8") => vendors::parse_fp8(path, q),
+            Some("modelopt" | "modelopt_fp4") => vendors::parse_modelopt(path, q),
             Some("gptq") => parse_gptq(path, q),
+            Some("awq") => crate::awq::parse(path, q),
+            None if q.get("quantization").is_some_and(|i| i.get("quant_algo").is_some()) => {
+                vendors::parse_modelopt(path, q)
+            }
             None if q.get("bits").is_some() && q.get("desc_act").is_some() => parse_gptq(path, q),
             other => Err(refused(path, &format!("quantization method `{}`", other.unwrap_or("(none)")))),
         }
     }
 }
 
-fn refused(path: &Path, what: &str) -> CheckpointError {
+pub(crate) fn refused(path: &Path, what: &str) -> CheckpointError {
     CheckpointError::Unsupported {
         what: format!("{}: {what} is not supported", path.display()),
-        hint: Some("supported: compressed-tensors pack-quantized and GPTQ with 2, 3, 4 or 8 bits".into()),
+        hint: Some(
+            "supported: compressed-tensors (integers, FP8, NVFP4, MXFP4), GPTQ with 2, 3, 4 or 8 bits, AWQ GEMM with 4 bits, FP8 as DeepSeek stores it, FP8 and NVFP4 of Model-Optimizer"
+                .into(),
+        ),
     }
-}
-
-fn parse_compressed_tensors(path: &Path, q: &Value) -> Result<QuantConfig> {
-    let format = q.get("format").and_then(Value::as_str).unwrap_or_default();
-    if format != "pack-quantized" {
-        return Err(refused(path, &format!("compressed-tensors format `{format}`")));
-    }
-    let groups = q
-        .get("config_groups")
-        .and_then(Value::as_object)
-        .ok_or_else(|| CheckpointError::invalid(path, "quantization_config has no `config_groups`"))?;
-    let mut out = Vec::new();
-    for (name, g) in groups {
-        if let Some(f) = g.get("format").and_then(Value::as_str).filter(|f| *f != "pack-quantized") {
-            return Err(refused(path, &format!("{name}: compressed-tensors format `{f}`")));
-        }
-        if g.get("input_activations").is_some_and(|v| !v.is_null())
-            || g.get("output_activations").is_some_and(|v| !v.is_null())
-        {
-            return Err(refused(path, &format!("{name}: quantized activations")));
-        }
-        let w = g
-            .get("weights")
-            .filter(|w| w.is_object())
-            .ok_or_else(|| CheckpointError::invalid(path, format!("{name}: no `weights`")))?;
-        let kind = w.get("type").and_then(Value::as_str).unwrap_or_default();
-        let bits = w.get("num_bits").and_then(Value::as_u64).unwrap_or(0);
-        if kind != "int" || !matches!(bits, 1..=8) {
-            return Err(refused(path, &format!("{name}: {bits}-bit `{kind}` weights")));
-        }
-        let group = match w.get("strategy").and_then(Value::as_str) {
-            Some("group") => GroupSize::Cols(
-                w.get("group_size").and_then(Value::as_u64).filter(|g| *g > 0 && *g < 1 << 32).ok_or_else(|| {
-                    CheckpointError::invalid(path, format!("{name}: strategy `group` needs a positive `group_size`"))
-                })? as usize,
-            ),
-            Some("channel") => GroupSize::PerChannel,
-            other => return Err(refused(path, &format!("{name}: strategy `{}`", other.unwrap_or("(none)")))),
-        };
-        let symmetric = w.get("symmetric").and_then(Value::as_bool).unwrap_or(true);
-        let targets = g.get("targets").and_then(Value::as_array).into_iter().flatten().filter_map(Value::as_str);
-        out.push(QuantGroup {
-            targets: targets.map(|t| Target::parse(path, t)).collect::<Result<_>>()?,
-            scheme: Scheme { bits: bits as u8, symmetric, group },
-        });
-    }
-    let ignore = q
-        .get("ignore")
-        .and_then(Value::as_array)
-        .into_iter()
-        .flatten()
-        .filter_map(Value::as_str)
-        .map(String::from)
-        .collect();
-    Ok(QuantConfig { format: PackFormat::CompressedTensors, groups: out, ignore })
 }
 
 fn parse_gptq(path: &Path, q: &Value) -> Result<QuantConfig> {
@@ -223,69 +223,51 @@ fn parse_gptq(path: &Path, q: &Value) -> Result<QuantConfig> {
     if q.get("dynamic").and_then(Value::as_object).is_some_and(|d| d.keys().any(|k| k.starts_with("+:"))) {
         return Err(refused(path, "GPTQ `dynamic` with per-module overrides"));
     }
-    let group = match q.get("group_size").and_then(Value::as_i64) {
-        Some(-1) => GroupSize::PerChannel,
-        Some(n) if n > 0 && n < 1 << 32 => GroupSize::Cols(n as usize),
-        other => {
-            return Err(CheckpointError::invalid(
-                path,
-                format!("`group_size`: expected -1 or a positive number, found {other:?}"),
-            ));
-        }
-    };
+    let group = parse_group_size(path, q)?;
     let symmetric = q.get("sym").and_then(Value::as_bool).unwrap_or(true);
     let scheme = Scheme { bits: bits as u8, symmetric, group };
-    Ok(QuantConfig { format, groups: vec![QuantGroup { targets: vec![Target::Linear], scheme }], ignore: Vec::new() })
+    let groups = vec![QuantGroup { targets: vec![Target::Linear], scheme: scheme.into() }];
+    Ok(QuantConfig { format, groups, ignore: Vec::new(), kv: None })
 }
 
-/// Config of one compressed-tensors rule to write.
-pub struct WrittenGroup<'a> {
-    /// Number format.
-    pub scheme: Scheme,
-    /// Targets.
-    pub targets: Vec<String>,
-    /// Observer name to record (`minmax` or `mse`).
-    pub observer: &'a str,
-    /// Whether columns were quantized by falling Hessian diagonal with static groups.
-    pub static_act_order: bool,
-}
-
-/// The `quantization_config` of a compressed-tensors checkpoint: exactly the field set of version 0.19.
-pub fn write_compressed_tensors(groups: &[WrittenGroup<'_>], ignore: &[String]) -> Value {
-    let mut config_groups = serde_json::Map::new();
-    for (i, g) in groups.iter().enumerate() {
-        let (strategy, size) = match g.scheme.group {
-            GroupSize::Cols(n) => ("group", json!(n)),
-            GroupSize::PerChannel => ("channel", Value::Null),
-        };
-        config_groups.insert(
-            format!("group_{i}"),
-            json!({
-                "format": "pack-quantized", "input_activations": null, "output_activations": null, "targets": g.targets,
-                "weights": {
-                    "actorder": if g.static_act_order { json!("static") } else { Value::Null },
-                    "block_structure": null, "dynamic": false, "group_size": size, "num_bits": g.scheme.bits,
-                    "observer": g.observer, "observer_kwargs": {}, "scale_dtype": null, "strategy": strategy,
-                    "symmetric": g.scheme.symmetric, "type": "int",
-                    "zp_dtype": if g.scheme.symmetric { Value::Null } else { json!("torch.int8") },
-                },
-            }),
-        );
+/// `group_size` of GPTQ and AWQ: −1 is one scale a row.
+pub(crate) fn parse_group_size(path: &Path, q: &Value) -> Result<GroupSize> {
+    match q.get("group_size").and_then(Value::as_i64) {
+        Some(-1) => Ok(GroupSize::PerChannel),
+        Some(n) if n > 0 && n < 1 << 32 => Ok(GroupSize::Cols(n as usize)),
+        other => Err(CheckpointError::invalid(
+            path,
+            format!("`group_size`: expected -1 or a positive number, found {other:?}"),
+        )),
     }
-    json!({
-        "config_groups": config_groups, "format": "pack-quantized", "global_compression_ratio": null, "ignore": ignore,
-        "kv_cache_scheme": null, "quant_method": "compressed-tensors", "quantization_status": "compressed",
-        "sparsity_config": {}, "transform_config": {}, "version": "0.19.0",
-    })
 }
 
-/// The `quantization_config` of a GPTQ v1 checkpoint (also written as `quantize_config.json`). Modules left alone are
-/// `-:` rules of `dynamic`; `damp_frac` is `None` for weights rounded without data.
-pub fn write_gptq(scheme: Scheme, damp_frac: Option<f64>, lm_head: bool, ignore: &[String]) -> Value {
-    let group = match scheme.group {
+/// The other direction of [`parse_group_size`].
+pub(crate) fn written_group_size(scheme: Scheme) -> Value {
+    match scheme.group {
         GroupSize::Cols(n) => json!(n),
         GroupSize::PerChannel => json!(-1),
-    };
+    }
+}
+
+/// The `quantization_config` of a checkpoint whose packed linears all have `scheme`, in the dialect of `format`: GPTQ (also
+/// written as `quantize_config.json`) or AWQ. `ignore` are the modules left alone; `damp_frac` is `None` for weights rounded
+/// without data.
+pub fn write_uniform(
+    format: PackFormat,
+    scheme: Scheme,
+    damp_frac: Option<f64>,
+    lm_head: bool,
+    ignore: &[String],
+) -> Value {
+    match format {
+        PackFormat::Awq => crate::awq::write_config(scheme, lm_head, ignore),
+        _ => write_gptq(format, scheme, damp_frac, lm_head, ignore),
+    }
+}
+
+/// Modules left alone are `-:` rules of `dynamic`.
+fn write_gptq(format: PackFormat, scheme: Scheme, damp_frac: Option<f64>, lm_head: bool, ignore: &[String]) -> Value {
     let mut meta = json!({"quantizer": [format!("lowbit:{}", env!("CARGO_PKG_VERSION"))]});
     if let (Some(d), Some(m)) = (damp_frac, meta.as_object_mut()) {
         m.insert("damp_percent".into(), json!(d));
@@ -293,7 +275,8 @@ pub fn write_gptq(scheme: Scheme, damp_frac: Option<f64>, lm_head: bool, ignore:
         m.insert("true_sequential".into(), json!(true));
     }
     let mut q = json!({
-        "bits": scheme.bits, "checkpoint_format": "gptq", "desc_act": false, "group_size": group, "lm_head": lm_head,
+        "bits": scheme.bits, "checkpoint_format": format.name(), "desc_act": false,
+        "group_size": written_group_size(scheme), "lm_head": lm_head,
         "meta": meta, "pack_dtype": "int32", "quant_method": "gptq", "sym": scheme.symmetric,
     });
     if let (false, Some(m)) = (ignore.is_empty(), q.as_object_mut()) {

@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 use safetensors::Dtype;
 
 use crate::error::{CheckpointError, Result};
+use crate::gguf::{self, write::FileLayout};
 use crate::hash::sha256_hex;
 
 mod journal;
@@ -73,7 +74,8 @@ impl CheckpointWriter {
     /// Starts `target`. An existing target is refused unless `force`; then a checkpoint is replaced, at [`Self::finish`], and
     /// anything else is refused all the same. What a killed process left beside the target is removed.
     pub fn create(target: &Path, tensors: Vec<Declared>, shard_bytes: u64, force: bool) -> Result<Self> {
-        Self::begin(target, tensors, shard_bytes, force, None, true)
+        let (writer, _) = Self::start(target, force, None, true)?;
+        writer.lay_out(tensors, shard_bytes, false)
     }
 
     /// As [`Self::create`], for work that is kept entry by entry: an unfinished checkpoint of the same `key` and layout is gone
@@ -90,17 +92,35 @@ impl CheckpointWriter {
         for t in &tensors {
             layout.push_str(&format!("{} {:?} {:?}\n", t.name, t.dtype, t.shape));
         }
-        Self::begin(target, tensors, shard_bytes, force, Some(sha256_hex(layout.as_bytes())), fresh)
+        let (writer, kept) = Self::start(target, force, Some(sha256_hex(layout.as_bytes())), fresh)?;
+        writer.lay_out(tensors, shard_bytes, kept)
     }
 
-    fn begin(
-        target: &Path,
-        mut tensors: Vec<Declared>,
-        shard_bytes: u64,
-        force: bool,
-        key: Option<String>,
-        fresh: bool,
-    ) -> Result<Self> {
+    /// As [`Self::create`], for a folder whose weights are one GGUF file.
+    pub fn create_gguf(target: &Path, layout: &FileLayout, force: bool) -> Result<Self> {
+        let (mut writer, _) = Self::start(target, force, None, true)?;
+        let path = writer.partial.join(gguf::write::FILE);
+        let (header, tensors, end) = layout.parts();
+        let write = || -> std::io::Result<File> {
+            let mut file = File::create(&path)?;
+            file.write_all(header)?;
+            file.set_len(end)?;
+            if let Some((at, data)) = layout.made() {
+                file.seek(SeekFrom::Start(at))?;
+                file.write_all(data)?;
+            }
+            Ok(file)
+        };
+        let file = write().map_err(|e| CheckpointError::io(&path, e))?;
+        for (name, offset, bytes) in tensors {
+            writer.slots.insert(name.to_string(), Slot { file: 0, offset, bytes, written: false, sha256: None });
+        }
+        writer.files.push((path, file));
+        Ok(writer)
+    }
+
+    /// Claims the unfinished folder; also whether it was there and is gone on with.
+    fn start(target: &Path, force: bool, key: Option<String>, fresh: bool) -> Result<(Self, bool)> {
         let target = &place::followed(target);
         let partial = partial_path(target)?;
         if let Some(parent) = partial.parent() {
@@ -113,7 +133,7 @@ impl CheckpointWriter {
         if let Some(key) = &key {
             journal::begin(&partial, key)?;
         }
-        let mut writer = Self {
+        let writer = Self {
             target: target.to_path_buf(),
             partial,
             _lock: lock,
@@ -125,6 +145,11 @@ impl CheckpointWriter {
             entries: 0,
             replaced: replaced && !fresh,
         };
+        Ok((writer, kept))
+    }
+
+    /// Begins the shards, or goes on with `kept` ones.
+    fn lay_out(mut self, mut tensors: Vec<Declared>, shard_bytes: u64, kept: bool) -> Result<Self> {
         tensors.sort_by(|a, b| a.name.cmp(&b.name));
         let mut shards: Vec<Vec<Declared>> = vec![Vec::new()];
         let mut in_shard = 0u64;
@@ -146,12 +171,12 @@ impl CheckpointWriter {
             } else {
                 format!("model-{:05}-of-{count:05}.safetensors", i + 1)
             };
-            writer.start_shard(&name, shard, kept)?;
+            self.start_shard(&name, shard, kept)?;
         }
         if count > 1 {
-            writer.write_index()?;
+            self.write_index()?;
         }
-        Ok(writer)
+        Ok(self)
     }
 
     /// Whether an unfinished checkpoint of other inputs or options was replaced.

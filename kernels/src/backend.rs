@@ -8,8 +8,10 @@ use std::any::Any;
 use std::ops::Range;
 use std::sync::Arc;
 
+use crate::activation::InputRule;
 use crate::cpu::{checks, rows};
 use crate::error::{KernelError, Result, check_len};
+use crate::floats::FloatWeight;
 use crate::random::RandomWeight;
 use crate::scheme::Scheme;
 
@@ -91,6 +93,8 @@ pub enum HostWeight {
     },
     /// Packed integers in compressed-tensors row order.
     Packed(PackedWeight),
+    /// Codes that are small floats.
+    Float(FloatWeight),
 }
 
 /// Integer codes packed along rows (see [`crate::pack`]), scales and zero points unpacked.
@@ -118,6 +122,7 @@ impl HostWeight {
         match self {
             HostWeight::Dense { out_features, in_features, .. } => (*out_features, *in_features),
             HostWeight::Packed(p) => (p.out_features, p.in_features),
+            HostWeight::Float(f) => (f.out_features, f.in_features),
         }
     }
 
@@ -129,6 +134,7 @@ impl HostWeight {
                 let zeros = p.zeros.as_ref().map_or(0, |z| (z.len() * p.scheme.bits as usize).div_ceil(8));
                 p.words.as_slice().len() + p.scales.len() * 2 + zeros
             }
+            HostWeight::Float(f) => f.stored_bytes(),
         }
     }
 }
@@ -363,6 +369,13 @@ pub trait Backend: Send + Sync {
             HostWeight::Dense { dtype: FloatType::F32, out_features: n, in_features: t, data: Bytes::from_vec(right) };
         let product = self.linear(&left, &self.upload_weight(&right)?, None)?;
         self.add_assign(h, &product)
+    }
+    /// Rows of x `[T, width]` rounded as [`InputRule::apply`] does it: the same bits. Default: through the host.
+    fn quantize_input(&self, x: &Buffer, width: usize, rule: &InputRule) -> Result<Buffer> {
+        checks::rows("quantized input", x.len, width)?;
+        let mut values = self.download(x)?;
+        rule.apply(&mut values, width)?;
+        self.upload(&values)
     }
     /// `x − y`. Default: through the host.
     fn subtract(&self, x: &Buffer, y: &Buffer) -> Result<Buffer> {

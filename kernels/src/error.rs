@@ -11,7 +11,7 @@ pub enum KernelError {
     #[error("{what} {value} is not divisible by {by}")]
     NotDivisible { what: &'static str, value: usize, by: usize },
     /// A scheme name or field is not one we know.
-    #[error("unknown scheme `{0}`: expected one of w2a16, w3a16, w4a16, w8a16")]
+    #[error("unknown scheme `{0}`: expected one of {names}", names = crate::scheme::LinearScheme::NAMES.join(", "))]
     UnknownScheme(String),
     /// Scales and zero points must be finite and non-zero before packing.
     #[error("scale {value} at row {row}, group {group} is not a finite non-zero number")]
@@ -19,6 +19,9 @@ pub enum KernelError {
     /// A code is outside the range of its bits.
     #[error("code {code} at {index} does not fit in {bits} bits")]
     BadCode { index: usize, code: u8, bits: u8 },
+    /// A zero point that a format cannot store.
+    #[error("zero point 0 at row {row}, group {group} cannot be stored in {format}, which holds 1 and more")]
+    ZeroPoint { row: usize, group: usize, format: &'static str },
     /// A size product overflowed.
     #[error("the size of {0} overflows")]
     Overflow(&'static str),
@@ -55,6 +58,7 @@ impl KernelError {
                 mb(*free)
             )),
             KernelError::UnknownScheme(_) => Some("w4a16 is weights of 4 bits, activations of 16".into()),
+            KernelError::ZeroPoint { .. } => Some("GPTQ v2 holds it: --format gptq-v2".into()),
             _ => None,
         }
     }

@@ -13,11 +13,15 @@
 //! # Ok::<(), lowbit_kernels::KernelError>(())
 //! ```
 
+pub mod activation;
 pub mod backend;
 pub mod cpu;
 #[cfg(any(feature = "emulated", feature = "cuda"))]
 pub mod cuda;
 pub mod error;
+pub mod floats;
+pub mod ggml;
+pub mod minifloat;
 pub mod pack;
 pub mod qdq;
 pub mod quantized;
@@ -26,5 +30,5 @@ pub mod scheme;
 
 pub use error::{KernelError, Result};
 pub use qdq::ScaleType;
-pub use quantized::QuantizedMatrix;
-pub use scheme::{GroupSize, Scheme};
+pub use quantized::{QuantizedMatrix, QuantizedWeight};
+pub use scheme::{Fp8Scale, GroupSize, InputFormat, LinearScheme, Scheme, WeightFormat};

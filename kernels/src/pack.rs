@@ -83,6 +83,72 @@ pub fn unpack_columns(words: &[u32], rows: usize, cols: usize, bits: u8) -> Resu
     Ok(out)
 }
 
+/// Words needed for `n` codes of `bits` when each word holds `floor(32 / bits)` of them and its top bits stay zero.
+pub fn padded_words_for(n: usize, bits: u8) -> usize {
+    n.div_ceil(32 / bits as usize)
+}
+
+/// Unpacks `[rows, padded_words_for(cols)]` words, `floor(32 / bits)` codes in each along rows: how compressed-tensors packed
+/// 3, 5, 6 and 7 bits until late 2025.
+pub fn unpack_rows_padded(words: &[u32], rows: usize, cols: usize, bits: u8) -> Result<Vec<u8>> {
+    let width = padded_words_for(cols, bits);
+    check_len("packed words", rows.checked_mul(width).ok_or(KernelError::Overflow("packed words"))?, words.len())?;
+    let mut out = Vec::with_capacity(rows * cols);
+    for r in 0..rows {
+        out.extend((0..cols).map(|c| get_padded(&words[r * width..], 1, c, bits)));
+    }
+    Ok(out)
+}
+
+/// As [`unpack_rows_padded`], along columns: `[padded_words_for(rows), cols]` words.
+pub fn unpack_columns_padded(words: &[u32], rows: usize, cols: usize, bits: u8) -> Result<Vec<u8>> {
+    let height = padded_words_for(rows, bits);
+    check_len("packed words", height.checked_mul(cols).ok_or(KernelError::Overflow("packed words"))?, words.len())?;
+    let mut out = vec![0u8; rows * cols];
+    for r in 0..rows {
+        for c in 0..cols {
+            out[r * cols + c] = get_padded(&words[c..], cols, r, bits);
+        }
+    }
+    Ok(out)
+}
+
+fn get_padded(words: &[u32], stride: usize, i: usize, bits: u8) -> u8 {
+    let per_word = 32 / bits as usize;
+    let shift = i % per_word * bits as usize;
+    ((words[i / per_word * stride] >> shift) & ((1u32 << bits) - 1)) as u8
+}
+
+/// Column of each nibble of an AWQ GEMM word, lowest nibble first.
+const AWQ_ORDER: [usize; 8] = [0, 2, 4, 6, 1, 3, 5, 7];
+
+/// Packs `[rows, cols]` 4-bit codes along each row as AWQ GEMM does: eight columns a word, even columns in the low half.
+pub fn pack_rows_awq(codes: &[u8], rows: usize, cols: usize) -> Result<Vec<u32>> {
+    check_codes(codes, rows, cols, 4)?;
+    if !cols.is_multiple_of(8) {
+        return Err(KernelError::NotDivisible { what: "AWQ columns", value: cols, by: 8 });
+    }
+    let word = |eight: &[u8; 8]| {
+        AWQ_ORDER.iter().enumerate().fold(0u32, |w, (nibble, column)| w | u32::from(eight[*column]) << (4 * nibble))
+    };
+    Ok(codes.as_chunks::<8>().0.iter().map(word).collect())
+}
+
+/// Inverse of [`pack_rows_awq`].
+pub fn unpack_rows_awq(words: &[u32], rows: usize, cols: usize) -> Result<Vec<u8>> {
+    if !cols.is_multiple_of(8) {
+        return Err(KernelError::NotDivisible { what: "AWQ columns", value: cols, by: 8 });
+    }
+    check_len("packed words", rows.checked_mul(cols / 8).ok_or(KernelError::Overflow("packed words"))?, words.len())?;
+    let mut out = vec![0u8; rows * cols];
+    for (eight, word) in out.as_chunks_mut::<8>().0.iter_mut().zip(words) {
+        for (nibble, column) in AWQ_ORDER.iter().enumerate() {
+            eight[*column] = (word >> (4 * nibble)) as u8 & 15;
+        }
+    }
+    Ok(out)
+}
+
 fn check_codes(codes: &[u8], rows: usize, cols: usize, bits: u8) -> Result<()> {
     check_len("codes", rows.checked_mul(cols).ok_or(KernelError::Overflow("codes"))?, codes.len())?;
     let max = ((1u16 << bits) - 1) as u8;
@@ -113,6 +179,26 @@ mod tests {
         codes[11] = 0b111;
         let w = pack_rows(&codes, 1, 32, 3).unwrap();
         assert_eq!(w, [0b01 << 30, 1 | (0b111 << 1), 0]);
+    }
+
+    #[test]
+    fn awq_words_hold_even_columns_in_the_low_half() {
+        let codes = [0, 1, 2, 3, 4, 5, 6, 7];
+        assert_eq!(pack_rows_awq(&codes, 1, 8).unwrap(), [0x7531_6420]);
+        assert_eq!(unpack_rows_awq(&[0x7531_6420, 0x8888_8888], 2, 8).unwrap()[..8], codes);
+        assert!(pack_rows_awq(&codes[..4], 1, 4).is_err());
+    }
+
+    #[test]
+    fn padded_words_waste_their_top_bits() {
+        // Ten 3-bit codes a word: code 10 starts the second word.
+        let mut words = [0u32; 2];
+        words[0] = 0b101 | 0b110 << 27;
+        words[1] = 0b011;
+        let codes = unpack_rows_padded(&words, 1, 11, 3).unwrap();
+        assert_eq!((codes[0], codes[9], codes[10]), (0b101, 0b110, 0b011));
+        assert_eq!(unpack_columns_padded(&words, 11, 1, 3).unwrap(), codes);
+        assert_eq!((padded_words_for(128, 3), words_for(128, 3)), (13, 12));
     }
 
     #[test]

@@ -1,6 +1,9 @@
 //! A quantized matrix: codes from the solver, never re-derived from floats.
 
+use std::ops::Range;
+
 use crate::error::{KernelError, Result, check_len};
+use crate::floats::FloatWeight;
 use crate::scheme::Scheme;
 
 /// Codes, scales and zero points of one linear `[out, in]`.
@@ -49,22 +52,54 @@ impl QuantizedMatrix {
         Ok(())
     }
 
-    /// Dequantizes to f32 `[out, in]`: `scale · (code − zero)`, one f32 multiplication a weight.
-    pub fn dequantize(&self) -> Result<Vec<f32>> {
-        self.validate()?;
-        let groups = self.scheme.groups(self.in_features)?;
-        let cols = self.scheme.group_cols(self.in_features);
+    /// Rows as f32 `[rows, in]`: `scale · (code − zero)`, one f32 multiplication a weight. The lengths were checked and `rows` is within
+    /// the matrix.
+    pub fn widen(&self, rows: Range<usize>, out: &mut [f32]) {
+        let n = self.in_features;
+        let (groups, cols) = (self.scales.len() / self.out_features.max(1), self.scheme.group_cols(n).max(1));
         let mid = self.scheme.mid_code();
-        let mut w = vec![0f32; self.codes.len()];
-        for row in 0..self.out_features {
-            for col in 0..self.in_features {
+        for (row, out) in rows.zip(out.chunks_exact_mut(n.max(1))) {
+            for (col, v) in out.iter_mut().enumerate() {
                 let group = self.group_index.as_ref().map_or(col / cols, |g| g[col] as usize);
                 let at = row * groups + group;
                 let zero = self.zeros.as_ref().map_or(mid, |z| z[at]);
-                let i = row * self.in_features + col;
-                w[i] = (i32::from(self.codes[i]) - i32::from(zero)) as f32 * self.scales[at];
+                *v = (i32::from(self.codes[row * n + col]) - i32::from(zero)) as f32 * self.scales[at];
             }
         }
+    }
+
+    /// The whole matrix as f32 `[out, in]`.
+    pub fn dequantize(&self) -> Result<Vec<f32>> {
+        self.validate()?;
+        let mut w = vec![0f32; self.codes.len()];
+        self.widen(0..self.out_features, &mut w);
         Ok(w)
+    }
+}
+
+/// What a solver makes of a matrix.
+#[derive(Clone)]
+pub enum QuantizedWeight {
+    /// Integer codes.
+    Int(QuantizedMatrix),
+    /// Float codes.
+    Float(FloatWeight),
+}
+
+impl QuantizedWeight {
+    /// As f32 `[out, in]`.
+    pub fn dequantize(&self) -> Result<Vec<f32>> {
+        match self {
+            QuantizedWeight::Int(m) => m.dequantize(),
+            QuantizedWeight::Float(w) => w.dequantize(),
+        }
+    }
+
+    /// Rows as f32 `[rows, in]`; the lengths were checked and `rows` is within the matrix.
+    pub fn widen(&self, rows: Range<usize>, out: &mut [f32]) {
+        match self {
+            QuantizedWeight::Int(m) => m.widen(rows, out),
+            QuantizedWeight::Float(w) => w.widen(rows, out),
+        }
     }
 }

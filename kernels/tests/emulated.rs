@@ -49,12 +49,19 @@ fn each(check: impl Fn(&[(String, &dyn Backend)])) {
 
 #[test]
 fn linear_agrees_for_every_format_and_shape() {
-    // What is widened to f32 at upload (2 and 3 bits, a shuffled index, groups of 24) is one weight to the kernels:
+    // What is widened to f32 at upload (float codes, 2 and 3 bits, a shuffled index, groups of 24) is one weight to the kernels:
     // the smallest and the largest tile of each path will do.
     let widened = |name: &str| {
-        name.starts_with("w2") || name.starts_with("w3") || name.contains("shuffled=true") || name.contains("g24")
+        ["w2", "w3", "fp8", "nvfp4", "mxfp4"].iter().any(|s| name.starts_with(s))
+            || name.contains("shuffled=true")
+            || name.contains("g24")
     };
     each(|list| cases::linears_agree(list, &SIZES, |name, t| !widened(name) || [1, 17].contains(&t)));
+}
+
+#[test]
+fn inputs_round_alike() {
+    each(cases::inputs_round_alike);
 }
 
 #[test]

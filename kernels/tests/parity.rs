@@ -31,6 +31,11 @@ fn linear_agrees_for_every_format_and_shape() {
 }
 
 #[test]
+fn inputs_round_alike() {
+    each(cases::inputs_round_alike);
+}
+
+#[test]
 fn a_token_scores_the_same_alone_and_beside_others_in_both_phases() {
     let mut noise = Noise(2);
     let (n, k) = (70, 96);

@@ -5,6 +5,7 @@
 //! place of the dense MLP, or beside a shared expert that takes the dense MLP's place; latent attention has two stages more.
 
 use lowbit_checkpoint::config::ModelConfig;
+use lowbit_kernels::activation::InputRule;
 use lowbit_kernels::backend::{
     AttentionShape, Backend, Buffer, HostWeight, KvBuffer, Segment, WeightHandle, WeightedRows,
 };
@@ -27,6 +28,8 @@ pub struct Linear {
     pub weight: WeightHandle,
     /// `[out]`.
     pub bias: Option<Buffer>,
+    /// How its input is rounded first, where it is.
+    pub input: Option<InputRule>,
 }
 
 impl Linear {
@@ -34,24 +37,40 @@ impl Linear {
     pub fn load(from: &dyn Source, backend: &dyn Backend, module: &str, out: usize, n: usize) -> Result<Self> {
         let weight = from.weight(backend, module, out, n)?;
         let bias = from.bias(module, out)?.map(|b| backend.upload(&b).at(module)).transpose()?;
-        Ok(Self { module: module.to_string(), weight, bias })
+        Ok(Self { module: module.to_string(), weight, bias, input: from.input_rule(module)? })
     }
 
     /// Uploads a weight that is already in memory (a freshly quantized one).
     pub fn from_host(backend: &dyn Backend, module: &str, host: &HostWeight, bias: Option<&[f32]>) -> Result<Self> {
         let weight = backend.upload_weight(host).at(module)?;
         let bias = bias.map(|b| backend.upload(b).at(module)).transpose()?;
-        Ok(Self { module: module.to_string(), weight, bias })
+        Ok(Self { module: module.to_string(), weight, bias, input: None })
     }
 
-    /// `x · Wᵀ + b`.
+    /// The same linear with its input rounded.
+    #[must_use]
+    pub fn with_input(mut self, rule: Option<InputRule>) -> Self {
+        self.input = rule;
+        self
+    }
+
+    /// `x · Wᵀ + b`, x rounded first where [`Self::input`] says so.
     pub fn apply(&self, backend: &dyn Backend, x: &Buffer) -> Result<Buffer> {
-        backend.linear(x, &self.weight, self.bias.as_ref()).at(&self.module)
+        let rounded = self.rounded(backend, x)?;
+        backend.linear(rounded.as_ref().unwrap_or(x), &self.weight, self.bias.as_ref()).at(&self.module)
+    }
+
+    fn rounded(&self, backend: &dyn Backend, x: &Buffer) -> Result<Option<Buffer>> {
+        let rule = self.input.as_ref();
+        rule.map(|r| backend.quantize_input(x, self.weight.in_features, r).at(&self.module)).transpose()
     }
 }
 
 /// Called with the full name of a linear and its input `[T, in]`.
 pub type Tap<'a> = dyn FnMut(&str, &Buffer) -> Result<()> + 'a;
+
+/// Called with keys, after their rotation, and values, before either is rounded: `[T, kv_heads · head_dim]`.
+pub type KvWatch<'a> = dyn FnMut(&Buffer, &Buffer) + 'a;
 
 /// A decoder block.
 pub struct Block {
@@ -74,6 +93,8 @@ pub struct Block {
     k_norm: Option<Buffer>,
     rope: Rope,
     shape: AttentionShape,
+    /// How keys (after their rotation) and values are rounded before they are cached.
+    kv: Option<[InputRule; 2]>,
     config: ModelConfig,
 }
 
@@ -126,8 +147,14 @@ impl Block {
                 window: if slides { c.sliding_window } else { None },
                 soft_cap: c.attention_soft_cap,
             },
+            kv: from.kv_rules(&format!("{prefix}.self_attn"))?,
             config: c.clone(),
         })
+    }
+
+    /// Whether inputs of linears, or keys and values, are rounded: that may go through the host.
+    pub(crate) fn rounds_inputs(&self) -> bool {
+        self.kv.is_some() || self.linears.iter().any(|l| l.input.is_some())
     }
 
     /// Key/value heads.
@@ -189,7 +216,16 @@ impl Block {
     fn apply_all<const N: usize>(&self, b: &dyn Backend, linears: [&Linear; N], x: &Buffer) -> Result<[Buffer; N]> {
         let weights: Vec<_> = linears.iter().map(|l| (&l.weight, l.bias.as_ref())).collect();
         let place = linears.first().map_or("", |l| l.module.as_str());
-        let ys = b.linears(x, &weights).at(place)?;
+        let ys = match linears.first() {
+            // Static scales of their own: each rounds its input by itself.
+            Some(first) if linears.iter().any(|l| l.input != first.input) => {
+                linears.iter().map(|l| l.apply(b, x)).collect::<Result<Vec<_>>>()?
+            }
+            first => {
+                let rounded = first.map(|l| l.rounded(b, x)).transpose()?.flatten();
+                b.linears(rounded.as_ref().unwrap_or(x), &weights).at(place)?
+            }
+        };
         ys.try_into()
             .map_err(|_| ModelError::Argument(format!("{place}: the backend returned another number of results")))
     }
@@ -234,8 +270,9 @@ impl Block {
         input: &Buffer,
         segments: &[Segment],
         cache: &mut KvBuffer,
+        watch: Option<&mut KvWatch<'_>>,
     ) -> Result<Buffer> {
-        self.attend_tapped(b, input, segments, cache, &mut |_, _| Ok(()))
+        self.attend_tapped(b, input, segments, cache, watch, &mut |_, _| Ok(()))
     }
 
     fn attend_tapped(
@@ -244,6 +281,7 @@ impl Block {
         input: &Buffer,
         segments: &[Segment],
         cache: &mut KvBuffer,
+        watch: Option<&mut KvWatch<'_>>,
         tap: &mut Tap<'_>,
     ) -> Result<Buffer> {
         let c = &self.config;
@@ -265,7 +303,24 @@ impl Block {
             k = self.norm(b, &k, w, c.head_dim, "k_norm")?;
         }
         let Rope { inv_freq, mscale } = &self.rope;
-        b.rope_append(cache, &mut q, &mut k, &v, c.num_heads, c.head_dim, inv_freq, *mscale, segments).at("rope")?;
+        if self.kv.is_none() && watch.is_none() {
+            b.rope_append(cache, &mut q, &mut k, &v, c.num_heads, c.head_dim, inv_freq, *mscale, segments)
+                .at("rope")?;
+        } else {
+            b.rope(&mut q, c.num_heads, c.head_dim, inv_freq, *mscale, segments).at("rope")?;
+            b.rope(&mut k, c.num_kv_heads, c.head_dim, inv_freq, *mscale, segments).at("rope")?;
+            if let Some(watch) = watch {
+                watch(&k, &v);
+            }
+            match &self.kv {
+                Some([keys, values]) => {
+                    let k = b.quantize_input(&k, kw, keys).at("k_scale")?;
+                    let v = b.quantize_input(&v, kw, values).at("v_scale")?;
+                    b.kv_append(cache, &k, &v, segments).at("kv_append")?;
+                }
+                None => b.kv_append(cache, &k, &v, segments).at("kv_append")?,
+            }
+        }
         let attended = b.attention(&q, cache, &self.shape, segments).at("attention")?;
         match &self.latent {
             Some(latent) => latent.output(b, &attended),
@@ -406,7 +461,7 @@ impl Block {
         tap: &mut Tap<'_>,
     ) -> Result<Buffer> {
         self.show(LinearGroup::Attention, input, tap)?;
-        let attended = self.attend_tapped(b, input, segments, cache, tap)?;
+        let attended = self.attend_tapped(b, input, segments, cache, None, tap)?;
         self.show(LinearGroup::Output, &attended, tap)?;
         let input = self.add_norm(b, x, &self.attention_output(b, &attended)?, &self.pre_mlp_norm)?;
         if let Some(experts) = &self.experts {

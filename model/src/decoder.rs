@@ -347,8 +347,8 @@ impl Model {
         self.blocks.iter().map(block).sum::<u64>() + self.head.head.weight.stored_bytes as u64
     }
 
-    /// Whether a step makes copies to and from the host, so that it cannot be recorded: routing, and heads put together.
+    /// Whether a step makes copies to and from the host, so that it cannot be recorded: routing, heads put together, rounded inputs.
     pub(crate) fn steps_through_host(&self) -> bool {
-        self.config.latent.is_some() || self.blocks.iter().any(|b| b.experts().is_some())
+        self.config.latent.is_some() || self.blocks.iter().any(|b| b.experts().is_some() || b.rounds_inputs())
     }
 }

@@ -280,7 +280,7 @@ multiversion! {
             let (s, zero) = (state.scales[group][r], state.zeros[group][r]);
             // Q moves by −s δ: the objective changes by 2 s δ Σ G + s² δ² Σ H_gg.
             let by = (-num[r] / (s * total)).round_ties_even();
-            let by = (zero + by).clamp(0.0, top) - zero;
+            let by = (zero + by).clamp(f32::from(task.opts.min_zero), top) - zero;
             if s * by * (2.0 * num[r] + s * by * total) < 0.0 {
                 state.zeros[group][r] = zero + by;
                 shifts[r] = by;

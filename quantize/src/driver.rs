@@ -6,26 +6,27 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use lowbit_calibration::experts::tokens_needed;
-use lowbit_calibration::{InputStats, PassOptions, SequentialPass, Windows};
-use lowbit_checkpoint::quant_config::{PackFormat, QuantConfig};
+use lowbit_calibration::{InputStats, KvRange, PassOptions, SequentialPass, Windows};
+use lowbit_checkpoint::quant_config::{KvScheme, PackFormat, QuantConfig};
 use lowbit_checkpoint::store::TensorStore;
 use lowbit_checkpoint::writer::CheckpointWriter;
 use lowbit_checkpoint::{Checkpoint, CheckpointError, linear};
-use lowbit_kernels::backend::{Backend, HostWeight};
-use lowbit_kernels::{QuantizedMatrix, qdq};
+use lowbit_kernels::activation::InputRule;
+use lowbit_kernels::backend::Backend;
+use lowbit_kernels::{InputFormat, KernelError, QuantizedWeight, WeightFormat, ggml};
 use lowbit_model::block::{Block, Linear, LinearGroup};
 use lowbit_model::{Embedding, decoder};
-use rayon::prelude::*;
 
 use crate::error::{QuantizeError, Result};
 use crate::experts::starved;
 use crate::factor::SolveError;
+use crate::inputs::{input_rule, scale_of, stored_scale};
+use crate::loss::{proxy_loss, squared_error};
 use crate::plan::{Method, Plan, PlannedLinear};
 use crate::record::{CalibrationRecord, ExpertCoverage, LayerRecord};
 use crate::resume::{Chain, Resume, linears_of};
-use crate::rtn::quantize_rtn;
 use crate::scale_search::SolverOptions;
-use crate::solve::{Shared, solve_linear};
+use crate::solve::{Shared, Solved, round_any, solve_any};
 
 /// Progress of long work; the command line draws it.
 pub trait Progress: Sync {
@@ -89,9 +90,10 @@ pub fn quantize(
 ) -> Result<(Outcome, CheckpointWriter)> {
     let chain = Chain::start(resume, ckpt, plan, windows);
     let (declared, shard_bytes) = (plan.declared.clone(), plan.options.shard_bytes);
-    let writer = match chain.key() {
-        Some(key) => CheckpointWriter::resume(target, declared, shard_bytes, force, key, resume.fresh)?,
-        None => CheckpointWriter::create(target, declared, shard_bytes, force)?,
+    let writer = match (&plan.gguf, chain.key()) {
+        (Some(layout), _) => CheckpointWriter::create_gguf(target, layout, force)?,
+        (None, Some(key)) => CheckpointWriter::resume(target, declared, shard_bytes, force, key, resume.fresh)?,
+        (None, None) => CheckpointWriter::create(target, declared, shard_bytes, force)?,
     };
     let (layers, experts, stage_seconds) = (Vec::new(), Vec::new(), BTreeMap::new());
     let mut run = Run { ckpt, plan, writer, layers, experts, stage_seconds, stop, chain };
@@ -125,45 +127,41 @@ impl Run<'_> {
         let (ckpt, plan, run) = (self.ckpt, self.plan, self);
         run.copy(progress)?;
         let calibration = match (plan.options.method, windows) {
-            (Method::Rtn, _) => {
+            (Method::Rtn, _) if !plan.options.needs_data() => {
                 run.rtn(progress)?;
                 None
             }
             (_, Some(w)) => {
                 run.calibrated(backend, w, progress)?;
-                Some(CalibrationRecord {
-                    source: w.source.clone(),
-                    windows_sha256: w.sha256.clone(),
-                    windows: w.tokens.len(),
-                    window_tokens: w.tokens.iter().map(Vec::len).max().unwrap_or(0),
-                    tokens: w.token_count() as u64,
-                    seed: w.seed,
-                })
+                Some(CalibrationRecord::of(w))
             }
-            (method, None) => {
-                return Err(QuantizeError::Plan {
-                    summary: format!("method {} needs calibration data", method.name()),
-                    offenders: vec![],
-                    hint: Some("give --calib FILE, or choose --method rtn".into()),
-                });
-            }
+            (_, None) => return Err(plan.options.no_data()),
         };
         run.tables(progress)?;
-        // A record of the original's own making is not this checkpoint's.
-        run.writer.carry_over(
-            &ckpt.dir,
-            &["config.json", "recipe.yaml", "recipe.toml", "quantize_config.json", "quantize.json"],
-        )?;
-        let text = format!("{:#}\n", plan.config);
-        run.writer.write_file("config.json", text.as_bytes())?;
-        if plan.options.format != PackFormat::CompressedTensors
-            && let Some(q) = plan.config.get("quantization_config")
-        {
-            run.writer.write_file("quantize_config.json", format!("{q:#}\n").as_bytes())?;
+        if plan.gguf.is_none() {
+            run.files()?;
         }
         run.check_stop()?;
         ckpt.store.unchanged()?;
         Ok(calibration)
+    }
+
+    /// What stands beside the weights; a GGUF file holds it all itself.
+    fn files(&self) -> Result<()> {
+        let (ckpt, plan) = (self.ckpt, self.plan);
+        // A record of the original's own making is not this checkpoint's.
+        self.writer.carry_over(
+            &ckpt.dir,
+            &["config.json", "recipe.yaml", "recipe.toml", "quantize_config.json", "quantize.json"],
+        )?;
+        let text = format!("{:#}\n", plan.config);
+        self.writer.write_file("config.json", text.as_bytes())?;
+        if matches!(plan.options.format, PackFormat::GptqV1 | PackFormat::GptqV2)
+            && let Some(q) = plan.config.get("quantization_config")
+        {
+            self.writer.write_file("quantize_config.json", format!("{q:#}\n").as_bytes())?;
+        }
+        Ok(())
     }
 
     fn check_stop(&self) -> Result<()> {
@@ -188,7 +186,10 @@ impl Run<'_> {
                     .mismatch(name, "finite values".into(), format!("{x} at element {i}"))
                     .into());
             }
-            self.writer.write(name, t.data.as_slice())?;
+            match &self.plan.gguf {
+                Some(layout) => self.writer.write(name, &layout.bytes(name, t)?)?,
+                None => self.writer.write(name, t.data.as_slice())?,
+            }
             self.ckpt.store.release(name);
             progress.advance(1);
         }
@@ -205,8 +206,10 @@ impl Run<'_> {
         let prefix = decoder::prefix(self.ckpt)?;
         let embedding = Embedding::load(self.ckpt, backend)?;
         let recipe = self.plan.options.method.recipe();
+        let kv = self.plan.options.kv;
         let options = PassOptions {
             float_stream: recipe.float_stream(),
+            kv_ranges: kv.map(|kv| kv.per_head),
             token_weights: recipe.token_weights,
             expert_bytes: self.plan.options.expert_bytes,
         };
@@ -249,9 +252,12 @@ impl Run<'_> {
                 },
                 &mut || tick(1),
             )?;
-            if let Some(e) = self.ckpt.config.experts_of(index) {
+            if let Some(e) = self.ckpt.config.experts_of(index).filter(|_| self.plan.options.reads_inputs()) {
                 let needed = tokens_needed(self.ckpt.config.hidden_size, e.intermediate_size);
                 self.experts.push(ExpertCoverage::new(index, routed, needed));
+            }
+            if let Some(kv) = kv {
+                self.keep_kv(kv, index, pass.kv_range())?;
             }
             self.chain.keep(&mut self.writer, self.plan, index, self.layers.get(before..).unwrap_or_default())?;
             self.ckpt.store.release(&format!("{name}."));
@@ -281,7 +287,8 @@ impl Run<'_> {
         for l in linears_of(self.plan, block.index) {
             let weight = linear::read(&store, quantization.as_ref(), &l.module, l.out_features, l.in_features)?;
             let bias = self.ckpt.bias(&l.module, l.out_features)?;
-            let quantized = Linear::from_host(backend, &l.module, &weight, bias.as_deref())?;
+            let rule = linear::read_input_rule(&store, quantization.as_ref(), &l.module)?;
+            let quantized = Linear::from_host(backend, &l.module, &weight, bias.as_deref())?.with_input(rule);
             if let Some(slot) = block.linears.iter_mut().find(|slot| slot.module == l.module) {
                 *slot = quantized;
             }
@@ -313,35 +320,48 @@ impl Run<'_> {
             let start = Instant::now();
             let opts = plan.options.solver(planned.scheme, plan.layout.scales);
             let solve = |source: SolveError| QuantizeError::Solve { module: module.clone(), source };
-            if shared.is_none() {
+            if shared.is_none() && plan.options.method.calibrated() {
                 shared = Some(Shared::new(stats, &opts).map_err(solve)?);
             }
-            let Some(shared) = &shared else { continue };
-            let f = &shared.factor;
-            let w = read_dense(self.ckpt, planned)?;
-            let (q, loss) =
-                solve_linear(&w, planned.out_features, planned.in_features, shared, &opts).map_err(solve)?;
+            let w = self.dense(planned)?;
+            let (out, n, wanted) = (planned.out_features, planned.in_features, planned.wanted());
+            let set_max = self.set_max(planned, &w)?;
+            let kernel = |source| QuantizeError::Kernel { module: module.clone(), source };
+            let (solved, loss) = match &shared {
+                Some(s) => solve_any(&w, out, n, wanted, set_max, s, &opts).map_err(solve)?,
+                None => {
+                    let rounded = round_any(&w, out, n, wanted, set_max, &opts).map_err(solve)?;
+                    let loss = proxy_loss(&w, &rounded.dequantize().map_err(kernel)?, &stats.hessian, out, n);
+                    (rounded, loss)
+                }
+            };
+            let f = shared.as_ref().map(|s| &s.factor);
+            let rule = planned.scheme.input.map(|i| input_rule(i, stats.abs_max, plan.layout.scales)).transpose();
+            let rule = rule.map_err(solve)?;
+            // Without a Hessian or a stored scale, nothing of a starved expert comes from the data.
+            let informed = f.is_some() || planned.scheme.input.is_some_and(InputFormat::is_static);
+            let events = starved(stats).filter(|_| informed).into_iter();
             let record = LayerRecord {
                 name: module.clone(),
                 block: Some(index),
                 out_features: planned.out_features,
                 in_features: planned.in_features,
-                scheme: planned.scheme.full_name(),
+                scheme: planned.scheme_name(),
                 method: plan.options.method.name().into(),
                 proxy_loss: loss.proxy,
                 relative_error: loss.relative(),
                 seconds: start.elapsed().as_secs_f64(),
                 tokens: stats.tokens,
                 input_abs_max: stats.abs_max,
-                dead_columns: f.dead.len(),
-                damp_frac: f.damp_frac,
-                events: starved(stats).into_iter().chain(f.events.clone()).collect(),
+                input_scale: stored_scale(rule.as_ref()),
+                dead_columns: f.map_or(0, |f| f.dead.len()),
+                damp_frac: f.map_or(0.0, |f| f.damp_frac),
+                events: events.chain(f.into_iter().flat_map(|f| f.events.clone())).collect(),
             };
-            self.keep(planned, &q, record)?;
+            self.keep(planned, &solved, rule.as_ref(), record)?;
             let bias = self.ckpt.bias(&module, planned.out_features)?;
-            let packed =
-                linear::pack_matrix(&q).map_err(|source| QuantizeError::Kernel { module: module.clone(), source })?;
-            let replaced = Linear::from_host(backend, &module, &HostWeight::Packed(packed), bias.as_deref())?;
+            let host = solved.host_weight().map_err(kernel)?;
+            let replaced = Linear::from_host(backend, &module, &host, bias.as_deref())?.with_input(rule);
             if let Some(slot) = block.linears.get_mut(i) {
                 *slot = replaced;
             }
@@ -384,16 +404,20 @@ impl Run<'_> {
         let start = Instant::now();
         // Without data the Hessian is the identity: act-order and damping have no meaning.
         let opts = SolverOptions { act_order: false, ..self.plan.options.solver(l.scheme, self.plan.layout.scales) };
-        let w = read_dense(self.ckpt, l)?;
+        let w = self.dense(l)?;
         let solve = |source| QuantizeError::Solve { module: l.module.clone(), source };
-        let q = quantize_rtn(&w, l.out_features, l.in_features, None, &opts).map_err(solve)?;
-        let (error, norm) = squared_error(&w, &q);
+        let (out, n) = (l.out_features, l.in_features);
+        let set_max = self.set_max(l, &w)?;
+        let solved = round_any(&w, out, n, l.wanted(), set_max, &opts).map_err(solve)?;
+        // Only scales of the input's own making: stored ones need the calibrated pass.
+        let rule = l.scheme.input.map(|i| input_rule(i, 0.0, self.plan.layout.scales)).transpose().map_err(solve)?;
+        let (error, norm) = squared_error(&w, n, |rows, back| solved.widen(rows, back));
         let record = LayerRecord {
             name: l.module.clone(),
             block: l.block,
             out_features: l.out_features,
             in_features: l.in_features,
-            scheme: l.scheme.full_name(),
+            scheme: l.scheme_name(),
             method: "rtn".into(),
             proxy_loss: error,
             relative_error: if norm > 0.0 { error / norm } else { 0.0 },
@@ -401,32 +425,94 @@ impl Run<'_> {
             ..LayerRecord::default()
         };
         self.ckpt.store.release(&format!("{}.", l.source));
-        self.keep(l, &q, record)
+        self.keep(l, &solved, rule.as_ref(), record)
     }
 
-    fn keep(&mut self, l: &PlannedLinear, q: &QuantizedMatrix, record: LayerRecord) -> Result<()> {
+    fn dense(&self, l: &PlannedLinear) -> Result<Vec<f32>> {
+        read_dense(self.ckpt, &l.source, l.out_features, l.in_features)
+    }
+
+    /// The largest magnitude of all weights that share `l`'s global scale, where its format has one: engines hold linears that read the
+    /// same input as one matrix.
+    fn set_max(&self, l: &PlannedLinear, w: &[f32]) -> Result<f32> {
+        let largest = |w: &[f32]| w.iter().fold(0f32, |m, v| m.max(v.abs()));
+        let mut most = largest(w);
+        if l.scheme.weight == WeightFormat::Nvfp4 && l.group.is_some() {
+            let set = |o: &&PlannedLinear| o.block == l.block && o.group == l.group && o.module != l.module;
+            for other in self.plan.linears.iter().filter(set) {
+                most = most.max(largest(&self.dense(other)?));
+            }
+        }
+        Ok(most)
+    }
+
+    /// Writes the stored scales of a block's keys and values.
+    fn keep_kv(&mut self, kv: KvScheme, block: usize, range: &KvRange) -> Result<()> {
+        let layout = self.plan.layout;
+        for (name, seen) in self.plan.kv_scales(block).into_iter().zip([&range.keys, &range.values]) {
+            let scales = seen.iter().map(|m| scale_of(*m, kv.code.half_range(), layout.scales));
+            let scales = scales.collect::<std::result::Result<Vec<_>, _>>();
+            let scales = scales.map_err(|source| QuantizeError::Solve { module: name.clone(), source })?;
+            self.writer.write(&name, &layout.scale_bytes(scales.into_iter()))?;
+        }
+        Ok(())
+    }
+
+    fn keep(
+        &mut self,
+        l: &PlannedLinear,
+        solved: &Solved,
+        rule: Option<&InputRule>,
+        record: LayerRecord,
+    ) -> Result<()> {
         if self.plan.options.strict
             && let Some(event) = record.events.first()
         {
             return Err(QuantizeError::Strict { module: l.module.clone(), event: event.clone() });
         }
-        let kernel = |source| QuantizeError::Kernel { module: l.module.clone(), source };
-        let layout = self.plan.layout;
-        let names = linear::declare(&l.module, l.scheme, layout, l.out_features, l.in_features).map_err(kernel)?;
-        for (d, bytes) in names.iter().zip(linear::encode(q, layout).map_err(kernel)?) {
-            self.writer.write(&d.name, &bytes)?;
+        for (name, bytes) in tensors(self.plan, l, solved, rule)? {
+            self.writer.write(&name, &bytes)?;
         }
         self.layers.push(record);
         Ok(())
     }
 }
 
-/// The original weight of a linear, `[out, in]`, checked to be finite.
-pub(crate) fn read_dense(ckpt: &Checkpoint, l: &PlannedLinear) -> Result<Vec<f32>> {
-    let name = format!("{}.weight", l.source);
+/// A solved matrix as the output holds it: names and bytes.
+fn tensors(
+    plan: &Plan,
+    l: &PlannedLinear,
+    solved: &Solved,
+    rule: Option<&InputRule>,
+) -> Result<Vec<(String, Vec<u8>)>> {
+    let kernel = |source| QuantizeError::Kernel { module: l.module.clone(), source };
+    let name = format!("{}.weight", l.module);
+    match (&plan.gguf, l.ggml, solved) {
+        (Some(layout), _, Solved::Blocks(b)) => Ok(vec![(name.clone(), layout.arrange(&name, b.bytes())?)]),
+        (Some(layout), Some(kind), Solved::Codes(QuantizedWeight::Int(m))) => {
+            let bytes = ggml::encode_codes(kind, m).map_err(kernel)?;
+            Ok(vec![(name.clone(), layout.arrange(&name, bytes)?)])
+        }
+        (None, None, Solved::Codes(q)) => {
+            let (layout, out, n) = (plan.layout, l.out_features, l.in_features);
+            let declared = linear::declare(&l.module, l.scheme, layout, out, n).map_err(kernel)?;
+            let bytes = linear::encode_weight(q, l.scheme, rule, layout).map_err(kernel)?;
+            Ok(declared.into_iter().map(|d| d.name).zip(bytes).collect())
+        }
+        _ => {
+            let format = plan.options.format_name();
+            let why = format!("{} in {format}", l.scheme_name());
+            Err(kernel(KernelError::Unsupported { backend: "quantize", op: "writing", why }))
+        }
+    }
+}
+
+/// The original weight of a module, `[out, in]`, checked to be finite.
+pub(crate) fn read_dense(ckpt: &Checkpoint, module: &str, out: usize, n: usize) -> Result<Vec<f32>> {
+    let name = format!("{module}.weight");
     let t = ckpt.store.get(&name)?;
-    if t.shape != [l.out_features, l.in_features] {
-        let expected = format!("shape [{}, {}]", l.out_features, l.in_features);
+    if t.shape != [out, n] {
+        let expected = format!("shape [{out}, {n}]");
         return Err(ckpt.store.mismatch(&name, expected, format!("{:?}", t.shape)).into());
     }
     let w =
@@ -435,24 +521,4 @@ pub(crate) fn read_dense(ckpt: &Checkpoint, l: &PlannedLinear) -> Result<Vec<f32
         return Err(ckpt.store.mismatch(&name, "finite weights".into(), format!("{} at element {i}", w[i])).into());
     }
     Ok(w)
-}
-
-/// `Σ (w − q)²` and `Σ w²`, without a dequantized copy; rows are summed in f64 on their own, so threads change nothing.
-pub(crate) fn squared_error(w: &[f32], q: &QuantizedMatrix) -> (f64, f64) {
-    let n = q.in_features.max(1);
-    let groups = q.scales.len() / q.out_features.max(1);
-    let cols = q.scheme.group_cols(q.in_features).max(1);
-    let row = |(r, (w, codes)): (usize, (&[f32], &[u8]))| {
-        let (mut error, mut norm) = (0f64, 0f64);
-        for (c, (w, code)) in w.iter().zip(codes).enumerate() {
-            let at = r * groups + c / cols;
-            let zero = q.zeros.as_ref().map_or(q.scheme.mid_code(), |z| z.get(at).copied().unwrap_or_default());
-            let back = qdq::dequantize(*code, q.scales.get(at).copied().unwrap_or_default(), zero);
-            error += f64::from(w - back).powi(2);
-            norm += f64::from(*w).powi(2);
-        }
-        (error, norm)
-    };
-    let rows: Vec<(f64, f64)> = w.par_chunks(n).zip(q.codes.par_chunks(n)).enumerate().map(row).collect();
-    rows.into_iter().fold((0.0, 0.0), |a, b| (a.0 + b.0, a.1 + b.1))
 }

@@ -67,3 +67,16 @@ pub enum QuantizeError {
         source: lowbit_kernels::KernelError,
     },
 }
+
+impl QuantizeError {
+    /// `what` was given no data to calibrate on; `instead` needs none.
+    pub fn no_data(what: &str, instead: &str) -> Self {
+        QuantizeError::Plan {
+            summary: format!("{what} needs calibration data"),
+            offenders: vec![],
+            hint: Some(format!(
+                "give --calib FILE (.txt, .jsonl, .parquet), a hub data set, or `self`; or choose {instead}"
+            )),
+        }
+    }
+}

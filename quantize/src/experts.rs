@@ -10,7 +10,7 @@ use crate::record::ExpertPlan;
 
 /// What calibrating the experts of a block holds; `None` without experts or without calibration.
 pub(crate) fn expert_plan(c: &ModelConfig, options: &QuantizeOptions) -> Option<ExpertPlan> {
-    let e = c.experts.as_ref().filter(|_| options.method.calibrated())?;
+    let e = c.experts.as_ref().filter(|_| options.needs_data())?;
     let (h, m, float) = (c.hidden_size, e.intermediate_size, options.method.recipe().float_stream());
     let at_once = experts_at_once(e.count, h, m, float, options.expert_bytes);
     let square = |n: usize| (n as u64).saturating_mul(n as u64);

@@ -8,6 +8,7 @@ use faer::linalg::matmul::matmul;
 use faer::{Accum, MatMut, MatRef, Par};
 use lowbit_kernels::QuantizedMatrix;
 use lowbit_kernels::error::check_len;
+use lowbit_kernels::minifloat::{e2m1, e4m3, to_e2m1, to_e4m3};
 use lowbit_kernels::qdq::{dequantize, quantize};
 use rayon::prelude::*;
 
@@ -48,33 +49,14 @@ pub fn gptq_codes(
     factor: &Factor,
     opts: &SolverOptions,
 ) -> Result<QuantizedMatrix, SolveError> {
-    check_len("factor", n, factor.n)?;
-    check_len("factor's diagonal", n, factor.diag.len())?;
-    check_len("factor's permutation", n, factor.perm.len())?;
-    check_len("factor's matrix", n * n, factor.u.len())?;
     let Scales { scales, zeros, .. } = search_scales(w, out, n, Some(&factor.diag), opts)?;
-    let task = Task {
-        n,
+    let on = GridScales {
+        grid: Grid::Int { max: opts.scheme.max_code() },
+        scales: &scales,
+        shifts: zeros.as_deref().map_or(Shifts::Middle(opts.scheme.mid_code()), Shifts::Zeros),
         cols: opts.scheme.group_cols(n),
-        groups: opts.scheme.groups(n)?,
-        block: opts.block.min(n),
-        mid: opts.scheme.mid_code(),
-        max: opts.scheme.max_code(),
-        perm: &factor.perm,
-        diag: &factor.diag,
-        U: &factor.u,
     };
-    let mut codes = vec![0u8; out * n];
-    if n > 0 {
-        codes.par_chunks_mut(ROWS * n).zip(w.par_chunks(ROWS * n)).enumerate().for_each_init(
-            || Rows::new(&task),
-            |rows, (chunk, (codes, w))| {
-                let from = chunk * ROWS * task.groups;
-                let zeros = zeros.as_ref().map(|z| &z[from..]);
-                solve_rows(&task, rows, w, &scales[from..], zeros, codes);
-            },
-        );
-    }
+    let codes = grid_codes(w, out, n, factor, &on, opts.block)?;
     Ok(QuantizedMatrix {
         scheme: opts.scheme,
         out_features: out,
@@ -86,14 +68,112 @@ pub fn gptq_codes(
     })
 }
 
+/// What a code stands for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Grid {
+    /// `scale · (code − zero)`.
+    Int {
+        /// Largest code.
+        max: u8,
+    },
+    /// `scale · code − offset`.
+    Steps {
+        /// Largest code.
+        max: u8,
+    },
+    /// [`e4m3`] times the scale.
+    E4m3,
+    /// [`e2m1`] times the scale.
+    E2m1,
+}
+
+/// What stands beside the scales, `[out, groups]`.
+#[derive(Clone, Copy)]
+pub(crate) enum Shifts<'a> {
+    /// Nothing.
+    None,
+    /// The same code is zero everywhere.
+    Middle(u8),
+    /// The code that is zero.
+    Zeros(&'a [u8]),
+    /// What is subtracted.
+    Offsets(&'a [f32]),
+}
+
+impl Shifts<'_> {
+    /// Without the first `n` groups.
+    fn skip(self, n: usize) -> Self {
+        match self {
+            Shifts::Zeros(z) => Shifts::Zeros(z.get(n..).unwrap_or_default()),
+            Shifts::Offsets(o) => Shifts::Offsets(o.get(n..).unwrap_or_default()),
+            same => same,
+        }
+    }
+}
+
+/// The grids of a matrix's groups.
+pub(crate) struct GridScales<'a> {
+    pub grid: Grid,
+    /// `[out, groups]`; zero only on [`Grid::Steps`].
+    pub scales: &'a [f32],
+    /// Zero points of [`Grid::Int`], offsets of [`Grid::Steps`].
+    pub shifts: Shifts<'a>,
+    /// Columns of a group; the last group of a row may have fewer.
+    pub cols: usize,
+}
+
+/// Codes `[out, n]`, one a byte, of `w` on given grids.
+pub(crate) fn grid_codes(
+    w: &[f32],
+    out: usize,
+    n: usize,
+    factor: &Factor,
+    on: &GridScales,
+    block: usize,
+) -> Result<Vec<u8>, SolveError> {
+    check_len("factor", n, factor.n)?;
+    check_len("factor's diagonal", n, factor.diag.len())?;
+    check_len("factor's permutation", n, factor.perm.len())?;
+    check_len("factor's matrix", n * n, factor.u.len())?;
+    check_len("weight", out * n, w.len())?;
+    let mut codes = vec![0u8; out * n];
+    if n == 0 || on.cols == 0 {
+        return Ok(codes);
+    }
+    let groups = n.div_ceil(on.cols);
+    check_len("scales", out * groups, on.scales.len())?;
+    match on.shifts {
+        Shifts::Zeros(z) => check_len("zero points", out * groups, z.len())?,
+        Shifts::Offsets(o) => check_len("offsets", out * groups, o.len())?,
+        _ => {}
+    }
+    let task = Task {
+        n,
+        cols: on.cols,
+        groups,
+        block: block.min(n),
+        grid: on.grid,
+        perm: &factor.perm,
+        diag: &factor.diag,
+        U: &factor.u,
+    };
+    codes.par_chunks_mut(ROWS * n).zip(w.par_chunks(ROWS * n)).enumerate().for_each_init(
+        || Rows::new(&task),
+        |rows, (chunk, (codes, w))| {
+            let from = chunk * ROWS * task.groups;
+            solve_rows(&task, rows, w, &on.scales[from..], on.shifts.skip(from), codes);
+        },
+    );
+    Ok(codes)
+}
+
 /// What is the same for every row.
 struct Task<'a> {
     n: usize,
     cols: usize,
     groups: usize,
     block: usize,
-    mid: u8,
-    max: u8,
+    grid: Grid,
     perm: &'a [usize],
     diag: &'a [f32],
     U: &'a [f32],
@@ -111,6 +191,8 @@ struct Rows {
     scales: Vec<[f32; ROWS]>,
     /// `[groups]`.
     zeros: Vec<[u8; ROWS]>,
+    /// `[groups]`.
+    offsets: Vec<[f32; ROWS]>,
 }
 
 impl Rows {
@@ -121,12 +203,13 @@ impl Rows {
             codes: vec![[0; ROWS]; task.n],
             scales: vec![[1.0; ROWS]; task.groups],
             zeros: vec![[0; ROWS]; task.groups],
+            offsets: vec![[0.0; ROWS]; task.groups],
         }
     }
 }
 
 /// Solves up to [`ROWS`] rows.
-fn solve_rows(task: &Task, rows: &mut Rows, w: &[f32], scales: &[f32], zeros: Option<&[u8]>, codes: &mut [u8]) {
+fn solve_rows(task: &Task, rows: &mut Rows, w: &[f32], scales: &[f32], shifts: Shifts<'_>, codes: &mut [u8]) {
     let n = task.n;
     let count = w.len() / n;
     for (column, &col) in rows.W.iter_mut().zip(task.perm) {
@@ -141,7 +224,12 @@ fn solve_rows(task: &Task, rows: &mut Rows, w: &[f32], scales: &[f32], zeros: Op
     for group in 0..task.groups {
         for r in 0..count {
             rows.scales[group][r] = scales[r * task.groups + group];
-            rows.zeros[group][r] = zeros.map_or(task.mid, |z| z[r * task.groups + group]);
+            match shifts {
+                Shifts::None => {}
+                Shifts::Middle(code) => rows.zeros[group][r] = code,
+                Shifts::Zeros(z) => rows.zeros[group][r] = z[r * task.groups + group],
+                Shifts::Offsets(o) => rows.offsets[group][r] = o[r * task.groups + group],
+            }
         }
     }
 
@@ -175,15 +263,41 @@ multiversion! {
     fn solve_block(task: &Task, rows: &mut Rows, start: usize, end: usize) {
         for j in start..end {
             let group = task.perm[j] / task.cols;
-            let (scales, zeros) = (&rows.scales[group], &rows.zeros[group]);
+            let (scales, zeros, offsets) = (&rows.scales[group], &rows.zeros[group], &rows.offsets[group]);
             let U = &task.U[j * task.n..(j + 1) * task.n];
             let (done, later) = rows.W.split_at_mut(j + 1);
             let column = &done[j];
+            let codes = &mut rows.codes[j];
             let mut E = [0f32; ROWS];
-            for r in 0..ROWS {
-                let code = quantize(column[r], scales[r], zeros[r], task.max);
-                rows.codes[j][r] = code;
-                E[r] = (column[r] - dequantize(code, scales[r], zeros[r])) / U[j];
+            match task.grid {
+                Grid::Int { max } => {
+                    for r in 0..ROWS {
+                        codes[r] = quantize(column[r], scales[r], zeros[r], max);
+                        E[r] = (column[r] - dequantize(codes[r], scales[r], zeros[r])) / U[j];
+                    }
+                }
+                Grid::Steps { max } => {
+                    let top = f32::from(max);
+                    for r in 0..ROWS {
+                        // A scale of zero leaves one value.
+                        let q = ((column[r] + offsets[r]) / scales[r]).round_ties_even();
+                        let code = if q.is_nan() { 0.0 } else { q.clamp(0.0, top) };
+                        codes[r] = code as u8;
+                        E[r] = (column[r] - (scales[r] * code - offsets[r])) / U[j];
+                    }
+                }
+                Grid::E4m3 => {
+                    for r in 0..ROWS {
+                        codes[r] = to_e4m3(column[r] / scales[r]);
+                        E[r] = (column[r] - e4m3(codes[r]) * scales[r]) / U[j];
+                    }
+                }
+                Grid::E2m1 => {
+                    for r in 0..ROWS {
+                        codes[r] = to_e2m1(column[r] / scales[r]);
+                        E[r] = (column[r] - e2m1(codes[r]) * scales[r]) / U[j];
+                    }
+                }
             }
             for (column, &u) in later.iter_mut().zip(&U[j + 1..end]) {
                 for r in 0..ROWS {

@@ -13,13 +13,17 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
+pub mod blocks;
 pub mod budget;
 pub mod descent;
 pub mod driver;
 pub mod error;
 mod experts;
 pub mod factor;
+pub mod floats;
+pub mod gguf;
 pub mod gptq;
+pub mod inputs;
 pub mod loss;
 pub mod plan;
 pub mod record;

@@ -1,5 +1,7 @@
 //! The layer-wise loss a solver lowers.
 
+use std::ops::Range;
+
 use faer::linalg::matmul::matmul;
 use faer::{Accum, MatMut, MatRef, Par};
 use rayon::prelude::*;
@@ -47,6 +49,20 @@ pub fn proxy_loss(w: &[f32], q: &[f32], h: &[f32], out: usize, n: usize) -> Loss
         .collect();
     sums.iter()
         .fold(Loss { proxy: 0.0, reference: 0.0 }, |a, b| Loss { proxy: a.proxy + b.0, reference: a.reference + b.1 })
+}
+
+/// `Σ (w − q)²` and `Σ w²` of `w` `[out, n]`, without a copy of q: `widen` writes some of its rows. Rows are summed in f64 on their own,
+/// so threads change nothing.
+pub fn squared_error(w: &[f32], n: usize, widen: impl Fn(Range<usize>, &mut [f32]) + Sync) -> (f64, f64) {
+    let n = n.max(1);
+    let row = |back: &mut Vec<f32>, (r, w): (usize, &[f32])| {
+        widen(r..r + 1, back);
+        w.iter().zip(back.iter()).fold((0f64, 0f64), |(error, norm), (w, b)| {
+            (error + f64::from(w - b).powi(2), norm + f64::from(*w).powi(2))
+        })
+    };
+    let rows: Vec<(f64, f64)> = w.par_chunks_exact(n).enumerate().map_init(|| vec![0f32; n], row).collect();
+    rows.into_iter().fold((0.0, 0.0), |a, b| (a.0 + b.0, a.1 + b.1))
 }
 
 /// The diagonal blocks of `h`, upper triangles with doubled off-diagonal elements, one after another.

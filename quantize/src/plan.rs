@@ -1,184 +1,40 @@
 //! Before any work: what happens to every tensor, why, and how many bytes come out. Impossible plans are refused here,
 //! with all offenders listed.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::path::{Path, PathBuf};
+mod options;
+mod refusals;
+mod rules;
 
-use lowbit_calibration::experts::HESSIAN_BYTES;
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+
+use lowbit_checkpoint::gguf::write::FileLayout;
+use lowbit_checkpoint::linear::narrow::declare_kv;
 use lowbit_checkpoint::provenance::Provenance;
-use lowbit_checkpoint::quant_config::{Layout, PackFormat};
-use lowbit_checkpoint::writer::{DEFAULT_SHARD_BYTES, Declared};
+use lowbit_checkpoint::quant_config::Layout;
+use lowbit_checkpoint::writer::Declared;
 use lowbit_checkpoint::{Checkpoint, linear};
 use lowbit_kernels::backend::FloatType;
-use lowbit_kernels::{GroupSize, ScaleType, Scheme};
+use lowbit_kernels::ggml::GgmlType;
+use lowbit_kernels::{GroupSize, LinearScheme, Scheme};
 use lowbit_model::block::{LinearGroup, linear_shapes, router_modules};
 use lowbit_model::decoder;
 use serde_json::Value;
 
+use self::refusals::{
+    Misfit, refuse_cache, refuse_layout, refuse_methods, refuse_mixed_sets, refuse_split_sets, refuse_widths,
+};
 use crate::budget::BudgetRecord;
 use crate::error::{QuantizeError, Result};
 use crate::experts::expert_plan;
-use crate::record::{ComponentSize, PlanRecord, PlannedTensor};
+use crate::gguf;
+use crate::record::{ComponentSize, PLAN_SCHEMA, PlanRecord, PlannedTensor};
 use crate::room;
-use crate::scale_search::{ScaleSearch, SolverOptions};
-use crate::target::Correction;
+use crate::solve::Wanted;
 use crate::written::written_config;
 
-/// Which solver.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Method {
-    /// Round to nearest, no data.
-    Rtn,
-    /// GPTQ (arXiv 2210.17323) on calibration data.
-    Gptq,
-    /// The most accurate composition: see [`Recipe`].
-    Best,
-    /// What is nearly free on top of GPTQ.
-    Fast,
-}
-
-/// What a calibrated method does beside GPTQ.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct Recipe {
-    /// Shares of the drift that are corrected; any needs the float stream.
-    pub correction: Correction,
-    /// Tokens of o and down weighted by 1 / rms of the residual.
-    pub token_weights: bool,
-    /// Sweeps of coordinate descent with scale refits.
-    pub sweeps: usize,
-}
-
-impl Recipe {
-    /// Whether the float model runs beside the quantized one.
-    pub fn float_stream(&self) -> bool {
-        self.correction != Correction::default()
-    }
-}
-
-impl Method {
-    /// Its name.
-    pub fn name(self) -> &'static str {
-        match self {
-            Method::Rtn => "rtn",
-            Method::Gptq => "gptq",
-            Method::Best => "best",
-            Method::Fast => "fast",
-        }
-    }
-
-    /// Whether it needs calibration data.
-    pub fn calibrated(self) -> bool {
-        self != Method::Rtn
-    }
-
-    /// What it does beside GPTQ.
-    pub fn recipe(self) -> Recipe {
-        match self {
-            Method::Rtn | Method::Gptq => Recipe::default(),
-            Method::Fast => Recipe { token_weights: true, sweeps: 1, ..Recipe::default() },
-            Method::Best => {
-                Recipe { correction: Correction { input: 0.5, residual: 0.5 }, token_weights: true, sweeps: 3 }
-            }
-        }
-    }
-}
-
-/// Everything a user can choose.
-#[derive(Clone, Debug)]
-pub struct QuantizeOptions {
-    /// Number format of the block linears.
-    pub scheme: Scheme,
-    /// Solver.
-    pub method: Method,
-    /// Layout on disk.
-    pub format: PackFormat,
-    /// Damping as a fraction of mean(diag H).
-    pub damp_frac: f64,
-    /// Columns by falling Hessian diagonal, static groups.
-    pub act_order: bool,
-    /// How scales are chosen.
-    pub scale_search: ScaleSearch,
-    /// Let the extreme weight take the code −2^(b−1) by a negative scale.
-    pub signed_scales: bool,
-    /// Quantize lm_head to 8 bits by rounding (it is untied when it shares the embedding's matrix).
-    pub head_w8: bool,
-    /// Quantize the token embedding to 8 bits by rounding. With a tied head this needs `head_w8`: both then carry the same codes.
-    pub embedding_w8: bool,
-    /// Modules to leave alone: exact names, or `re:` patterns.
-    pub ignore: Vec<String>,
-    /// Any event is an error.
-    pub strict: bool,
-    /// Largest shard.
-    pub shard_bytes: u64,
-    /// Folder for the carried activations; in memory when absent. Does not change the result.
-    pub offload: Option<PathBuf>,
-    /// Most bytes of experts' Hessians at once. Does not change the result.
-    pub expert_bytes: u64,
-    /// Scheme of single modules, by full name, in the place of `scheme` (and of a table's 8 bits): a budget's choice.
-    pub chosen: BTreeMap<String, Scheme>,
-}
-
-impl QuantizeOptions {
-    /// The defaults for a scheme.
-    pub fn new(scheme: Scheme) -> Self {
-        Self {
-            scheme,
-            method: Method::Gptq,
-            format: PackFormat::CompressedTensors,
-            damp_frac: 0.01,
-            act_order: true,
-            scale_search: ScaleSearch::Hessian,
-            signed_scales: true,
-            head_w8: false,
-            embedding_w8: false,
-            ignore: Vec::new(),
-            strict: false,
-            shard_bytes: DEFAULT_SHARD_BYTES,
-            offload: None,
-            expert_bytes: HESSIAN_BYTES,
-            chosen: BTreeMap::new(),
-        }
-    }
-
-    /// Solver settings for a scheme whose scales are stored as `scale_type`.
-    pub fn solver(&self, scheme: Scheme, scale_type: ScaleType) -> SolverOptions {
-        SolverOptions {
-            damp_frac: self.damp_frac,
-            act_order: self.act_order && self.method.calibrated(),
-            scale_search: self.scale_search,
-            signed_scales: self.signed_scales,
-            correction: self.method.recipe().correction,
-            sweeps: self.method.recipe().sweeps,
-            ..SolverOptions::new(scheme, scale_type)
-        }
-    }
-
-    /// All options by name, for records.
-    pub fn to_map(&self) -> BTreeMap<String, Value> {
-        let mut m = BTreeMap::new();
-        m.insert("scheme".into(), self.scheme.full_name().into());
-        m.insert("method".into(), self.method.name().into());
-        m.insert("format".into(), self.format.name().into());
-        let recipe = self.method.recipe();
-        m.insert("input_correction".into(), f64::from(recipe.correction.input).into());
-        m.insert("residual_correction".into(), f64::from(recipe.correction.residual).into());
-        m.insert("token_weights".into(), recipe.token_weights.into());
-        m.insert("sweeps".into(), recipe.sweeps.into());
-        m.insert("damp_frac".into(), self.damp_frac.into());
-        m.insert("act_order".into(), self.act_order.into());
-        m.insert(
-            "scale_search".into(),
-            if self.scale_search == ScaleSearch::Hessian { "hessian" } else { "minmax" }.into(),
-        );
-        m.insert("signed_scales".into(), self.signed_scales.into());
-        m.insert("head".into(), if self.head_w8 { "w8" } else { "keep" }.into());
-        m.insert("embedding".into(), if self.embedding_w8 { "w8" } else { "keep" }.into());
-        m.insert("ignore".into(), self.ignore.clone().into());
-        m.insert("strict".into(), self.strict.into());
-        m.insert("shard_bytes".into(), self.shard_bytes.into());
-        m
-    }
-}
+pub use self::options::{Method, QuantizeOptions, Recipe};
+pub(crate) use self::rules::Rules;
 
 /// One linear to quantize.
 #[derive(Clone, Debug)]
@@ -187,35 +43,65 @@ pub struct PlannedLinear {
     pub module: String,
     /// Module whose weight is read (the embedding's for a tied head).
     pub source: String,
-    /// Block, or `None` for the head.
+    /// Block, or `None` for embedding and head.
     pub block: Option<usize>,
-    /// Number format.
-    pub scheme: Scheme,
+    /// Linears of the block that read the same input; `None` for embedding and head.
+    pub group: Option<LinearGroup>,
+    /// Number formats.
+    pub scheme: LinearScheme,
+    /// Its type in a GGUF file; where that is of super-blocks, `scheme` is not read.
+    pub ggml: Option<GgmlType>,
     /// Rows.
     pub out_features: usize,
     /// Columns.
     pub in_features: usize,
 }
 
+impl PlannedLinear {
+    /// Full scheme name, or the type of GGUF.
+    pub fn scheme_name(&self) -> String {
+        self.ggml.map_or_else(|| self.scheme.full_name(), gguf::scheme_name)
+    }
+
+    /// What its weight is to become.
+    pub fn wanted(&self) -> Wanted {
+        match self.ggml.filter(|kind| kind.scheme().is_none()) {
+            Some(kind) => Wanted::Blocks(kind),
+            None => Wanted::Codes(self.scheme.weight),
+        }
+    }
+}
+
 /// A checked plan.
 pub struct Plan {
     /// Options it was made with.
     pub options: QuantizeOptions,
-    /// Linears in graph order; the head last.
+    /// Before the number of a block in the name of a module: `model.layers`.
+    pub blocks: String,
+    /// Linears in graph order; embedding and head last.
     pub linears: Vec<PlannedLinear>,
-    /// Tensors copied bit for bit.
+    /// Tensors that stay what they are.
     pub copies: Vec<String>,
-    /// Tensors of the output.
+    /// Tensors of the output; none of a GGUF file.
     pub declared: Vec<Declared>,
     /// Layout of the packed linears.
     pub layout: Layout,
-    /// `config.json` of the output.
+    /// `config.json` of the output; a GGUF file has none.
     pub config: Value,
+    /// One GGUF file in the place of safetensors.
+    pub gguf: Option<FileLayout>,
     /// The record (provenance still empty).
     pub record: PlanRecord,
 }
 
 impl Plan {
+    /// Names of the stored scales of a block's keys and values.
+    pub(crate) fn kv_scales(&self, block: usize) -> Vec<String> {
+        let Some(kv) = self.options.kv else { return Vec::new() };
+        let declared = declare_kv(kv, &format!("{}.{block}.self_attn", self.blocks), 1, self.layout);
+        declared.into_iter().map(|d| d.name).collect()
+    }
+
     /// Adds what a budget was spent on, and each linear's share of it as its reason.
     pub fn explain(&mut self, budget: BudgetRecord) {
         for t in self.record.tensors.iter_mut().filter(|t| t.action == "quantize") {
@@ -241,39 +127,6 @@ pub fn component(name: &str) -> &'static str {
     rules.iter().find(|(k, _)| name.contains(k)).map_or("other", |(_, c)| c)
 }
 
-struct Ignore {
-    rules: Vec<(String, Option<regex::Regex>, bool)>,
-}
-
-impl Ignore {
-    fn new(patterns: &[String]) -> Result<Self> {
-        let rules = patterns
-            .iter()
-            .map(|p| {
-                let pattern = p.strip_prefix("re:").map(regex::Regex::new).transpose();
-                let pattern = pattern.map_err(|e| QuantizeError::Plan {
-                    summary: format!("--ignore {p}: {e}"),
-                    offenders: vec![],
-                    hint: None,
-                })?;
-                Ok((p.clone(), pattern, false))
-            })
-            .collect::<Result<_>>()?;
-        Ok(Self { rules })
-    }
-
-    fn hit(&mut self, module: &str) -> Option<String> {
-        let mut found = None;
-        for (text, pattern, used) in &mut self.rules {
-            if pattern.as_ref().map_or(text == module, |p| p.is_match(module)) {
-                *used = true;
-                found.get_or_insert_with(|| text.clone());
-            }
-        }
-        found
-    }
-}
-
 /// Makes the plan for writing into `output`.
 pub fn make(
     ckpt: &Checkpoint,
@@ -288,67 +141,57 @@ pub fn make(
             hint: Some("start from the original weights".into()),
         });
     }
+    if let Some(choice) = &options.gguf {
+        let plan = gguf::make(ckpt, options, choice, calibration_tokens)?;
+        return room_for(plan, options, output);
+    }
     let c = &ckpt.config;
     let prefix = decoder::prefix(ckpt)?;
-    let mut ignore = Ignore::new(&options.ignore)?;
+    let mut ignore = Rules::new("ignore", &options.ignore)?;
+    let mut modules = Rules::new("module", options.modules.iter().map(|m| &m.0))?;
     let mut reasons: BTreeMap<String, String> = BTreeMap::new();
     let mut linears = Vec::new();
-    let mut offenders: BTreeMap<(usize, String), Vec<usize>> = BTreeMap::new();
-    let mut fused_split = Vec::new();
+    let mut misfits = Vec::new();
     for block in 0..c.num_layers {
-        let mut kept_by_group: BTreeMap<String, (usize, usize)> = BTreeMap::new();
         for s in linear_shapes(c, block) {
             let module = format!("{prefix}.layers.{block}.{}", s.suffix);
-            let fused = match s.group {
-                LinearGroup::Expert(_) | LinearGroup::ExpertDown(_) => "experts".to_string(),
-                group => format!("{group:?}"),
-            };
-            let entry = kept_by_group.entry(fused).or_default();
-            entry.1 += 1;
-            if let Some(rule) = ignore.hit(&module) {
+            if let Some((_, rule)) = ignore.hit(&module) {
                 reasons.insert(format!("{module}.weight"), format!("ignored by `{rule}`"));
-                entry.0 += 1;
                 continue;
             }
-            let scheme = options.chosen.get(&module).copied().unwrap_or(options.scheme);
-            if scheme.groups(s.in_features).is_err() {
-                offenders.entry((s.in_features, s.kind())).or_default().push(block);
-                continue;
+            let rule = modules.hit(&module).and_then(|(i, _)| options.modules.get(i));
+            let scheme = options.chosen.get(&module).copied().unwrap_or(rule.map_or(options.scheme, |m| m.1));
+            if scheme.check_width(s.in_features).is_err() {
+                misfits.push(Misfit { scheme, width: s.in_features, kind: s.kind(), block });
             }
             linears.push(PlannedLinear {
                 source: module.clone(),
                 module,
                 block: Some(block),
+                group: Some(s.group),
                 scheme,
+                ggml: None,
                 out_features: s.out_features,
                 in_features: s.in_features,
             });
         }
-        for (group, (kept, all)) in kept_by_group {
-            if kept != 0 && kept != all {
-                fused_split.push(format!("block {block}, {group}: {kept} of {all} ignored"));
-            }
-        }
     }
-    refuse_widths(&offenders, options.scheme, c.num_layers)?;
-    if !fused_split.is_empty() {
-        return Err(QuantizeError::Plan {
-            summary: "engines fuse q/k/v, gate/up and a block's experts: a set must be quantized or ignored as a whole"
-                .into(),
-            offenders: fused_split,
-            hint: Some("ignore all members, for example --ignore 're:.*self_attn\\.[qkv]_proj'".into()),
-        });
-    }
+    refuse_widths(&misfits, options, c.num_layers)?;
+    refuse_split_sets(c, &linears)?;
+    refuse_mixed_sets(&linears)?;
+    refuse_cache(c, options)?;
     let head_module = if prefix == "model" { "lm_head" } else { "language_model.lm_head" };
     let head_ignored = ignore.hit(head_module).is_some();
     let untie = options.head_w8 && !head_ignored && c.tie_word_embeddings;
     // One scale per 64 columns adds 3 % to the codes and is what 8-bit kernels like.
     let group = if c.hidden_size.is_multiple_of(64) { GroupSize::Cols(64) } else { GroupSize::PerChannel };
     let table = |module: String, source: String| PlannedLinear {
-        scheme: options.chosen.get(&module).copied().unwrap_or(Scheme { bits: 8, symmetric: true, group }),
+        scheme: options.chosen.get(&module).copied().unwrap_or(Scheme { bits: 8, symmetric: true, group }.into()),
         module,
         source,
         block: None,
+        group: None,
+        ggml: None,
         out_features: c.vocab_size,
         in_features: c.hidden_size,
     };
@@ -366,59 +209,20 @@ pub fn make(
     if options.head_w8 && !head_ignored {
         linears.push(table(head_module.into(), if c.tie_word_embeddings { embedding } else { head_module.into() }));
     }
-    let unused: Vec<String> =
-        ignore.rules.iter().filter(|r| !r.2).map(|r| format!("--ignore {} matches no linear", r.0)).collect();
-    if !unused.is_empty() {
-        return Err(QuantizeError::Plan {
-            summary: "patterns that match nothing".into(),
-            offenders: unused,
-            hint: Some(format!(
-                "modules are named like `{prefix}.layers.0.self_attn.q_proj`; `lowbit inspect` lists them"
-            )),
-        });
-    }
-    if options.format != PackFormat::CompressedTensors
-        && (linears.iter().any(|l| l.block.is_none() || l.scheme != options.scheme)
-            || linears.iter().any(|l| !(l.out_features * l.scheme.bits as usize).is_multiple_of(32)))
-    {
-        return Err(QuantizeError::Plan {
-            summary: "the GPTQ format holds one bit width, and rows · bits must be a multiple of 32".into(),
-            offenders: vec![],
-            hint: Some("use --format compressed-tensors".into()),
-        });
-    }
+    let hint = format!("modules are named like `{prefix}.layers.0.self_attn.q_proj`; `lowbit inspect` lists them");
+    Rules::refuse_unused(&[&ignore, &modules], hint)?;
+    refuse_methods(options, &linears)?;
+    refuse_layout(options, &linears)?;
     let plan = assemble(ckpt, options, linears, reasons, untie, calibration_tokens)?;
+    room_for(plan, options, output)
+}
+
+fn room_for(plan: Plan, options: &QuantizeOptions, output: Option<&Path>) -> Result<Plan> {
     if let Some(output) = output {
         room::check_disk(output, plan.record.after_bytes)?;
         room::check_memory(plan.record.peak_memory_bytes, options.offload.is_some())?;
     }
     Ok(plan)
-}
-
-fn refuse_widths(offenders: &BTreeMap<(usize, String), Vec<usize>>, scheme: Scheme, layers: usize) -> Result<()> {
-    if offenders.is_empty() {
-        return Ok(());
-    }
-    let count: usize = offenders.values().map(Vec::len).sum();
-    let group = scheme.group_cols(0);
-    let lines = offenders
-        .iter()
-        .map(|((width, kind), blocks)| {
-            let mut distinct = blocks.clone();
-            distinct.dedup();
-            format!("{kind} in {} of {layers} blocks: in = {width}", distinct.len())
-        })
-        .collect();
-    let widths: Vec<usize> = offenders.keys().map(|k| k.0).collect();
-    let fits =
-        [128usize, 64, 32, 16].into_iter().find(|g| *g < group.max(1) && widths.iter().all(|w| w.is_multiple_of(*g)));
-    Err(QuantizeError::Plan {
-        summary: format!("{count} linears have an input width that group size {group} does not divide"),
-        offenders: lines,
-        hint: Some(
-            fits.map_or("use --group-size channel".into(), |g| format!("{g} divides every width: --group-size {g}")),
-        ),
-    })
 }
 
 fn assemble(
@@ -500,6 +304,22 @@ fn assemble(
             after_bytes: bytes,
         });
     }
+    for block in 0..ckpt.config.num_layers {
+        let Some(kv) = options.kv else { break };
+        for d in declare_kv(kv, &format!("{prefix}.layers.{block}.self_attn"), ckpt.config.num_kv_heads, layout) {
+            tensors.push(PlannedTensor {
+                name: d.name.clone(),
+                shape: d.shape.clone(),
+                action: "add".into(),
+                scheme: Some(kv.name()),
+                reason: "scale of cached keys or values".into(),
+                component: "attention".into(),
+                before_bytes: 0,
+                after_bytes: d.bytes(),
+            });
+            declared.push(d);
+        }
+    }
     // Matrices that are copied and are no part of the graph (routers, layers for speculation) would be taken for quantized by engines.
     let unquantized = |name: &str| {
         ckpt.store.find(name).is_some_and(|t| t.shape.len() >= 2)
@@ -512,18 +332,10 @@ fn assemble(
         .filter_map(|n| n.strip_suffix(".weight").map(String::from))
         .collect();
     let config = written_config(ckpt, options, &linears, left, untie);
-    let mut sizes: BTreeMap<String, ComponentSize> = BTreeMap::new();
-    for t in &tensors {
-        let s = sizes
-            .entry(t.component.clone())
-            .or_insert_with(|| ComponentSize { component: t.component.clone(), ..Default::default() });
-        s.before_bytes += t.before_bytes;
-        s.after_bytes += t.after_bytes;
-    }
     let quantized = linears.len();
     let experts = expert_plan(&ckpt.config, options);
     let record = PlanRecord {
-        schema: crate::record::PLAN_SCHEMA,
+        schema: PLAN_SCHEMA,
         provenance: Provenance::default(),
         before_bytes: tensors.iter().map(|t| t.before_bytes).sum(),
         after_bytes: tensors.iter().map(|t| t.after_bytes).sum(),
@@ -538,14 +350,29 @@ fn assemble(
         kept_linears: reasons.len(),
         experts,
         budget: None,
-        sizes: sizes.into_values().collect(),
+        sizes: component_sizes(&tensors),
+        notes: Vec::new(),
         tensors,
     };
-    Ok(Plan { options: options.clone(), linears, copies, declared, layout, config, record })
+    let blocks = format!("{prefix}.layers");
+    Ok(Plan { options: options.clone(), blocks, linears, copies, declared, layout, config, gguf: None, record })
+}
+
+/// Bytes before and after of each component.
+pub(crate) fn component_sizes(tensors: &[PlannedTensor]) -> Vec<ComponentSize> {
+    let mut sizes: BTreeMap<String, ComponentSize> = BTreeMap::new();
+    for t in tensors {
+        let s = sizes
+            .entry(t.component.clone())
+            .or_insert_with(|| ComponentSize { component: t.component.clone(), ..Default::default() });
+        s.before_bytes += t.before_bytes;
+        s.after_bytes += t.after_bytes;
+    }
+    sizes.into_values().collect()
 }
 
 /// Estimate: carried activations of each stream, the widest group's Hessian with its factors, and one block in f32.
-fn peak_memory(ckpt: &Checkpoint, tokens: usize, recipe: Recipe, experts: u64) -> u64 {
+pub(crate) fn peak_memory(ckpt: &Checkpoint, tokens: usize, recipe: Recipe, experts: u64) -> u64 {
     let c = &ckpt.config;
     let (h, m) = (c.hidden_size as u64, c.intermediate_size as u64);
     let t = tokens as u64;

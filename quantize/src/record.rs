@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use lowbit_calibration::Windows;
 use lowbit_checkpoint::provenance::Provenance;
 use serde::{Deserialize, Serialize};
 
@@ -25,7 +26,7 @@ pub struct PlannedTensor {
     pub name: String,
     /// `[out, in]` or as stored.
     pub shape: Vec<usize>,
-    /// `quantize`, `keep`, `copy` or `drop`.
+    /// `quantize`, `keep`, `copy`, `drop` or `add`.
     pub action: String,
     /// Full scheme name when quantized.
     pub scheme: Option<String>,
@@ -72,6 +73,9 @@ pub struct PlanRecord {
     /// Where a budget was given: what it was spent on.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub budget: Option<BudgetRecord>,
+    /// What a reader should know: linears that do not get the type asked for.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub notes: Vec<String>,
 }
 
 /// What calibrating the experts of a block takes.
@@ -157,6 +161,9 @@ pub struct LayerRecord {
     pub tokens: u64,
     /// Largest |input|.
     pub input_abs_max: f32,
+    /// The stored scale of its input (NVFP4: the global one), where there is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub input_scale: Option<f32>,
     /// Input columns never activated.
     pub dead_columns: usize,
     /// Damping used, as a fraction of mean(diag H).
@@ -177,7 +184,7 @@ pub struct QuantizeRecord {
     pub scheme: String,
     /// `best`, `fast`, `gptq` or `rtn`.
     pub method: String,
-    /// `compressed-tensors` or `gptq`.
+    /// `compressed-tensors`, `gptq`, `gptq_v2`, `awq` or `gguf`.
     pub format: String,
     /// Options in full.
     pub options: BTreeMap<String, serde_json::Value>,
@@ -203,6 +210,20 @@ pub struct QuantizeRecord {
     /// Where a budget was given: what it was spent on.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub budget: Option<BudgetRecord>,
+}
+
+impl CalibrationRecord {
+    /// Of these windows.
+    pub fn of(w: &Windows) -> Self {
+        Self {
+            source: w.source.clone(),
+            windows_sha256: w.sha256.clone(),
+            windows: w.tokens.len(),
+            window_tokens: w.tokens.iter().map(Vec::len).max().unwrap_or(0),
+            tokens: w.token_count() as u64,
+            seed: w.seed,
+        }
+    }
 }
 
 /// Which data was used.

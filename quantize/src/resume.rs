@@ -4,7 +4,7 @@
 //! the block before it. The first five make the first block's key; the key of each later one is hashed from the key and the
 //! tensors of the block before, so the first block that does not fit ends what is taken over.
 //!
-//! Of a model with experts or latent attention nothing is kept: it starts over.
+//! Of a model with experts or latent attention, and of a GGUF file, nothing is kept: they start over.
 
 use lowbit_calibration::Windows;
 use lowbit_checkpoint::hash::sha256_hex;
@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 use crate::driver::Progress;
 use crate::error::{QuantizeError, Result};
 use crate::experts::unknown_part;
-use crate::plan::{Plan, PlannedLinear};
+use crate::plan::{Plan, PlannedLinear, QuantizeOptions};
 use crate::record::LayerRecord;
 
 /// How a run meets what an earlier one left.
@@ -27,9 +27,9 @@ pub struct Resume {
     pub fresh: bool,
 }
 
-/// Whether solved blocks of such a model are kept. Not yet with experts or latent attention.
-pub fn keeps_blocks(c: &ModelConfig) -> bool {
-    unknown_part(c).is_none()
+/// Whether solved blocks are kept. Not yet with experts or latent attention, nor of a GGUF file.
+pub fn keeps_blocks(c: &ModelConfig, options: &QuantizeOptions) -> bool {
+    unknown_part(c).is_none() && options.gguf.is_none()
 }
 
 /// The chain of keys.
@@ -41,14 +41,13 @@ pub(crate) struct Chain {
 impl Chain {
     /// The first block's key.
     pub(crate) fn start(resume: &Resume, ckpt: &Checkpoint, plan: &Plan, windows: Option<&Windows>) -> Self {
-        if !keeps_blocks(&ckpt.config) {
+        if !keeps_blocks(&ckpt.config, &plan.options) {
             return Self { key: None };
         }
         let mut options = plan.options.to_map();
         // These change no code: strictness is checked again, and the writer looks at the layout of the shards itself.
         options.retain(|k, _| !matches!(k.as_str(), "strict" | "shard_bytes"));
-        let linears: Vec<Value> =
-            plan.linears.iter().map(|l| json!([l.module, l.source, l.scheme.full_name()])).collect();
+        let linears: Vec<Value> = plan.linears.iter().map(|l| json!([l.module, l.source, l.scheme_name()])).collect();
         let all = json!({
             "identity": resume.identity, "options": options, "linears": linears,
             "windows": windows.map(|w| w.sha256.as_str()),
@@ -136,9 +135,9 @@ pub(crate) fn linears_of(plan: &Plan, block: usize) -> impl Iterator<Item = &Pla
     plan.linears.iter().filter(move |l| l.block == Some(block))
 }
 
-/// Names of the tensors a block's linears are written as.
+/// Names of the tensors that a solved block has: its linears, and the scales of its keys and values.
 fn tensors_of(plan: &Plan, block: usize) -> Result<Vec<String>> {
-    let mut names = Vec::new();
+    let mut names = plan.kv_scales(block);
     for l in linears_of(plan, block) {
         let declared = linear::declare(&l.module, l.scheme, plan.layout, l.out_features, l.in_features)
             .map_err(|source| QuantizeError::Kernel { module: l.module.clone(), source })?;

@@ -75,6 +75,8 @@ pub struct SolverOptions {
     pub block: usize,
     /// Whether [`ScaleSearch::Hessian`] may pick negative scales (symmetric schemes only).
     pub signed_scales: bool,
+    /// Smallest zero point of an asymmetric scheme: 1 for GPTQ v1, which cannot store 0.
+    pub min_zero: u8,
     /// Shares of the drift that are corrected, where the statistics hold it.
     pub correction: Correction,
     /// Sweeps of coordinate descent after the solve.
@@ -92,6 +94,7 @@ impl SolverOptions {
             scale_search: ScaleSearch::Hessian,
             block: 128,
             signed_scales: true,
+            min_zero: 0,
             correction: Correction::default(),
             sweeps: 0,
         }
@@ -140,6 +143,7 @@ struct Search {
     scale_type: ScaleType,
     kind: ScaleSearch,
     signed: bool,
+    min_zero: u8,
     /// Clip factors tried by the Hessian search.
     shrink: Vec<f32>,
     /// Columns of a group, and the same rounded up to [`LANES`].
@@ -192,6 +196,7 @@ pub fn search_scales(
         scale_type: opts.scale_type,
         kind: opts.scale_search,
         signed: opts.signed_scales,
+        min_zero: opts.min_zero,
         shrink,
         cols,
         padded,
@@ -265,18 +270,19 @@ fn asymmetric(search: &Search, w: &[f32], weight: &[f32]) -> Choice {
     // Divided one by one: the difference of two large finite weights may overflow.
     let step = max / top - min / top;
     let scale = search.scale_type.round(step);
-    let mut best = Choice { scale, zero: 0, loss: 0.0 };
+    let mut best = Choice { scale, zero: search.min_zero, loss: 0.0 };
     if !usable(scale) {
         return fallback(best);
     }
-    best.zero = (-min / scale).round_ties_even().clamp(0.0, top) as u8;
+    let lowest = f32::from(search.min_zero);
+    best.zero = (-min / scale).round_ties_even().clamp(lowest, top) as u8;
     best.loss = error(search, w, weight, scale, best.zero);
     if search.kind == ScaleSearch::MinMax {
         return best;
     }
     for &p in &search.shrink {
         let scale = search.scale_type.round(p * step);
-        let zero = (-min * p / scale).round_ties_even().clamp(0.0, top) as u8;
+        let zero = (-min * p / scale).round_ties_even().clamp(lowest, top) as u8;
         best = better(search, w, weight, best, scale, zero);
     }
     best
@@ -399,6 +405,17 @@ mod tests {
                 assert_eq!(s.scales[i], ScaleType::Bf16.round(s.scales[i]));
             }
         }
+    }
+
+    #[test]
+    fn a_smallest_zero_point_is_kept() {
+        // All positive: the range begins at zero, so its zero point is 0 unless that is not to be had.
+        let w: Vec<f32> = (0..80).map(|i| 1.0 + (i % 40) as f32).collect();
+        let mut opts = options(4, false);
+        assert_eq!(search_scales(&w, 1, 80, None, &opts).unwrap().zeros.unwrap(), [0, 0]);
+        opts.min_zero = 1;
+        assert_eq!(search_scales(&w, 1, 80, None, &opts).unwrap().zeros.unwrap(), [1, 1]);
+        assert_eq!(search_scales(&[0.0; 40], 1, 40, None, &opts).unwrap().zeros.unwrap(), [1]);
     }
 
     #[test]

@@ -1,12 +1,20 @@
 //! One linear from its statistics to its codes: the composition of the pure pieces.
 
-use lowbit_calibration::InputStats;
-use lowbit_kernels::QuantizedMatrix;
+use std::ops::Range;
 
+use lowbit_calibration::InputStats;
+use lowbit_checkpoint::linear;
+use lowbit_kernels::backend::{Bytes, FloatType, HostWeight};
+use lowbit_kernels::ggml::GgmlType;
+use lowbit_kernels::{QuantizedMatrix, QuantizedWeight, WeightFormat};
+
+use crate::blocks::{BlockMatrix, blocks_gptq, blocks_rtn};
 use crate::descent::descend;
 use crate::factor::{Factor, SolveError, factorize};
+use crate::floats::quantize_float;
 use crate::gptq::gptq_codes;
 use crate::loss::{Loss, proxy_loss};
+use crate::rtn::quantize_rtn;
 use crate::scale_search::SolverOptions;
 use crate::target::corrected_target;
 
@@ -59,4 +67,99 @@ pub fn solve_linear(
         return Err(SolveError::NonFinite { what: "proxy loss", index: 0 });
     }
     Ok((matrix, loss))
+}
+
+/// What a matrix is to become.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Wanted {
+    /// Codes of a number format.
+    Codes(WeightFormat),
+    /// Super-blocks of GGUF.
+    Blocks(GgmlType),
+}
+
+/// What it became.
+pub enum Solved {
+    /// Codes of a number format.
+    Codes(QuantizedWeight),
+    /// Super-blocks of GGUF.
+    Blocks(BlockMatrix),
+}
+
+impl Solved {
+    /// As f32 `[out, n]`.
+    pub fn dequantize(&self) -> lowbit_kernels::Result<Vec<f32>> {
+        match self {
+            Solved::Codes(q) => q.dequantize(),
+            Solved::Blocks(b) => Ok(b.values()),
+        }
+    }
+
+    /// Rows as f32; within the matrix.
+    pub fn widen(&self, rows: Range<usize>, out: &mut [f32]) {
+        match self {
+            Solved::Codes(q) => q.widen(rows, out),
+            Solved::Blocks(b) => b.widen(rows, out),
+        }
+    }
+
+    /// For upload, as the model that is read back will have it.
+    pub fn host_weight(&self) -> lowbit_kernels::Result<HostWeight> {
+        let b = match self {
+            Solved::Codes(q) => return linear::host_weight(q),
+            Solved::Blocks(b) => b,
+        };
+        let values = b.values();
+        let (dtype, n) = (FloatType::F32, b.cols);
+        let data = Bytes::from_vec(values.iter().flat_map(|v| v.to_le_bytes()).collect());
+        Ok(HostWeight::Dense { dtype, out_features: values.len() / n.max(1), in_features: n, data })
+    }
+}
+
+/// [`solve_linear`] for integers, GPTQ onto the grids of the others; `set_max` as in [`quantize_float`].
+pub fn solve_any(
+    w: &[f32],
+    out: usize,
+    n: usize,
+    wanted: Wanted,
+    set_max: f32,
+    shared: &Shared,
+    opts: &SolverOptions,
+) -> Result<(Solved, Loss), SolveError> {
+    let solved = match wanted {
+        Wanted::Codes(WeightFormat::Int(_)) => {
+            return solve_linear(w, out, n, shared, opts)
+                .map(|(m, loss)| (Solved::Codes(QuantizedWeight::Int(m)), loss));
+        }
+        Wanted::Codes(format) => {
+            let q = quantize_float(w, out, n, format, set_max, Some(&shared.factor), opts)?;
+            Solved::Codes(QuantizedWeight::Float(q))
+        }
+        Wanted::Blocks(kind) => Solved::Blocks(blocks_gptq(kind, w, n, &shared.factor, opts)?),
+    };
+    let loss = proxy_loss(w, &solved.dequantize()?, &shared.stats.hessian, out, n);
+    if !(loss.proxy.is_finite() && loss.reference.is_finite()) {
+        return Err(SolveError::NonFinite { what: "proxy loss", index: 0 });
+    }
+    Ok((solved, loss))
+}
+
+/// Every weight on its own.
+pub fn round_any(
+    w: &[f32],
+    out: usize,
+    n: usize,
+    wanted: Wanted,
+    set_max: f32,
+    opts: &SolverOptions,
+) -> Result<Solved, SolveError> {
+    Ok(match wanted {
+        Wanted::Codes(WeightFormat::Int(_)) => {
+            Solved::Codes(QuantizedWeight::Int(quantize_rtn(w, out, n, None, opts)?))
+        }
+        Wanted::Codes(format) => {
+            Solved::Codes(QuantizedWeight::Float(quantize_float(w, out, n, format, set_max, None, opts)?))
+        }
+        Wanted::Blocks(kind) => Solved::Blocks(blocks_rtn(kind, w, n)?),
+    })
 }

@@ -1,5 +1,7 @@
 //! `lowbit verify`: re-opens an artefact and checks every tensor against its config, its record, and (when at hand) the original.
 
+use std::collections::BTreeSet;
+
 use lowbit_checkpoint::{Checkpoint, linear};
 use lowbit_kernels::backend::HostWeight;
 use lowbit_model::block::linear_shapes;
@@ -41,16 +43,27 @@ pub fn verify(ckpt: &Checkpoint, record: Option<&QuantizeRecord>, original: Opti
         let head = if prefix == "model" { "lm_head" } else { "language_model.lm_head" };
         modules.push((head.into(), c.vocab_size, c.hidden_size));
     }
+    // Where codes of a byte have the name of the floats that they replace.
+    let mut replaced = BTreeSet::new();
     for (module, out, n) in &modules {
         match ckpt.linear(module, *out, *n) {
             Err(e) => problems.push(e.to_string()),
             Ok(HostWeight::Dense { .. }) => done.dense_linears += 1,
-            Ok(HostWeight::Packed(p)) => {
-                match linear::unpack(&p) {
-                    Ok(_) => done.packed_linears += 1,
+            Ok(w @ (HostWeight::Packed(_) | HostWeight::Float(_))) => {
+                replaced.insert(format!("{module}.weight"));
+                let checked = match &w {
+                    HostWeight::Packed(p) => linear::unpack(p).map(|_| ()),
+                    HostWeight::Float(f) => f.validate(),
+                    HostWeight::Dense { .. } => Ok(()),
+                };
+                match checked {
+                    Ok(()) => done.packed_linears += 1,
                     Err(e) => problems.push(format!("`{module}`: {e}")),
                 }
-                let scheme = p.scheme.full_name();
+                if let Err(e) = ckpt.input_rule(module) {
+                    problems.push(e.to_string());
+                }
+                let scheme = ckpt.scheme_of(module, &w).map_or_else(String::new, |s| s.full_name());
                 let noted = record.and_then(|r| r.layers.iter().find(|l| l.name == *module));
                 match (record.is_some(), noted) {
                     (true, None) => problems.push(format!("`{module}` is packed but quantize.json does not list it")),
@@ -62,6 +75,11 @@ pub fn verify(ckpt: &Checkpoint, record: Option<&QuantizeRecord>, original: Opti
             }
         }
     }
+    for i in 0..c.num_layers {
+        if let Err(e) = ckpt.kv_rules(&format!("{prefix}.layers.{i}.self_attn")) {
+            problems.push(e.to_string());
+        }
+    }
     for (name, t) in ckpt.store.iter() {
         if let Some(v) = t.to_f32() {
             match v.iter().position(|x| !x.is_finite()) {
@@ -69,7 +87,7 @@ pub fn verify(ckpt: &Checkpoint, record: Option<&QuantizeRecord>, original: Opti
                 None => done.float_tensors += 1,
             }
         }
-        if let Some(o) = original.and_then(|o| o.store.find(name)) {
+        if let Some(o) = original.and_then(|o| o.store.find(name)).filter(|_| !replaced.contains(name)) {
             if o.dtype != t.dtype || o.shape != t.shape || o.data.as_slice() != t.data.as_slice() {
                 problems.push(format!("`{name}` should be the original's bits and is not"));
             } else {

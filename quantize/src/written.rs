@@ -3,38 +3,35 @@
 use std::collections::BTreeSet;
 
 use lowbit_checkpoint::Checkpoint;
-use lowbit_checkpoint::quant_config::{PackFormat, WrittenGroup, write_compressed_tensors, write_gptq};
-use lowbit_kernels::Scheme;
+use lowbit_checkpoint::quant_config::{PackFormat, WrittenGroup, by_scheme, write_compressed_tensors, write_uniform};
+use lowbit_kernels::LinearScheme;
 use serde_json::Value;
 
 use crate::plan::{PlannedLinear, QuantizeOptions};
 use crate::scale_search::ScaleSearch;
 
-/// Modules that share a scheme.
-struct Rule {
-    scheme: Scheme,
-    table: bool,
-    targets: Vec<String>,
-}
-
-/// Tables by name, then `Linear` where the blocks have one scheme, and every module by name where they have several.
-fn rules(options: &QuantizeOptions, linears: &[PlannedLinear]) -> Vec<Rule> {
-    let mut rules: Vec<Rule> = Vec::new();
-    let (tables, blocks): (Vec<&PlannedLinear>, Vec<_>) = linears.iter().partition(|l| l.block.is_none());
-    for l in tables.iter().chain(&blocks) {
-        let table = l.block.is_none();
-        match rules.iter_mut().find(|r| r.scheme == l.scheme && r.table == table) {
-            Some(r) => r.targets.push(l.module.clone()),
-            None => rules.push(Rule { scheme: l.scheme, table, targets: vec![l.module.clone()] }),
+/// Schemes and their targets: tables by name, then the blocks' linears. Where those have one scheme, and where `scheme` is one of
+/// several, it gets `Linear`; every other has its modules by name. The second value says whether they are tables.
+fn rules(options: &QuantizeOptions, linears: &[PlannedLinear]) -> Vec<(LinearScheme, Vec<String>, bool)> {
+    let of = |tables: bool| {
+        let some = linears.iter().filter(move |l| l.block.is_none() == tables);
+        by_scheme(some.map(|l| (l.scheme, l.module.clone())))
+    };
+    let (tables, mut blocks) = (of(true), of(false));
+    let linear = || vec!["Linear".to_string()];
+    let default = blocks.iter().position(|(scheme, _)| *scheme == options.scheme).filter(|_| options.chosen.is_empty());
+    match (blocks.as_mut_slice(), default) {
+        ([], _) => blocks.push((options.scheme, linear())),
+        ([(_, targets)], _) => *targets = linear(),
+        (_, Some(i)) => {
+            // The narrow targets first: loaders take the first rule that matches.
+            let (scheme, _) = blocks.remove(i);
+            blocks.push((scheme, linear()));
         }
+        (_, None) => {}
     }
-    let linear = vec!["Linear".to_string()];
-    match rules.iter().filter(|r| !r.table).count() {
-        0 => rules.push(Rule { scheme: options.scheme, table: false, targets: linear }),
-        1 => rules.iter_mut().filter(|r| !r.table).for_each(|r| r.targets.clone_from(&linear)),
-        _ => {}
-    }
-    rules
+    let tables = tables.into_iter().map(|(scheme, targets)| (scheme, targets, true));
+    tables.chain(blocks.into_iter().map(|(scheme, targets)| (scheme, targets, false))).collect()
 }
 
 /// `left` are the modules that stay as they are; `untie` where the head no longer is the embedding's matrix.
@@ -52,24 +49,24 @@ pub(crate) fn written_config(
     let q = match options.format {
         PackFormat::CompressedTensors => {
             let observer = if options.scale_search == ScaleSearch::Hessian { "mse" } else { "memoryless_minmax" };
-            // The narrow targets first: loaders take the first rule that matches.
             let groups: Vec<WrittenGroup> = rules(options, linears)
                 .into_iter()
-                .map(|r| WrittenGroup {
-                    scheme: r.scheme,
-                    targets: r.targets,
+                .map(|(scheme, targets, table)| WrittenGroup {
+                    scheme,
+                    targets,
                     observer,
-                    static_act_order: !r.table && options.act_order && options.method.calibrated(),
+                    static_act_order: !table && options.act_order && options.method.calibrated(),
                 })
                 .collect();
             if !tables.iter().any(|t| t.module == head_module) {
                 ignore.push(head_module.into());
             }
-            write_compressed_tensors(&groups, &ignore)
+            write_compressed_tensors(&groups, &ignore, options.kv)
         }
         _ => {
             let damp = options.method.calibrated().then_some(options.damp_frac);
-            write_gptq(options.scheme, damp, false, &ignore)
+            // The plan lets nothing else come here.
+            options.scheme.int().map_or(Value::Null, |s| write_uniform(options.format, s, damp, false, &ignore))
         }
     };
     if let Some(map) = config.as_object_mut() {

@@ -14,10 +14,14 @@ use std::sync::atomic::AtomicBool;
 use lowbit_calibration::Windows;
 use lowbit_checkpoint::Checkpoint;
 use lowbit_checkpoint::provenance::Provenance;
+use lowbit_checkpoint::quant_config::{KvScheme, PackFormat};
+use lowbit_kernels::activation::InputCode;
 use lowbit_kernels::backend::{Buffer, Segment};
 use lowbit_kernels::cpu::CpuBackend;
-use lowbit_kernels::{GroupSize, Scheme};
+use lowbit_kernels::ggml::GgmlType;
+use lowbit_kernels::{GroupSize, LinearScheme, Scheme};
 use lowbit_model::Model;
+use lowbit_quantize::gguf::GgufChoice;
 use lowbit_quantize::record::QuantizeRecord;
 use lowbit_quantize::verify::verify;
 use lowbit_quantize::{Method, QuantizeError, QuantizeOptions, Resume, Silent, budget, plan, quantize};
@@ -68,7 +72,7 @@ fn run(from: &Path, to: &Path, options: &QuantizeOptions) -> Result<(QuantizeRec
     let ckpt = Checkpoint::open(from).unwrap();
     let windows = windows();
     let made = plan::make(&ckpt, options, None, windows.token_count())?;
-    let windows = options.method.calibrated().then_some(&windows);
+    let windows = options.needs_data().then_some(&windows);
     let resume = Resume { identity: "test".into(), fresh: false };
     let (outcome, writer) =
         quantize(&ckpt, &CpuBackend::new(), &made, windows, to, false, &resume, &Silent, &AtomicBool::new(false))?;
@@ -210,6 +214,80 @@ fn passes_over_the_experts_and_offloading_change_no_byte() {
     }
 }
 
+/// Experts in other layouts and number formats: written, verified, and read back as a model; or refused by name.
+#[test]
+fn experts_in_every_format() {
+    let tmp = tempfile::tempdir().unwrap();
+    let scheme = |name: &str| LinearScheme::parse(name, GroupSize::Cols(8), true).unwrap();
+    let of = |name: &str, method, format| QuantizeOptions { method, format, ..QuantizeOptions::new(scheme(name)) };
+    use Method::{Best, Gptq, Rtn};
+    use PackFormat::{Awq, CompressedTensors, GptqV2};
+    for family in ["mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3"] {
+        let from = tmp.path().join(family);
+        original(&from, family);
+        let source = Checkpoint::open(&from).unwrap();
+        let float = logits(&from);
+        for (name, method, format) in [
+            ("w4a16", Best, GptqV2),
+            ("w4a16", Gptq, Awq),
+            ("fp8-dynamic", Gptq, CompressedTensors),
+            ("fp8-static", Rtn, CompressedTensors),
+            ("w8a8-static", Gptq, CompressedTensors),
+            ("nvfp4", Gptq, CompressedTensors),
+        ] {
+            let what = format!("{family} {name} {}", format.name());
+            let to = tmp.path().join(&what);
+            let (record, after) = match run(&from, &to, &of(name, method, format)) {
+                Ok(done) => done,
+                // Widths of these tiny models that are no whole words or groups.
+                Err(QuantizeError::Plan { summary, offenders, hint }) => {
+                    assert!(!offenders.is_empty() && hint.is_some(), "{what}: {summary}");
+                    eprintln!("{what}: {summary}");
+                    continue;
+                }
+                Err(e) => panic!("{what}: {e}"),
+            };
+            let ckpt = Checkpoint::open(&to).unwrap();
+            verify(&ckpt, Some(&record), Some(&source)).unwrap_or_else(|e| panic!("{what}: {e}"));
+            assert_eq!(ckpt.store.iter().map(|(_, t)| t.data.as_slice().len() as u64).sum::<u64>(), after, "{what}");
+            let stored = name.ends_with("static") || name == "nvfp4";
+            for l in record.layers.iter().filter(|l| l.block.is_some()) {
+                // A starved expert's input has the layer's scale, and says so where anything of it comes from the data.
+                assert_eq!(l.input_scale.is_some_and(|s| s > 0.0), stored, "{what}: {}", l.name);
+            }
+            let said = record.layers.iter().flat_map(|l| &l.events).any(|e| e.contains("expert"));
+            assert!(said, "{what}");
+            // Tiny models, of which a token that goes to another expert is a large part.
+            let d = distance(&logits(&to), &float);
+            assert!(d > 0.0 && d < 0.8, "{what}: {d}");
+        }
+        // One scale for the set that engines hold as one matrix.
+        if family == "mixtral" {
+            let ckpt = Checkpoint::open(&tmp.path().join("mixtral nvfp4 compressed-tensors")).unwrap();
+            let global = |w: &str| {
+                let name = format!("model.layers.0.block_sparse_moe.experts.0.{w}.weight_global_scale");
+                ckpt.store.vector(&name, 1).unwrap()[0]
+            };
+            assert_eq!(global("w1"), global("w3"));
+        }
+        let gguf = Some(GgufChoice { kind: GgmlType::Q4_0, embedding: None, head: None });
+        let error = run(&from, &tmp.path().join("no"), &QuantizeOptions { gguf, ..options(Gptq) }).unwrap_err();
+        assert!(error.to_string().contains("cannot be written as GGUF"), "{error}");
+        let kv = Some(KvScheme { code: InputCode::Fp8, per_head: false });
+        let cached = QuantizeOptions { kv, ..options(Rtn) };
+        match run(&from, &tmp.path().join(format!("{family} cache")), &cached) {
+            Ok((record, _)) => {
+                let ckpt = Checkpoint::open(&tmp.path().join(format!("{family} cache"))).unwrap();
+                verify(&ckpt, Some(&record), Some(&source)).unwrap();
+                assert!(ckpt.kv_rules("model.layers.0.self_attn").unwrap().is_some() && source.config.latent.is_none());
+                // Rounding takes nothing of an expert from the data.
+                assert!(record.layers.iter().all(|l| l.events.is_empty()), "{family}");
+            }
+            Err(e) => assert!(e.to_string().contains("latent attention") && source.config.latent.is_some(), "{e}"),
+        }
+    }
+}
+
 #[test]
 fn strict_takes_no_starved_expert() {
     let tmp = tempfile::tempdir().unwrap();
@@ -252,8 +330,18 @@ fn the_plan_states_what_experts_cost_and_refuses_half_a_block() {
     let error = refused(&one);
     assert!(error.contains("block 1, experts: 3 of 48 ignored"), "{error}");
     let scheme = Scheme::parse("w4a16", GroupSize::Cols(32), true).unwrap();
-    let error = refused(&QuantizeOptions { scheme, ..options(Method::Gptq) });
+    let error = refused(&QuantizeOptions { scheme: scheme.into(), ..options(Method::Gptq) });
     assert!(error.contains("mlp.experts.*.down_proj in 2 of 4 blocks: in = 16"), "{error}");
+    // All experts have one scheme, which may be another than the rest's.
+    let w8 = LinearScheme::parse("w8a16", GroupSize::Cols(8), true).unwrap();
+    let module = |pattern: &str| {
+        let modules = vec![(pattern.to_string(), w8)];
+        QuantizeOptions { modules, ..options(Method::Gptq) }
+    };
+    let error = refused(&module(r"re:.*layers\.1\..*experts\.7\..*"));
+    assert!(error.contains("a set must have one scheme") && error.contains("experts.7.gate_proj"), "{error}");
+    let made = plan::make(&ckpt, &module("re:.*experts.*"), None, 384).unwrap();
+    assert!(made.linears.iter().all(|l| (l.scheme == w8) == l.module.contains(".experts.")));
 }
 
 #[test]

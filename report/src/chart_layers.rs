@@ -23,9 +23,9 @@ struct Cell<'a> {
     linears: usize,
 }
 
-/// `4` of `w4a16-g64`.
+/// `4` of `w4a16-g64`, `nvfp4` or `q4_k`.
 fn bits(scheme: &str) -> &str {
-    let rest = scheme.strip_prefix('w').unwrap_or_default();
+    let rest = scheme.trim_start_matches(|c: char| !c.is_ascii_digit());
     rest.get(..rest.find(|c: char| !c.is_ascii_digit()).unwrap_or(rest.len())).unwrap_or_default()
 }
 
@@ -163,6 +163,9 @@ mod tests {
             text.contains(">3</text>") && text.contains(">8</text>") && text.contains("0.100, w3a16-g64"),
             "{text}"
         );
+        let floats = [with("a.q_proj", "nvfp4"), with("a.o_proj", "fp8-dynamic")];
+        let text = heat_map(&floats, "", 2).unwrap();
+        assert!(text.contains(">4</text>") && text.contains(">8</text>"), "{text}");
         let same = [with("a.q_proj", "w4a16-g64"), with("a.o_proj", "w4a16-g64")];
         assert!(!heat_map(&same, "", 2).unwrap().contains("class=\"cell\""));
     }

@@ -71,7 +71,8 @@ pub fn spend(
     let candidates = candidates(&args.budget)?;
     let outline = budget::outline(ckpt, options)?;
     let mut settings = outline.options.to_map();
-    settings.retain(|k, _| !matches!(k.as_str(), "strict" | "shard_bytes" | "format" | "sweeps" | "ignore"));
+    settings
+        .retain(|k, _| !matches!(k.as_str(), "strict" | "shard_bytes" | "format" | "sweeps" | "ignore" | "kv_scheme"));
     let names: Vec<String> = candidates.iter().map(Scheme::full_name).collect();
     let modules: Vec<&String> = outline.linears.iter().map(|l| &l.module).collect();
     let key = json!({"identity": identity, "windows": windows.sha256, "candidates": names, "modules": modules, "settings": settings});

@@ -88,7 +88,7 @@ impl Models {
                 );
             }
         }
-        let packed = ckpt.quantization.as_ref().and_then(|q| q.groups.iter().map(|g| u32::from(g.scheme.bits)).min());
+        let packed = ckpt.quantization.as_ref().and_then(|q| q.groups.iter().map(|g| g.scheme.code_bits()).min());
         // An imported GGUF file is dense here, and was not there.
         let file = Path::new(&candidate.name);
         let bits = match packed {

@@ -27,7 +27,7 @@ pub fn inspect(ctx: &Context, args: &InspectArgs) -> Result<()> {
     let total: u64 = dtypes.values().map(|d| d.1).sum();
     let quantization = ckpt.quantization.as_ref().map(|q| {
         let schemes: Vec<String> = q.groups.iter().map(|g| g.scheme.full_name()).collect();
-        json!({"format": q.format.name(), "schemes": schemes, "ignore": q.ignore})
+        json!({"format": q.format.name(), "schemes": schemes, "kv": q.kv.map(|kv| kv.name()), "ignore": q.ignore})
     });
     let json = json!({
         "model": located.name, "dir": located.dir, "family": c.family, "layers": c.num_layers, "hidden_size": c.hidden_size,

@@ -8,17 +8,20 @@ use lowbit_calibration::{Source, WindowOrder, Windows, build_windows, load_texts
 use lowbit_checkpoint::chat_template::ChatTemplate;
 use lowbit_checkpoint::hub;
 use lowbit_checkpoint::provenance::Provenance;
-use lowbit_checkpoint::quant_config::PackFormat;
+use lowbit_checkpoint::quant_config::{KvScheme, PackFormat};
 use lowbit_checkpoint::tokenizer::Tokenizer;
 use lowbit_checkpoint::{Checkpoint, CheckpointError};
-use lowbit_kernels::{GroupSize, Scheme};
+use lowbit_kernels::activation::InputCode;
+use lowbit_kernels::ggml::GgmlType;
+use lowbit_kernels::{GroupSize, LinearScheme, Scheme};
 use lowbit_model::Model;
+use lowbit_quantize::gguf::GgufChoice;
 use lowbit_quantize::plan::{self, Plan};
 use lowbit_quantize::record::{PlanRecord, QuantizeRecord};
 use lowbit_quantize::scale_search::ScaleSearch;
-use lowbit_quantize::{Method, Progress, QuantizeOptions, Resume};
+use lowbit_quantize::{Method, Progress, QuantizeError, QuantizeOptions, Resume};
 
-use crate::args::{FormatArg, HeadArg, MethodArg, PlanArgs, QuantOptions, QuantizeArgs};
+use crate::args::{FormatArg, HeadArg, KvSchemeArg, MethodArg, PlanArgs, QuantOptions, QuantizeArgs};
 use crate::commands::budget;
 use crate::commands::table::{megabytes, table};
 use crate::context::{Context, Purpose};
@@ -29,6 +32,15 @@ use crate::recipe;
 
 /// Validates the options.
 pub fn options(q: &QuantOptions) -> Result<QuantizeOptions> {
+    if q.format == FormatArg::Gguf {
+        return gguf_options(q);
+    }
+    if let Some(kind) = gguf_kind(&q.scheme) {
+        bail!("--scheme {} is {}, a type of GGUF\nhint: add --format gguf", q.scheme, kind.name());
+    }
+    if q.head == HeadArg::Q6K || q.embedding == HeadArg::Q6K {
+        bail!("q6_k is a type of GGUF\nhint: w8, or --format gguf");
+    }
     let group = match q.group_size.as_deref() {
         None => GroupSize::Cols(128),
         Some("channel" | "-1") => GroupSize::PerChannel,
@@ -37,6 +49,25 @@ pub fn options(q: &QuantOptions) -> Result<QuantizeOptions> {
             _ => bail!("--group-size {n}: expected a positive number or `channel`"),
         },
     };
+    let scheme = LinearScheme::parse(&q.scheme, group, !q.asymmetric)?;
+    if !LinearScheme::has_groups(&q.scheme) && q.group_size.is_some() {
+        bail!("--group-size: {} fixes its groups\nhint: leave --group-size out", q.scheme);
+    }
+    if !LinearScheme::has_groups(&q.scheme) && q.asymmetric {
+        bail!("--asymmetric: {} is symmetric\nhint: leave --asymmetric out", q.scheme);
+    }
+    let format = match q.format {
+        FormatArg::CompressedTensors => PackFormat::CompressedTensors,
+        FormatArg::Gptq => PackFormat::GptqV1,
+        FormatArg::GptqV2 => PackFormat::GptqV2,
+        FormatArg::Awq => PackFormat::Awq,
+        FormatArg::Bf16 | FormatArg::Gguf => bail!("--format bf16 writes dense weights: that is `lowbit convert`"),
+    };
+    common(q, group, QuantizeOptions { format, ..QuantizeOptions::new(scheme) })
+}
+
+/// Options that every format has; `group` is that of modules whose rule names none.
+fn common(q: &QuantOptions, group: GroupSize, base: QuantizeOptions) -> Result<QuantizeOptions> {
     if !(q.damp.is_finite() && (0.0..=1.0).contains(&q.damp)) {
         bail!("--damp {}: expected a fraction between 0 and 1", q.damp);
     }
@@ -44,12 +75,7 @@ pub fn options(q: &QuantOptions) -> Result<QuantizeOptions> {
         bail!("--samples and --seq-len must be at least 1");
     }
     budget::refuse_auto(q)?;
-    let scheme = Scheme::parse(&q.scheme, group, !q.asymmetric)?;
-    let format = match q.format {
-        FormatArg::CompressedTensors => PackFormat::CompressedTensors,
-        FormatArg::Gptq => PackFormat::GptqV1,
-        FormatArg::Bf16 => bail!("--format bf16 writes dense weights: that is `lowbit convert`"),
-    };
+    let modules = q.module.iter().map(|m| module_rule(m, group, !q.asymmetric)).collect::<Result<_>>()?;
     Ok(QuantizeOptions {
         method: match q.method {
             MethodArg::Gptq => Method::Gptq,
@@ -57,7 +83,6 @@ pub fn options(q: &QuantOptions) -> Result<QuantizeOptions> {
             MethodArg::Fast => Method::Fast,
             MethodArg::Rtn => Method::Rtn,
         },
-        format,
         damp_frac: q.damp,
         act_order: !q.no_act_order,
         scale_search: if q.minmax_scales { ScaleSearch::MinMax } else { ScaleSearch::Hessian },
@@ -67,9 +92,59 @@ pub fn options(q: &QuantOptions) -> Result<QuantizeOptions> {
         ignore: q.ignore.clone(),
         strict: q.strict,
         offload: q.offload.clone(),
+        modules,
+        kv: q.kv_scheme.map(|kv| match kv {
+            KvSchemeArg::Fp8 => KvScheme { code: InputCode::Fp8, per_head: false },
+            KvSchemeArg::Fp8Head => KvScheme { code: InputCode::Fp8, per_head: true },
+            KvSchemeArg::Int8 => KvScheme { code: InputCode::Int8, per_head: false },
+            KvSchemeArg::Int8Head => KvScheme { code: InputCode::Int8, per_head: true },
+        }),
         shard_bytes: q.shard_mb.max(1).saturating_mul(1_000_000),
-        ..QuantizeOptions::new(scheme)
+        ..base
     })
+}
+
+/// The type of GGUF that a scheme's name is.
+fn gguf_kind(name: &str) -> Option<GgmlType> {
+    use GgmlType::{Q4_0, Q4K, Q5_0, Q6K, Q8_0};
+    [Q4_0, Q5_0, Q8_0, Q4K, Q6K].into_iter().find(|k| k.name().eq_ignore_ascii_case(name))
+}
+
+fn gguf_options(q: &QuantOptions) -> Result<QuantizeOptions> {
+    let Some(kind) = gguf_kind(&q.scheme) else {
+        bail!("--format gguf with --scheme {}\nhint: --scheme q4_0, q5_0, q8_0, q4_k or q6_k", q.scheme);
+    };
+    if q.group_size.is_some() || q.asymmetric {
+        bail!("{} has its own groups and zero points\nhint: leave --group-size and --asymmetric away", kind.name());
+    }
+    let table = |arg: HeadArg| match arg {
+        // Of a budget, which a GGUF does not have.
+        HeadArg::Keep | HeadArg::Auto => None,
+        HeadArg::W8 => Some(GgmlType::Q8_0),
+        HeadArg::Q6K => Some(GgmlType::Q6K),
+    };
+    let gguf = GgufChoice { kind, embedding: table(q.embedding), head: table(q.head) };
+    let scheme = kind.scheme().unwrap_or(Scheme { bits: 8, symmetric: true, group: GroupSize::Cols(32) });
+    common(q, GroupSize::Cols(32), QuantizeOptions { gguf: Some(gguf), ..QuantizeOptions::new(scheme) })
+}
+
+/// `PATTERN=SCHEME` or `PATTERN=SCHEME:GROUP`; a pattern may hold `=` itself.
+fn module_rule(text: &str, group: GroupSize, symmetric: bool) -> Result<(String, LinearScheme)> {
+    let Some((pattern, scheme)) = text.rsplit_once('=').filter(|(p, s)| !p.is_empty() && !s.is_empty()) else {
+        bail!("--module {text}: expected PATTERN=SCHEME\nhint: for example --module 're:.*down_proj=w8a16'");
+    };
+    let (name, group) = match scheme.split_once(':') {
+        Some((name, "channel" | "-1")) => (name, GroupSize::PerChannel),
+        Some((name, n)) => match n.parse::<usize>() {
+            Ok(n) if n > 0 => (name, GroupSize::Cols(n)),
+            _ => bail!("--module {text}: group {n}: expected a positive number or `channel`"),
+        },
+        None => (scheme, group),
+    };
+    if scheme.contains(':') && !LinearScheme::has_groups(name) {
+        bail!("--module {text}: {name} fixes its groups\nhint: leave `:GROUP` out");
+    }
+    Ok((pattern.to_string(), LinearScheme::parse(name, group, symmetric)?))
 }
 
 /// The full options of a run, for the record.
@@ -90,7 +165,7 @@ fn option_map(options: &QuantizeOptions, q: &QuantOptions) -> std::collections::
 
 /// `lowbit plan`.
 pub fn plan(ctx: &Context, args: &PlanArgs) -> Result<()> {
-    let located = models::locate(ctx, &args.model)?;
+    let located = models::locate_floats(ctx, &args.model)?;
     let ckpt = located.open()?;
     let options = options(&args.quant)?;
     let made = make_plan(ctx, &located, &ckpt, &options, &args.quant, None)?;
@@ -106,14 +181,15 @@ pub fn make_plan(
     q: &QuantOptions,
     output: Option<&Path>,
 ) -> Result<Plan> {
-    let tokens = if options.method.calibrated() { q.samples.saturating_mul(q.seq_len) } else { 0 };
+    let tokens = if options.needs_data() { q.samples.saturating_mul(q.seq_len) } else { 0 };
     let gathered =
         provenance::gather(ctx, Purpose::Accuracy, located, None, q.seed.unwrap_or(0), option_map(options, q))?;
     let mut made = match budget::ask(&q.budget)? {
         None => plan::make(ckpt, options, output, tokens)?,
         Some(ask) => {
-            lowbit_quantize::budget::check(ckpt)?;
-            let windows = calibration_windows(ctx, ckpt, q)?;
+            lowbit_quantize::budget::check(ckpt, options)?;
+            let missing = || QuantizeError::no_data("a budget", "one scheme: --scheme w4a16");
+            let windows = calibration_windows(ctx, ckpt, q, missing)?;
             let (options, spent) = budget::spend(ctx, ckpt, options, q, ask, &windows, &identity(&gathered))?;
             let mut made = plan::make(ckpt, &options, output, tokens)?;
             made.explain(spent);
@@ -144,6 +220,7 @@ pub fn describe(p: &PlanRecord) -> String {
             ratio(p.before_bytes, p.after_bytes),
         ]])
         .collect();
+    let notes: String = p.notes.iter().map(|n| format!("\nnote: {n}")).collect();
     let experts = p.experts.as_ref().map_or(String::new(), |e| {
         format!(
             "\n{} experts a block, {} a token: Hessians of {} at once ({} in all), {} a block; an expert needs {} tokens",
@@ -156,7 +233,7 @@ pub fn describe(p: &PlanRecord) -> String {
         )
     });
     format!(
-        "{} linears to quantize, {} ignored; peak memory about {}{experts}\n\n{}",
+        "{} linears to quantize, {} ignored; peak memory about {}{experts}{notes}\n\n{}",
         p.quantized_linears,
         p.kept_linears,
         megabytes(p.peak_memory_bytes),
@@ -174,10 +251,13 @@ pub fn quantize(ctx: &Context, args: &QuantizeArgs) -> Result<()> {
     if args.output.exists() && !args.force {
         return Err(CheckpointError::Exists { path: args.output.clone() }.into());
     }
-    let located = models::locate(ctx, &args.model)?;
+    let located = models::locate_floats(ctx, &args.model)?;
     refuse_same(&located.dir, &args.output)?;
     let ckpt = located.open()?;
     let made = make_plan(ctx, &located, &ckpt, &options, &args.quant, Some(&args.output))?;
+    for note in &made.record.notes {
+        ctx.say(format!("note: {note}"));
+    }
     let record = execute(ctx, &ckpt, &made, &args.quant, &args.output, args.force, args.fresh)?;
     ctx.print(&record, || summary(&record))
 }
@@ -210,8 +290,9 @@ pub fn execute(
     fresh: bool,
 ) -> Result<QuantizeRecord> {
     let start = Instant::now();
-    let windows = if made.options.method.calibrated() { Some(calibration_windows(ctx, ckpt, q)?) } else { None };
-    exit::starts_over(!lowbit_quantize::resume::keeps_blocks(&ckpt.config));
+    let needed = made.options.needs_data();
+    let windows = needed.then(|| calibration_windows(ctx, ckpt, q, || made.options.no_data())).transpose()?;
+    exit::starts_over(!lowbit_quantize::resume::keeps_blocks(&ckpt.config, &made.options));
     let writing = ctx.writing();
     let (outcome, writer) = lowbit_quantize::quantize(
         ckpt,
@@ -239,10 +320,10 @@ pub fn execute(
         provenance: made.record.provenance.clone(),
         scheme: match &made.record.budget {
             Some(b) => format!("mixed, {:.2} bits", b.bits_per_weight),
-            None => made.options.scheme.full_name(),
+            None => made.options.scheme_name(),
         },
         method: made.options.method.name().into(),
-        format: made.options.format.name().into(),
+        format: made.options.format_name().into(),
         options: made.record.provenance.options.clone(),
         calibration: outcome.calibration,
         layers: outcome.layers,
@@ -304,12 +385,14 @@ fn coverage(r: &QuantizeRecord) -> String {
     table(&["block", "experts", "fewest tokens", "median", "needed", "starved", "dead"], &rows)
 }
 
-fn calibration_windows(ctx: &Context, ckpt: &Checkpoint, q: &QuantOptions) -> Result<Windows> {
-    let Some(given) = q.calib.as_deref() else {
-        bail!(
-            "this method needs calibration data\nhint: give --calib FILE (.txt, .jsonl, .parquet), a hub data set, or `self`; or choose --method rtn"
-        );
-    };
+/// The windows of `--calib`; `missing` says what needs them.
+fn calibration_windows(
+    ctx: &Context,
+    ckpt: &Checkpoint,
+    q: &QuantOptions,
+    missing: impl FnOnce() -> QuantizeError,
+) -> Result<Windows> {
+    let given = q.calib.as_deref().ok_or_else(missing)?;
     let order = q.seed.map_or(WindowOrder::Packed, WindowOrder::Random);
     let path = match Source::parse(given)? {
         Source::SelfGenerated => return self_generated(ctx, ckpt, q),

@@ -8,8 +8,9 @@ use lowbit_bench::{BenchOptions, BenchRecord};
 use lowbit_checkpoint::CheckpointError;
 use lowbit_checkpoint::hash::model_sha256;
 use lowbit_checkpoint::writer::write_atomic;
+use lowbit_kernels::LinearScheme;
 use lowbit_quantize::record::{PlanRecord, QuantizeRecord};
-use lowbit_quantize::verify;
+use lowbit_quantize::{gguf, verify};
 use serde::de::DeserializeOwned;
 
 use crate::args::{KvCacheArg, RunArgs};
@@ -26,13 +27,15 @@ pub fn run(ctx: &Context, args: &RunArgs) -> Result<()> {
     if demo {
         // The demo needs no data of the user's: the model writes its own calibration text.
         q.calib.get_or_insert_with(|| "self".into());
-        q.group_size.get_or_insert_with(|| "64".into());
+        if LinearScheme::has_groups(&q.scheme) {
+            q.group_size.get_or_insert_with(|| "64".into());
+        }
         if args.quant.samples == 128 && args.quant.seq_len == 512 {
             (q.samples, q.seq_len) = (64, 256);
         }
     }
     let options = quantize::options(&q)?;
-    let located = models::locate(ctx, &args.model)?;
+    let located = models::locate_floats(ctx, &args.model)?;
     let ckpt = located.open()?;
     let dir = &args.output;
     let model_dir = dir.join("model");
@@ -87,14 +90,22 @@ pub fn run(ctx: &Context, args: &RunArgs) -> Result<()> {
         }
     };
     ctx.say(quantize::summary(&record));
-    let quantized = Located { name: model_dir.display().to_string(), dir: model_dir.clone() };
-    let verified = verify::verify(&quantized.open()?, Some(&record), Some(&ckpt))?;
+    let name = model_dir.display().to_string();
+    let (quantized, verified) = match models::gguf_file(&model_dir) {
+        // llama.cpp's file is scored as lowbit reads it.
+        Some(f) => (models::locate(ctx, &name)?, gguf::verify(&f, Some(&record), Some(&ckpt))?),
+        None => {
+            let quantized = Located { name, dir: model_dir.clone() };
+            let verified = verify::verify(&quantized.open()?, Some(&record), Some(&ckpt))?;
+            (quantized, verified)
+        }
+    };
     ctx.say(format!(
         "verify: {} packed linears, {} tensors bit for bit the original's",
         verified.packed_linears, verified.compared_with_original
     ));
     drop(ckpt);
-    let sha = model_sha256(&model_dir)?;
+    let sha = model_sha256(&quantized.dir)?;
 
     let pair = Pair { original: &located, quantized: &quantized, sha256: &sha };
     let verdict = match run_accuracy::evaluate(ctx, args, &pair, demo, resume)? {

@@ -1,17 +1,22 @@
 //! `lowbit verify`.
 
+use std::path::Path;
+
 use anyhow::{Context as _, Result};
 use lowbit_quantize::record::QuantizeRecord;
-use lowbit_quantize::verify as check;
+use lowbit_quantize::{gguf, verify as check};
 
 use crate::args::VerifyArgs;
 use crate::context::Context;
-use crate::models;
+use crate::models::{self, Located};
 
 /// Re-opens an artefact and checks every tensor.
 pub fn verify(ctx: &Context, args: &VerifyArgs) -> Result<()> {
-    let located = models::locate(ctx, &args.model)?;
-    let ckpt = located.open()?;
+    let file = models::gguf_file(Path::new(&args.model));
+    let located = match &file {
+        Some(f) => Located { name: args.model.clone(), dir: f.parent().unwrap_or(Path::new(".")).to_path_buf() },
+        None => models::locate(ctx, &args.model)?,
+    };
     // Beside the checkpoint (`quantize`) or one level up (`run`).
     let places = [located.dir.join("quantize.json"), located.dir.join("../quantize.json")];
     let record: Option<QuantizeRecord> = match places.iter().find(|p| p.exists()) {
@@ -21,8 +26,11 @@ pub fn verify(ctx: &Context, args: &VerifyArgs) -> Result<()> {
         ),
         None => None,
     };
-    let original = args.original.as_deref().map(|o| models::locate(ctx, o)?.open()).transpose()?;
-    let done = check::verify(&ckpt, record.as_ref(), original.as_ref())?;
+    let original = args.original.as_deref().map(|o| models::locate_floats(ctx, o)?.open()).transpose()?;
+    let done = match &file {
+        Some(f) => gguf::verify(f, record.as_ref(), original.as_ref())?,
+        None => check::verify(&located.open()?, record.as_ref(), original.as_ref())?,
+    };
     ctx.print(&done, || {
         format!(
             "{}: {} packed and {} dense linears, {} float tensors, {} compared with the original: all as they should be{}",

@@ -120,13 +120,22 @@ fn integers(bits: u64, group: String, symmetric: bool) -> Given {
     out
 }
 
-/// Presets: groups of 128 for 4 bits, a scale a row for 8, from the extremes.
+/// Presets: groups of 128 for 4 bits, a scale a row for 8, from the extremes; schemes of floats and of quantized inputs as they are.
 fn preset(name: &str) -> Result<Given> {
+    let fixed = |scheme: &str| vec![("scheme".to_string(), Some(vec![scheme.to_string()]))];
     let mut out = match name.to_ascii_uppercase().as_str() {
         "W4A16" => integers(4, "128".into(), true),
         "W4A16_ASYM" => integers(4, "128".into(), false),
         "W8A16" => integers(8, "channel".into(), true),
-        _ => bail!("scheme {name} has no counterpart here\nhint: W4A16, W4A16_ASYM and W8A16 are read"),
+        "W8A8" => fixed("w8a8"),
+        "FP8" => fixed("fp8-static"),
+        "FP8_DYNAMIC" => fixed("fp8-dynamic"),
+        "FP8_BLOCK" => fixed("fp8-block"),
+        "NVFP4A16" => fixed("nvfp4a16"),
+        "NVFP4" => fixed("nvfp4"),
+        _ => bail!(
+            "scheme {name} has no counterpart here\nhint: W4A16, W4A16_ASYM, W8A16, W8A8, FP8, FP8_DYNAMIC, FP8_BLOCK, NVFP4A16 and NVFP4 are read"
+        ),
     };
     out.push(("minmax-scales".into(), None));
     Ok(out)
@@ -204,6 +213,10 @@ default_stage:
             "--method rtn --no-act-order --scheme w8a16 --group-size channel --minmax-scales"
         );
         assert_eq!(
+            flags("s:\n  m:\n    QuantizationModifier: {targets: Linear, scheme: FP8_DYNAMIC}\n"),
+            "--method rtn --no-act-order --scheme fp8-dynamic --minmax-scales"
+        );
+        assert_eq!(
             flags(GROUPS),
             "--method gptq --ignore re:.*mlp.* --damp 0.02 --scheme w4a16 --group-size 64 --asymmetric"
         );
@@ -215,7 +228,7 @@ default_stage:
         for (text, why) in [
             (one("AWQModifier", "scheme: W4A16"), "AWQModifier"),
             (one("SmoothQuantModifier", "smoothing_strength: 0.8"), "SmoothQuantModifier"),
-            (one("QuantizationModifier", "scheme: W8A8"), "scheme W8A8"),
+            (one("QuantizationModifier", "scheme: W4A8"), "scheme W4A8"),
             (one("QuantizationModifier", "kv_cache_scheme: {num_bits: 8}, scheme: W4A16"), "kv_cache_scheme"),
             (one("GPTQModifier", "scheme: W4A16, actorder: group"), "actorder group"),
             (one("GPTQModifier", "targets: ['re:.*q_proj'], scheme: W4A16"), "targets"),

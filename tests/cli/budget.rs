@@ -111,9 +111,38 @@ fn a_recipe_runs_again() {
     ok(quantize(tmp.path(), &tmp.path().join("d"), &[]).arg("--recipe").arg(&yaml));
     let d = json(&tmp.path().join("d/quantize.json"));
     assert_eq!((&d["scheme"], &d["method"]), (&"w8a16-channel".into(), &"rtn".into()));
-    std::fs::write(&yaml, text.replace("W8A16", "W8A8")).unwrap();
+    std::fs::write(&yaml, text.replace("W8A16", "W4A8")).unwrap();
     let refused = quantize(tmp.path(), &tmp.path().join("e"), &[]).arg("--recipe").arg(&yaml).output().unwrap();
     assert_eq!(refused.status.code(), Some(3));
     let said = stderr(&refused);
-    assert!(said.contains("recipe.yaml") && said.contains("scheme W8A8") && said.contains("hint:"), "{said}");
+    assert!(said.contains("recipe.yaml") && said.contains("scheme W4A8") && said.contains("hint:"), "{said}");
+}
+
+#[test]
+fn what_a_budget_cannot_choose_is_refused_before_it_measures() {
+    let tmp = tempfile::tempdir().unwrap();
+    for (args, said) in [
+        (&["--module", "re:.*down_proj=w8a16:64"][..], "a budget chooses the scheme of every linear"),
+        (&["--format", "awq"], "awq holds one scheme, a budget needs several"),
+        (&["--format", "gguf", "--scheme", "q4_0"], "gguf holds one scheme, a budget needs several"),
+    ] {
+        let mut plan = lowbit(tmp.path());
+        // A text that is not there would be missed first.
+        plan.arg("plan").arg(demo()).args(["--bits", "4", "--calib", "absent.txt"]).args(args);
+        let out = plan.output().unwrap();
+        let text = stderr(&out);
+        assert!(out.status.code() == Some(3) && text.contains(said) && text.contains("hint:"), "{args:?}: {text}");
+    }
+}
+
+#[test]
+fn a_budget_leaves_room_for_scales_of_the_cache() {
+    let tmp = tempfile::tempdir().unwrap();
+    let text = calibration();
+    let out = tmp.path().join("out");
+    let args = ["--bits", "4.5", "--kv-scheme", "int8", "--calib", &text, "--samples", "8", "--seq-len", "128"];
+    ok(&mut quantize(tmp.path(), &out, &args));
+    ok(lowbit(tmp.path()).arg("verify").arg(&out).arg("--original").arg(demo()));
+    let q = &json(&out.join("config.json"))["quantization_config"];
+    assert_eq!(q["kv_cache_scheme"]["type"], "int");
 }

@@ -95,6 +95,21 @@ fn killed_at_any_time_it_goes_on_and_ends_the_same() {
     assert!(struck > 0);
 }
 
+/// Interrupts `c` when its second block is kept in `partial`.
+fn interrupted(mut c: Command, partial: &Path) {
+    let mut child = c.stderr(Stdio::piped()).spawn().unwrap();
+    let started = Instant::now();
+    while !partial.join(".journal/block-00001.json").exists() && started.elapsed() < Duration::from_secs(120) {
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    ok(Command::new("kill").args(["-INT", &child.id().to_string()]));
+    let done = child.wait().unwrap();
+    let said = std::io::read_to_string(child.stderr.take().unwrap()).unwrap();
+    assert_eq!(done.code(), Some(130), "{said}");
+    assert!(said.contains("hint: the same command goes on where it stopped"), "{said}");
+    assert!(said.contains("solved blocks are kept in"), "{said}");
+}
+
 #[test]
 fn solved_blocks_are_taken_over_only_where_they_fit() {
     let tmp = tempfile::tempdir().unwrap();
@@ -102,20 +117,7 @@ fn solved_blocks_are_taken_over_only_where_they_fit() {
     ok(&mut command(tmp.path(), &calm, &[]));
     let wanted = contents(&calm);
     let partial = tmp.path().join(".out.partial");
-    let stopped = |more: &[&str]| {
-        // The interrupt comes when the second block is kept.
-        let mut child = command(tmp.path(), &out, more).stderr(Stdio::piped()).spawn().unwrap();
-        let started = Instant::now();
-        while !partial.join(".journal/block-00001.json").exists() && started.elapsed() < Duration::from_secs(120) {
-            std::thread::sleep(Duration::from_millis(2));
-        }
-        ok(Command::new("kill").args(["-INT", &child.id().to_string()]));
-        let done = child.wait().unwrap();
-        let said = std::io::read_to_string(child.stderr.take().unwrap()).unwrap();
-        assert_eq!(done.code(), Some(130), "{said}");
-        assert!(said.contains("hint: the same command goes on where it stopped"), "{said}");
-        assert!(said.contains("solved blocks are kept in"), "{said}");
-    };
+    let stopped = |more: &[&str]| interrupted(command(tmp.path(), &out, more), &partial);
     let again = |more: &[&str]| {
         let done = ok(&mut command(tmp.path(), &out, more));
         let said = stderr(&done);
@@ -142,4 +144,36 @@ fn solved_blocks_are_taken_over_only_where_they_fit() {
     std::fs::write(partial.join(".journal/block-00001.json"), "{}").unwrap();
     let said = again(&[]);
     assert!(said.contains("block 1 is solved anew") && said.contains("1 of 4 blocks were solved before"), "{said}");
+}
+
+/// Float codes, stored scales of inputs, keys and values: all of a block is taken over, and only for the same schemes.
+#[test]
+fn rounded_inputs_and_scales_of_the_cache_go_on_too() {
+    let tmp = tempfile::tempdir().unwrap();
+    let text = super::root().join("assets/demo-text/evaluation.txt");
+    let command = |out: &Path, scheme: &str, more: &[&str]| {
+        let mut c = lowbit(tmp.path());
+        c.args(["--device", "cpu", "quantize"]).arg(demo()).arg("-o").arg(out).arg("--calib").arg(&text);
+        c.args(["--samples", "24", "--seq-len", "128", "--kv-scheme", "fp8-head", "--scheme", scheme]).args(more);
+        c
+    };
+    let (calm, out) = (tmp.path().join("calm"), tmp.path().join("out"));
+    let partial = tmp.path().join(".out.partial");
+    let more = ["--module", "re:.*o_proj=w8a8-static", "--module", "re:.*down_proj=w4a16:64"];
+    ok(&mut command(&calm, "nvfp4", &more));
+    let wanted = contents(&calm);
+    let again = || {
+        let said = stderr(&ok(&mut command(&out, "nvfp4", &more)));
+        equal(&out, &wanted, &said);
+        std::fs::remove_dir_all(&out).unwrap();
+        said
+    };
+    interrupted(command(&out, "nvfp4", &more), &partial);
+    let said = again();
+    assert!(said.contains("of 4 blocks were solved before") && !said.contains("note:"), "{said}");
+    for (scheme, more) in [("fp8-static", &more[..]), ("nvfp4", &more[..2])] {
+        interrupted(command(&out, scheme, more), &partial);
+        let said = again();
+        assert!(said.contains("other options") && !said.contains("solved before"), "{scheme}: {said}");
+    }
 }

@@ -96,6 +96,13 @@ fn families(base: &Value) -> Vec<Vec<u8>> {
 pub fn quantization() -> Vec<Vec<u8>> {
     let weights = json!({"num_bits": 4, "type": "int", "symmetric": true, "strategy": "group", "group_size": 64, "actorder": "static"});
     let group = json!({"targets": ["Linear", "re:.*lm_head"], "weights": weights, "format": "pack-quantized"});
+    let kv = json!({"num_bits": 8, "type": "float", "strategy": "attn_head", "dynamic": false});
+    let block = json!({"targets": ["re:.*down_proj"], "format": "float-quantized",
+        "weights": {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [128, 128]},
+        "input_activations": {"num_bits": 8, "type": "float", "strategy": "group", "group_size": 128, "dynamic": true}});
+    let nvfp4 = json!({"targets": ["Linear"], "format": "nvfp4-pack-quantized",
+        "weights": {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16},
+        "input_activations": {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16, "dynamic": "local"}});
     vec![
         bytes(
             json!({"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"group_0": group}, "ignore": ["lm_head"]}),
@@ -106,6 +113,11 @@ pub fn quantization() -> Vec<Vec<u8>> {
         ),
         bytes(json!({"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": true, "version": "gemm"})),
         bytes(json!({"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]})),
+        bytes(
+            json!({"quant_method": "modelopt", "quant_algo": "NVFP4", "kv_cache_quant_algo": "FP8", "ignore": ["lm_head"]}),
+        ),
+        bytes(json!({"quant_method": "compressed-tensors", "format": "mixed-precision", "kv_cache_scheme": kv,
+            "config_groups": {"group_0": block, "group_1": nvfp4}})),
     ]
 }
 

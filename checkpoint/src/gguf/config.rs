@@ -194,12 +194,17 @@ fn rope_parameters(
     }
 }
 
-/// Finds the `llama3` scaling whose divisors are those in the file.
-fn llama3_rope(found: &[f32], shape: &Shape, theta: f64) -> Result<Value> {
-    let (low, high, original) = (1.0f64, 4.0f64, 8192.0f64);
-    let factor = f64::from(found.iter().copied().fold(1.0f32, f32::max)).round();
-    let expected = (0..shape.head_dim / 2).map(|i| {
-        let wavelength = std::f64::consts::TAU * theta.powf(2.0 * i as f64 / shape.head_dim as f64);
+/// What Llama 3.1's scaling divides each rotary frequency by.
+pub(super) fn llama3_divisors(
+    head_dim: usize,
+    theta: f64,
+    factor: f64,
+    low: f64,
+    high: f64,
+    original: f64,
+) -> impl Iterator<Item = f64> {
+    (0..head_dim / 2).map(move |i| {
+        let wavelength = std::f64::consts::TAU * theta.powf(2.0 * i as f64 / head_dim as f64);
         if wavelength < original / high {
             1.0
         } else if wavelength > original / low {
@@ -208,7 +213,14 @@ fn llama3_rope(found: &[f32], shape: &Shape, theta: f64) -> Result<Value> {
             let smooth = (original / wavelength - low) / (high - low);
             1.0 / ((1.0 - smooth) / factor + smooth)
         }
-    });
+    })
+}
+
+/// Finds the `llama3` scaling whose divisors are those in the file.
+fn llama3_rope(found: &[f32], shape: &Shape, theta: f64) -> Result<Value> {
+    let (low, high, original) = (1.0f64, 4.0f64, 8192.0f64);
+    let factor = f64::from(found.iter().copied().fold(1.0f32, f32::max)).round();
+    let expected = llama3_divisors(shape.head_dim, theta, factor, low, high, original);
     let same =
         found.len() == shape.head_dim / 2 && expected.zip(found).all(|(e, &f)| ((e - f64::from(f)) / e).abs() < 1e-3);
     if !same {

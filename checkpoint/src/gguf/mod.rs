@@ -1,22 +1,27 @@
-//! Import of GGUF files: tensors, configuration and tokenizer as a Hugging Face
-//! directory would hold them.
+//! GGUF files. Import: tensors, configuration and tokenizer as a Hugging Face
+//! directory would hold them. Export: [`write`].
 //!
 //! [`GgufModel::open`] checks the whole header and every tensor's place in the file
 //! before anything is decoded, so that a truncated or hostile file is an error. Tensors
 //! are then decoded one at a time.
 
 mod config;
+mod metadata;
 mod tensors;
 mod tokenizer;
+mod vocabulary;
+pub mod write;
 
 use std::collections::HashMap;
 use std::fs::File;
-use std::io::BufReader;
+use std::io::{BufReader, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
 use candle_core::Device;
 use candle_core::quantized::gguf_file::{Content, Value};
 use half::bf16;
+use lowbit_kernels::ggml::GgmlType;
+use lowbit_kernels::{QuantizedMatrix, Scheme};
 
 use crate::error::{CheckpointError, Result};
 use tensors::{Entry, Fixup};
@@ -45,7 +50,6 @@ impl GgufModel {
         let file = crate::files::open(path).map_err(io)?;
         let length = file.metadata().map_err(io)?.len();
         tensors::check_header(&mut BufReader::new(&file), length, path)?;
-        use std::io::Seek;
         (&file).rewind().map_err(io)?;
         let mut content = Content::read(&mut BufReader::new(&file)).map_err(|e| decode_error(path, &e))?;
         tensors::check_places(&content, length, path)?;
@@ -134,8 +138,64 @@ impl GgufModel {
         Ok(bytes)
     }
 
+    /// How a tensor is stored, and its data with the rows in the checkpoint's order. Gemma's norms lose the one that was added.
+    ///
+    /// # Errors
+    /// When there is no such tensor, it cannot be read, or its type is one that [`lowbit_kernels::ggml`] does not decode.
+    pub fn stored(&self, hf_name: &str) -> Result<(GgmlType, Vec<u8>)> {
+        let missing = || invalid(&self.meta.file, format!("no tensor '{hf_name}'"));
+        let entry = self.index.get(hf_name).and_then(|&i| self.entries.get(i)).ok_or_else(missing)?;
+        let info = self.content.tensor_infos.get(&entry.gguf).ok_or_else(missing)?;
+        let kind = tensors::kind(info.ggml_dtype).ok_or_else(|| CheckpointError::Unsupported {
+            what: format!("tensor '{}' of type {:?}", entry.gguf, info.ggml_dtype),
+            hint: Some("`lowbit convert FILE.gguf -o DIR` decodes it to bf16".to_string()),
+        })?;
+        let (block, bytes) = kind.block();
+        let mut data = vec![0u8; info.shape.elem_count() / block * bytes];
+        let io = |source| CheckpointError::Io { file: self.meta.file.clone(), source };
+        let mut file = &self.file;
+        file.seek(SeekFrom::Start(self.content.tensor_data_offset + info.offset)).map_err(io)?;
+        file.read_exact(&mut data).map_err(io)?;
+        match entry.fixup {
+            Fixup::None => Ok((kind, data)),
+            Fixup::MinusOne => {
+                let values = lowbit_kernels::ggml::decode(kind, &data, 1, info.shape.elem_count());
+                let values = values.map_err(|e| invalid(&self.meta.file, format!("tensor '{}': {e}", entry.gguf)))?;
+                Ok((GgmlType::F32, values.iter().flat_map(|v| (v - 1.0).to_le_bytes()).collect()))
+            }
+            Fixup::Rotary { heads } => {
+                let rows = entry.shape.first().copied().unwrap_or(0);
+                let from = tensors::rotary_rows(rows, heads, data.len()).ok_or_else(|| {
+                    invalid(&self.meta.file, format!("'{hf_name}' does not split into {heads} heads"))
+                })?;
+                Ok((kind, from.flat_map(|range| data.get(range).unwrap_or_default()).copied().collect()))
+            }
+        }
+    }
+
+    /// The codes and scales of a block's linear whose type is an integer scheme; `None` for vectors, tables and other types.
+    ///
+    /// # Errors
+    /// As [`Self::stored`].
+    pub fn packed(&self, hf_name: &str) -> Result<Option<QuantizedMatrix>> {
+        let entry = self.index.get(hf_name).and_then(|&i| self.entries.get(i));
+        let (Some([rows, cols]), Some(_)) = (entry.map(|e| e.shape.as_slice()), self.packed_scheme(hf_name)) else {
+            return Ok(None);
+        };
+        let (kind, data) = self.stored(hf_name)?;
+        let q = lowbit_kernels::ggml::decode_codes(kind, &data, *rows, *cols);
+        q.map(Some).map_err(|e| invalid(&self.meta.file, format!("'{hf_name}': {e}")))
+    }
+
+    /// The integer scheme that [`Self::packed`] finds.
+    pub fn packed_scheme(&self, hf_name: &str) -> Option<Scheme> {
+        let entry = self.index.get(hf_name).and_then(|&i| self.entries.get(i))?;
+        let kind = tensors::kind(self.content.tensor_infos.get(&entry.gguf)?.ggml_dtype)?;
+        kind.scheme().filter(|_| entry.shape.len() == 2 && hf_name.starts_with("model.layers."))
+    }
+
     /// Whether the output projection is the embedding.
-    fn tied(&self) -> bool {
+    pub fn tied(&self) -> bool {
         !self.content.tensor_infos.contains_key("output.weight")
     }
 

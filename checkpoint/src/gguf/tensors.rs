@@ -5,7 +5,9 @@ use std::io::{BufRead, Read};
 use std::ops::Range;
 use std::path::Path;
 
+use candle_core::quantized::GgmlDType;
 use candle_core::quantized::gguf_file::{Content, TensorInfo};
+use lowbit_kernels::ggml::GgmlType;
 
 use super::config::Shape;
 use super::{Family, invalid};
@@ -211,6 +213,21 @@ fn end_of(info: &TensorInfo, base: u64) -> Option<u64> {
     base.checked_add(info.offset)?.checked_add(u64::try_from(size).ok()?)
 }
 
+/// The type, where lowbit has its own decoder for it.
+pub(super) fn kind(dtype: GgmlDType) -> Option<GgmlType> {
+    Some(match dtype {
+        GgmlDType::F32 => GgmlType::F32,
+        GgmlDType::F16 => GgmlType::F16,
+        GgmlDType::BF16 => GgmlType::Bf16,
+        GgmlDType::Q4_0 => GgmlType::Q4_0,
+        GgmlDType::Q5_0 => GgmlType::Q5_0,
+        GgmlDType::Q8_0 => GgmlType::Q8_0,
+        GgmlDType::Q4K => GgmlType::Q4K,
+        GgmlDType::Q6K => GgmlType::Q6K,
+        _ => return None,
+    })
+}
+
 /// Source ranges, row by row in output order, that undo the rotary interleaving.
 pub(super) fn rotary_rows(rows: usize, heads: usize, values: usize) -> Option<impl Iterator<Item = Range<usize>>> {
     let head = rows.checked_div(heads)?;
@@ -228,7 +245,7 @@ pub(super) fn rotary_rows(rows: usize, heads: usize, values: usize) -> Option<im
 /// (GGUF suffix, Hugging Face suffix).
 type Name = (&'static str, &'static str);
 
-fn block_names(family: Family, bias: bool) -> Vec<Name> {
+pub(super) fn block_names(family: Family, bias: bool) -> Vec<Name> {
     let mut names: Vec<Name> = vec![("attn_norm.weight", "input_layernorm.weight")];
     if family == Family::Phi3 {
         names.push(("attn_qkv.weight", "self_attn.qkv_proj.weight"));
@@ -273,6 +290,16 @@ fn block_names(family: Family, bias: bool) -> Vec<Name> {
     names
 }
 
+/// How a tensor in the file differs from the checkpoint's.
+pub(super) fn fixup(suffix: &str, family: Family, heads: usize, kv_heads: usize) -> Fixup {
+    match suffix {
+        "attn_q.weight" | "attn_q.bias" if family.permuted() => Fixup::Rotary { heads },
+        "attn_k.weight" | "attn_k.bias" if family.permuted() => Fixup::Rotary { heads: kv_heads },
+        _ if family == Family::Gemma3 && suffix.ends_with("norm.weight") => Fixup::MinusOne,
+        _ => Fixup::None,
+    }
+}
+
 /// The shape that a tensor must have.
 fn expected(name: &str, family: Family, s: &Shape) -> Vec<usize> {
     let (q, kv) = (s.heads * s.head_dim, s.kv_heads * s.head_dim);
@@ -309,12 +336,7 @@ pub(super) fn table(content: &Content, family: Family, shape: &Shape, file: &Pat
         if found != wanted {
             return Err(invalid(file, format!("tensor '{gguf}' has shape {found:?} instead of {wanted:?}")));
         }
-        let fixup = match suffix {
-            "attn_q.weight" | "attn_q.bias" if family.permuted() => Fixup::Rotary { heads: shape.heads },
-            "attn_k.weight" | "attn_k.bias" if family.permuted() => Fixup::Rotary { heads: shape.kv_heads },
-            _ if family == Family::Gemma3 && suffix.ends_with("norm.weight") => Fixup::MinusOne,
-            _ => Fixup::None,
-        };
+        let fixup = fixup(suffix, family, shape.heads, shape.kv_heads);
         entries.push(Entry { hf, gguf, shape: found, fixup });
         Ok(())
     };

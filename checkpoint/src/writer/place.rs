@@ -43,11 +43,11 @@ pub(super) fn refuse(target: &Path, force: bool) -> Result<()> {
             return foreign(format!("holds the folder `{name}`, so it is not a checkpoint"));
         }
         empty = false;
-        checkpoint |= name == "config.json" || name.ends_with(".safetensors");
+        checkpoint |= name == "config.json" || name.ends_with(".safetensors") || name.ends_with(".gguf");
     }
     match empty || checkpoint {
         true => Ok(()),
-        false => foreign("holds files, and neither config.json nor *.safetensors among them".into()),
+        false => foreign("holds files, and neither config.json nor *.safetensors nor *.gguf among them".into()),
     }
 }
 

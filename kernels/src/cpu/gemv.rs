@@ -17,6 +17,7 @@ pub fn takes(exact: bool, weights: &[&Weight]) -> bool {
     weights.iter().all(|w| match w {
         Weight::Dense(_) => true,
         Weight::Packed(p) => !exact && p.has_rows(),
+        Weight::Float(_) => false,
     })
 }
 
@@ -68,7 +69,8 @@ fn product(simd: Simd, w: &Weight, inputs: &[Input], i: usize, x: &[f32], rows: 
             }
         }
         (Weight::Dense(w), _) => w.rows(simd, x, t, rows, out),
-        (Weight::Packed(_), Input::Plain) => {}
+        // `takes` lets neither of them come here.
+        (Weight::Packed(_), Input::Plain) | (Weight::Float(_), _) => {}
     }
 }
 

@@ -14,6 +14,7 @@ mod cross;
 mod dense;
 mod elementwise;
 mod fixed;
+mod floats;
 mod gemv;
 mod hessian;
 mod integer;
@@ -30,6 +31,7 @@ mod scalar;
 mod simd;
 mod tiles;
 
+use std::cell::OnceCell;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -43,8 +45,10 @@ pub use simd::Level;
 use simd::Simd;
 
 use self::dense::DenseWeight;
+use self::floats::FloatMatrix;
 use self::kv::Cache;
 use self::packed::PackedMatrix;
+use crate::activation::InputRule;
 use crate::backend::{
     Activation, AttentionShape, Backend, Buffer, Column, HostWeight, KvBuffer, KvFormat, KvUsage, Segment, TokenScore,
     WeightHandle, WeightedRows,
@@ -66,6 +70,7 @@ pub struct CpuBackend {
 enum Weight {
     Dense(DenseWeight),
     Packed(PackedMatrix),
+    Float(FloatMatrix),
 }
 
 impl Weight {
@@ -73,6 +78,7 @@ impl Weight {
         match self {
             Weight::Dense(w) => w.widen(simd, rows, out),
             Weight::Packed(w) => w.widen(rows, out),
+            Weight::Float(w) => w.widen(rows, out),
         }
     }
 }
@@ -123,24 +129,15 @@ impl CpuBackend {
 
     /// Prefill's product: `ys[i] = x Wᵢᵀ` for x `[t, k]`, by panels. Activations are rounded once for all of the weights.
     fn panels(&self, weights: &[&Weight], x: &[f32], t: usize, ys: &mut [Vec<f32>]) -> Result<()> {
-        let mut rounded = None;
+        let rounded = OnceCell::new();
+        let rounded = || rounded.get_or_init(|| fixed::Rows::new(self.simd, x, x.len() / t.max(1)));
         for (w, y) in weights.iter().zip(ys) {
-            let fixed = !self.exact
-                && match w {
-                    Weight::Dense(w) => w.has_fixed(),
-                    Weight::Packed(w) => w.has_fixed(),
-                };
-            if fixed {
-                let x = rounded.get_or_insert_with(|| fixed::Rows::new(self.simd, x, x.len() / t.max(1)));
-                match w {
-                    Weight::Dense(w) => w.fixed(self.simd, x, y)?,
-                    Weight::Packed(w) => w.fixed(self.simd, x, y)?,
-                }
-            } else {
-                match w {
-                    Weight::Dense(w) => w.panels(self.simd, x, t, y)?,
-                    Weight::Packed(w) => w.panels(self.simd, x, t, y)?,
-                }
+            match w {
+                Weight::Dense(w) if !self.exact && w.has_fixed() => w.fixed(self.simd, rounded(), y)?,
+                Weight::Packed(w) if !self.exact && w.has_fixed() => w.fixed(self.simd, rounded(), y)?,
+                Weight::Dense(w) => w.panels(self.simd, x, t, y)?,
+                Weight::Packed(w) => w.panels(self.simd, x, t, y)?,
+                Weight::Float(w) => w.panels(self.simd, x, t, y)?,
             }
         }
         Ok(())
@@ -194,6 +191,7 @@ impl Backend for CpuBackend {
                 Weight::Dense(DenseWeight::new(*dtype, *out_features, *in_features, data.clone())?)
             }
             HostWeight::Packed(p) => Weight::Packed(PackedMatrix::new(p)?),
+            HostWeight::Float(f) => Weight::Float(FloatMatrix::new(f)?),
         };
         Ok(WeightHandle { out_features, in_features, stored_bytes: w.stored_bytes(), memory: Box::new(memory) })
     }
@@ -377,6 +375,10 @@ impl Backend for CpuBackend {
         check_len("cross input", checks::product("cross input", t, n)?, y.len())?;
         check_len("cross product", checks::product("cross product", m, n)?, h.len())?;
         hessian::cross(self.simd, h, x, y, (m, n), self.exact)
+    }
+
+    fn quantize_input(&self, x: &Buffer, width: usize, rule: &InputRule) -> Result<Buffer> {
+        floats::quantize_input(host(NAME, x)?, width, rule).map(buffer)
     }
 
     fn subtract(&self, x: &Buffer, y: &Buffer) -> Result<Buffer> {

@@ -72,6 +72,7 @@ impl Backend for ScalarBackend {
         let values = match w {
             HostWeight::Dense { dtype, data, .. } => widen(*dtype, data.as_slice()),
             HostWeight::Packed(p) => scalar::dequantize(p)?,
+            HostWeight::Float(f) => f.dequantize()?,
         };
         check_len("weight", checks::product("weight", out_features, in_features)?, values.len())?;
         Ok(WeightHandle { out_features, in_features, stored_bytes: w.stored_bytes(), memory: Box::new(Weight(values)) })

@@ -4,6 +4,7 @@
 //! |---|---|
 //! | dense f32, f16, bf16 | `raw` `[out, in]`, the stored bytes |
 //! | 4 and 8 bits, no column → group table, group a multiple of 16 | `words` `[out, in·bits/32]` u32 as stored: column c of a row in bits `c·bits % 32 ..` of word `c·bits / 32`; `scales` `[out, groups]` f32; `zeros` `[out, groups]` u8, the middle code where the scheme is symmetric |
+//! | float codes (E4M3, E2M1) | decoded at upload to dense f32: they save disk here, neither memory nor traffic |
 //! | everything else (2, 3, 5, 6, 7 bits, `g_idx`, other groups) | dequantized at upload to dense f32: those formats save disk here, neither memory nor traffic |
 //!
 //! Rows stay in checkpoint order, so one copy serves products and embedding: 16-byte loads from it fall straight into
@@ -85,6 +86,9 @@ impl DeviceWeight {
             HostWeight::Packed(p) => {
                 check_packed(d.name(), p)?;
                 if is_direct(p) { packed(d, p)? } else { dequantized(d, p)? }
+            }
+            HostWeight::Float(f) => {
+                Layout::Dense { raw: d.upload(&bytes_of(&f.dequantize()?))?, dtype: FloatType::F32 }
             }
         };
         Self::new(d, out_features, in_features, layout)

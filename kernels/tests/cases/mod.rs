@@ -3,10 +3,12 @@
 use std::sync::Arc;
 
 use half::{bf16, f16};
+use lowbit_kernels::activation::{InputCode, InputRule, InputScale};
 use lowbit_kernels::backend::{
     Activation, AttentionShape, Backend, Bytes, FloatType, HostWeight, PackedWeight, Segment,
 };
 use lowbit_kernels::cpu::ScalarBackend;
+use lowbit_kernels::floats::{FloatCode, FloatScales, FloatWeight};
 use lowbit_kernels::pack::pack_rows;
 use lowbit_kernels::{GroupSize, KernelError, Scheme};
 
@@ -95,16 +97,72 @@ fn schemes(k: usize) -> Vec<Scheme> {
     list
 }
 
-/// Every weight of a width, with its name: dense dtypes, then schemes with and without a shuffled group index.
+/// E4M3 with block scales of an edge, and the two-level and exponent scales of E2M1 where the width has whole groups.
+fn floats(noise: &mut Noise, n: usize, k: usize) -> Vec<(String, HostWeight)> {
+    let (mut list, mut some) = (Vec::new(), |len: usize, mask: u8| -> Bytes {
+        Bytes::from_vec((0..len).map(|_| noise.bits() as u8 & mask).collect())
+    });
+    let mut add = |name: &str, code, codes: Bytes, scales| {
+        let w = FloatWeight { code, out_features: n, in_features: k, codes, scales };
+        list.push((name.to_string(), HostWeight::Float(w)));
+    };
+    for (name, rows, cols) in [("fp8-tensor", n, k), ("fp8-channel", 1, k), ("fp8-block", 16, 40)] {
+        let cells = n.div_ceil(rows) * k.div_ceil(cols);
+        let values = (0..cells).map(|i| (1.0 + i as f32 / cells as f32) / 1024.0).collect();
+        // No NaN: bit 0 is never set.
+        add(name, FloatCode::E4m3, some(n * k, 0xfe), FloatScales::Blocks { values, rows, cols });
+    }
+    if k.is_multiple_of(16) {
+        let scales = FloatScales::Local { codes: some(n * k / 16, 0x3e), global: 12.0 };
+        add("nvfp4", FloatCode::E2m1, some(n * k / 2, 0xff), scales);
+    }
+    if k.is_multiple_of(32) {
+        let codes = Bytes::from_vec((0..n * k / 32).map(|i| 121 + (i % 4) as u8).collect());
+        add("mxfp4", FloatCode::E2m1, some(n * k / 2, 0xff), FloatScales::Exponents { codes });
+    }
+    list
+}
+
+/// Every weight of a width, with its name: dense dtypes, float codes, then schemes with and without a shuffled group index.
 pub fn weights(noise: &mut Noise, n: usize, k: usize) -> Vec<(String, HostWeight)> {
     let types = [FloatType::F32, FloatType::F16, FloatType::Bf16];
     let mut list: Vec<_> = types.iter().map(|d| (format!("{d:?}"), dense(noise, *d, n, k))).collect();
+    list.extend(floats(noise, n, k));
     for s in schemes(k) {
         for shuffled in [false, true] {
             list.push((format!("{} shuffled={shuffled}", s.full_name()), packed(noise, s, n, k, shuffled)));
         }
     }
     list
+}
+
+/// Rounding of inputs has the bits of its definition everywhere.
+pub fn inputs_round_alike(backends: &[(String, &dyn Backend)]) {
+    let mut noise = Noise(11);
+    let rules = [
+        (InputCode::Int8, InputScale::Token),
+        (InputCode::Int8, InputScale::Stored(vec![0.01])),
+        (InputCode::Fp8, InputScale::Token),
+        (InputCode::Fp8, InputScale::Group(32)),
+        (InputCode::Fp8, InputScale::Stored(vec![0.002, 0.001])),
+        (InputCode::Fp4, InputScale::Local { global: 2688.0 }),
+    ];
+    for (code, scale) in rules {
+        let rule = InputRule { code, scale };
+        for t in [0, 1, 17, 50] {
+            let x = noise.many(t * 64);
+            let mut want = x.clone();
+            rule.apply(&mut want, 64).unwrap();
+            for (label, b) in backends {
+                let y = b.quantize_input(&b.upload(&x).unwrap(), 64, &rule).unwrap();
+                assert_eq!(b.download(&y).unwrap(), want, "{rule:?} t={t} {label}");
+            }
+            assert!(t == 0 || x != want, "{rule:?}");
+        }
+        for (_, b) in backends {
+            assert!(b.quantize_input(&b.upload(&[0.0; 65]).unwrap(), 64, &rule).is_err());
+        }
+    }
 }
 
 /// Linears of every format agree at every size, with a bias.

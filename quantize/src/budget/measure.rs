@@ -20,10 +20,10 @@ use lowbit_model::{Embedding, decoder};
 use rayon::prelude::*;
 
 use super::{Curve, Point, dense_bytes, packed_bytes};
-use crate::driver::{Progress, read_dense, squared_error};
+use crate::driver::{Progress, read_dense};
 use crate::error::{QuantizeError, Result};
 use crate::factor::SolveError;
-use crate::loss::proxy_loss;
+use crate::loss::{proxy_loss, squared_error};
 use crate::plan::{Method, Plan, PlannedLinear};
 use crate::rtn::quantize_rtn;
 use crate::scale_search::SolverOptions;
@@ -142,7 +142,7 @@ impl Measurement<'_> {
     /// Settings of a solve without the refinements a method may add: curves are ratios.
     fn solver(&self, scheme: Scheme) -> SolverOptions {
         let plan = self.outline;
-        let opts = plan.options.solver(scheme, plan.layout.scales);
+        let opts = plan.options.solver(scheme.into(), plan.layout.scales);
         SolverOptions { sweeps: 0, correction: Correction::default(), ..opts }
     }
 
@@ -188,7 +188,7 @@ impl Measurement<'_> {
         let mut curve = Curve { block: Some(index), probe: probe.full_name(), ..Curve::default() };
         let mut linears = Vec::new();
         for (i, l) in &members {
-            let w = read_dense(self.ckpt, l)?;
+            let w = read_dense(self.ckpt, &l.source, l.out_features, l.in_features)?;
             let solve = |w: &[f32], rows: usize, scheme: Scheme| -> Result<(QuantizedMatrix, f64)> {
                 let opts = self.solver(scheme);
                 let solved = match &shared {
@@ -230,7 +230,7 @@ impl Measurement<'_> {
     fn embedding(&mut self, ids: &[u32]) -> Result<()> {
         let Some(l) = self.tables().0 else { return Ok(()) };
         let (schemes, l) = (table_schemes(l), l.clone());
-        let w = read_dense(self.ckpt, &l)?;
+        let w = read_dense(self.ckpt, &l.source, l.out_features, l.in_features)?;
         let mut curve = self.table_curve(&l)?;
         for scheme in &schemes {
             let (q, loss) = self.round(&l, &w, *scheme)?;
@@ -264,7 +264,7 @@ impl Measurement<'_> {
         let opts = SolverOptions { act_order: false, ..self.solver(scheme) };
         let solve = |source| QuantizeError::Solve { module: l.module.clone(), source };
         let q = quantize_rtn(w, l.out_features, l.in_features, None, &opts).map_err(solve)?;
-        let (error, norm) = squared_error(w, &q);
+        let (error, norm) = squared_error(w, l.in_features, |rows, out| q.widen(rows, out));
         Ok((q, if norm > 0.0 { error / norm } else { 0.0 }))
     }
 
@@ -294,7 +294,7 @@ impl Measurement<'_> {
             }
         }
         let Some(l) = self.tables().1.cloned() else { return Ok(()) };
-        let w = read_dense(self.ckpt, &l)?;
+        let w = read_dense(self.ckpt, &l.source, l.out_features, l.in_features)?;
         let mut curve = self.table_curve(&l)?;
         let schemes = table_schemes(&l);
         for scheme in &schemes {

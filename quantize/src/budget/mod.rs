@@ -17,7 +17,6 @@ use std::collections::BTreeMap;
 
 use lowbit_checkpoint::Checkpoint;
 use lowbit_checkpoint::linear;
-use lowbit_checkpoint::quant_config::PackFormat;
 use lowbit_checkpoint::writer::Declared;
 use lowbit_kernels::{GroupSize, Scheme};
 use serde::{Deserialize, Serialize};
@@ -113,16 +112,35 @@ pub fn default_candidates() -> Vec<Scheme> {
     out
 }
 
-/// Fails for a model with parts that no budget knows yet: experts, latent attention.
-pub fn check(ckpt: &Checkpoint) -> Result<()> {
-    refuse_budget(&ckpt.config)
+/// Fails where no budget can be spent: a layout of one scheme, modules whose scheme is given, or a model with parts that no budget
+/// knows yet (experts, latent attention).
+pub fn check(ckpt: &Checkpoint, options: &QuantizeOptions) -> Result<()> {
+    refuse_budget(&ckpt.config)?;
+    let refuse = |summary, hint: &str| Err(QuantizeError::Plan { summary, offenders: vec![], hint: Some(hint.into()) });
+    if options.gguf.is_some() || options.format.is_uniform() {
+        let summary = format!("{} holds one scheme, a budget needs several", options.format_name());
+        return refuse(summary, "use --format compressed-tensors");
+    }
+    if let Some((pattern, scheme)) = options.modules.first() {
+        let summary = format!(
+            "--module {pattern}={}: a budget chooses the scheme of every linear, so none can be given",
+            scheme.full_name()
+        );
+        return refuse(summary, "leave --module out, keep these linears with --ignore, or give no budget");
+    }
+    Ok(())
 }
 
 /// The plan that lists what takes part, whatever the budget will be.
 pub fn outline(ckpt: &Checkpoint, options: &QuantizeOptions) -> Result<Plan> {
-    check(ckpt)?;
+    check(ckpt, options)?;
     let scheme = Scheme { bits: 8, symmetric: true, group: GroupSize::PerChannel };
-    crate::plan::make(ckpt, &QuantizeOptions { scheme, chosen: BTreeMap::new(), ..options.clone() }, None, 0)
+    crate::plan::make(
+        ckpt,
+        &QuantizeOptions { scheme: scheme.into(), chosen: BTreeMap::new(), ..options.clone() },
+        None,
+        0,
+    )
 }
 
 /// Bytes of a linear on disk under a scheme.
@@ -141,7 +159,7 @@ pub fn choose(
     tokens: [u64; 2],
     ask: Ask,
 ) -> Result<(QuantizeOptions, BudgetRecord)> {
-    let budget = units_budget(ckpt, outline, &curves, ask)?;
+    let budget = units_budget(ckpt, outline, &curves, ask);
     let uniform = uniform(&curves, budget);
     curves.iter_mut().for_each(Curve::prune);
     let choices: Vec<Vec<Choice>> =
@@ -178,7 +196,7 @@ pub fn choose(
                 let head_module = module.ends_with("lm_head");
                 (head, embedding) = (head && !head_module, embedding && head_module);
             } else if let Some(scheme) = parse_scheme(name) {
-                schemes.insert(module.clone(), scheme);
+                schemes.insert(module.clone(), scheme.into());
             }
         }
     }
@@ -208,19 +226,12 @@ pub fn describe(ask: Ask) -> String {
 }
 
 /// Bytes all units may take.
-fn units_budget(ckpt: &Checkpoint, outline: &Plan, curves: &[Curve], ask: Ask) -> Result<u64> {
-    if outline.options.format != PackFormat::CompressedTensors {
-        return Err(QuantizeError::Plan {
-            summary: format!("{} holds one scheme, a budget needs several", outline.options.format.name()),
-            offenders: vec![],
-            hint: Some("use --format compressed-tensors".into()),
-        });
-    }
+fn units_budget(ckpt: &Checkpoint, outline: &Plan, curves: &[Curve], ask: Ask) -> u64 {
     let others: u64 =
         outline.copies.iter().filter_map(|n| ckpt.store.find(n)).map(|t| t.data.as_slice().len() as u64).sum();
     // Name, dtype, shape and place of each tensor in the headers.
     let headers = 192 * outline.declared.len() as u64;
-    Ok(match ask {
+    match ask {
         Ask::Bits(bits) => {
             let blocks: u64 = curves.iter().filter(|c| c.block.is_some()).map(|c| c.weights).sum();
             let tables = curves.iter().filter(|c| c.block.is_none());
@@ -238,7 +249,7 @@ fn units_budget(ckpt: &Checkpoint, outline: &Plan, curves: &[Curve], ask: Ask) -
             let token = 2 * 2 * (c.num_layers * c.num_kv_heads * c.head_dim) as u64;
             (memory - memory / 10).saturating_sub(token.saturating_mul(context)).saturating_sub(others)
         }
-    })
+    }
 }
 
 /// The single scheme with the least expected KL that fits; tables are kept.

@@ -70,6 +70,7 @@ pub fn quantize() -> QuantizeRecord {
                 relative_error: [0.0012, 0.0009, 0.004, 0.011, 0.006, 0.007, 0.016][k] * wave,
                 seconds: 0.4,
                 tokens: 262_144,
+                input_scale: None,
                 input_abs_max: 31.5,
                 dead_columns: 0,
                 damp_frac: 0.01,
@@ -127,6 +128,7 @@ pub fn plan() -> PlanRecord {
         kept_linears: 1,
         experts: None,
         budget: None,
+        notes: Vec::new(),
     }
 }
 
