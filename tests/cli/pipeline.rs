@@ -73,6 +73,8 @@ fn run_serves_both_models_and_the_report_draws_it() {
             "--group-size",
             "64",
         ]);
+        c.arg("--eval-text").arg(root().join("assets/demo-text/evaluation.txt"));
+        c.args(["--protocol", "gptq-256", "--limit", "2", "--kl-windows", "2"]);
         ok(c.args(["--no-gate", "--repetitions", "2"]).args([
             "--serve-bench",
             "--serve-data",
