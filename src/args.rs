@@ -97,7 +97,7 @@ fn parse_device(text: &str) -> Result<Device, String> {
 pub enum Command {
     /// The main job: plan, quantize, verify, eval and bench against the original, a verdict, report.
     #[command(after_help = examples::RUN)]
-    Run(RunArgs),
+    Run(Box<RunArgs>),
     /// Architecture, tensors, dtypes, sizes, quantization found.
     Inspect(InspectArgs),
     /// Before any work: every tensor's fate and why, and the exact size of the output.

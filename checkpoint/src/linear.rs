@@ -131,11 +131,9 @@ fn read_compressed_tensors(
         None
     } else {
         let zname = format!("{module}.weight_zero_point");
-        let (rows, unpack): (_, fn(&[u32], usize, usize, u8) -> _) = match padded {
-            true => (pack::padded_words_for(out, scheme.bits), pack::unpack_columns_padded),
-            false => (pack::words_for(out, scheme.bits), pack::unpack_columns),
-        };
+        let rows = if padded { pack::padded_words_for(out, scheme.bits) } else { pack::words_for(out, scheme.bits) };
         let words = words_of(store, &zname, [rows, groups])?;
+        let unpack = if padded { pack::unpack_columns_padded } else { pack::unpack_columns };
         Some(unpack(&words, out, groups, scheme.bits).map_err(kernel_error(store, &zname))?)
     };
     let group_index = read_group_index(store, module, "weight_g_idx", scheme, n, groups)?;

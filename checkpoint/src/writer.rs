@@ -100,11 +100,10 @@ impl CheckpointWriter {
     pub fn create_gguf(target: &Path, layout: &FileLayout, force: bool) -> Result<Self> {
         let (mut writer, _) = Self::start(target, force, None, true)?;
         let path = writer.partial.join(gguf::write::FILE);
-        let (header, tensors, end) = layout.parts();
         let write = || -> std::io::Result<File> {
             let mut file = File::create(&path)?;
-            file.write_all(header)?;
-            file.set_len(end)?;
+            file.write_all(layout.header())?;
+            file.set_len(layout.end())?;
             if let Some((at, data)) = layout.made() {
                 file.seek(SeekFrom::Start(at))?;
                 file.write_all(data)?;
@@ -112,7 +111,7 @@ impl CheckpointWriter {
             Ok(file)
         };
         let file = write().map_err(|e| CheckpointError::io(&path, e))?;
-        for (name, offset, bytes) in tensors {
+        for (name, offset, bytes) in layout.tensors() {
             writer.slots.insert(name.to_string(), Slot { file: 0, offset, bytes, written: false, sha256: None });
         }
         writer.files.push((path, file));

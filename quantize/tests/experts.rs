@@ -242,7 +242,6 @@ fn experts_in_every_format() {
                 // Widths of these tiny models that are no whole words or groups.
                 Err(QuantizeError::Plan { summary, offenders, hint }) => {
                     assert!(!offenders.is_empty() && hint.is_some(), "{what}: {summary}");
-                    eprintln!("{what}: {summary}");
                     continue;
                 }
                 Err(e) => panic!("{what}: {e}"),

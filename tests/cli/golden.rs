@@ -134,7 +134,7 @@ fn judged_by_transformers() {
         let dtype = header.metadata().as_ref().and_then(|m| m.get("dtype")).cloned().unwrap_or_default();
         let logits = load(&dir).logits_of(&ints(&golden, "ids")).unwrap();
         let d = distance(&logits, &floats(&golden, "logits"));
-        println!("{}: {d:.1e} ({dtype})", dir.file_name().unwrap().to_string_lossy());
+        eprintln!("{}: {d:.1e} ({dtype})", dir.file_name().unwrap().to_string_lossy());
         // What transformers' own logits move by when the last bits of the embedding change, where inputs are rounded; else rounding
         // of its dtype.
         let config = std::fs::read_to_string(dir.join("config.json")).unwrap();

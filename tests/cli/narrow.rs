@@ -185,6 +185,9 @@ fn modules_may_have_schemes_of_their_own() {
     assert!(stderr(&out).contains("needs calibration data"), "{}", stderr(&out));
 }
 
+/// A tensor's new name and bytes.
+type Change<'a> = &'a dyn Fn(&str, &[u8]) -> (String, Vec<u8>);
+
 /// A copy of a checkpoint with other tensors and another `quantization_config`: `change` gives each tensor's new name and bytes.
 fn rewritten(
     from: &Path,
@@ -237,7 +240,7 @@ fn other_makers_names_hold_the_same_weights() {
 
     // A scale that is not there, and one that is not a number.
     let config = json(&nvfp4.join("config.json"))["quantization_config"].clone();
-    let refused = |folder: &str, change: &dyn Fn(&str, &[u8]) -> (String, Vec<u8>)| {
+    let refused = |folder: &str, change: Change<'_>| {
         let dir = rewritten(&nvfp4, &tmp.path().join(folder), config.clone(), change);
         stderr(&lowbit(tmp.path()).args(["--quiet", "verify"]).arg(dir).output().unwrap())
     };

@@ -50,7 +50,7 @@ pub(super) fn family(c: &ModelConfig, file: &Path) -> Result<Family> {
     }
     let slides = c.layer_slides.iter().any(|s| *s);
     if gemma {
-        if !c.layer_slides.iter().enumerate().all(|(i, s)| *s == !(i + 1).is_multiple_of(6)) {
+        if !c.layer_slides.iter().enumerate().all(|(i, s)| *s != (i + 1).is_multiple_of(6)) {
             return refuse("a pattern of sliding layers other than five of six".into());
         }
         let local = c.rope_local.as_ref();

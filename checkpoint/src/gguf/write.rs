@@ -151,11 +151,20 @@ impl FileLayout {
         Ok(Self { header, places, made, total: at })
     }
 
-    /// Header, then every tensor's name, place in the file and bytes; the last number is the file's size.
-    pub(crate) fn parts(&self) -> (&[u8], Vec<(&str, u64, u64)>, u64) {
+    /// The header.
+    pub(crate) fn header(&self) -> &[u8] {
+        &self.header
+    }
+
+    /// Every tensor's name, place in the file and bytes.
+    pub(crate) fn tensors(&self) -> impl Iterator<Item = (&str, u64, u64)> {
         let base = self.header.len() as u64;
-        let tensors = self.places.iter().map(|(hf, p)| (hf.as_str(), base + p.offset, p.bytes)).collect();
-        (&self.header, tensors, base + self.total)
+        self.places.iter().map(move |(hf, p)| (hf.as_str(), base + p.offset, p.bytes))
+    }
+
+    /// Size of the file.
+    pub(crate) fn end(&self) -> u64 {
+        self.header.len() as u64 + self.total
     }
 
     /// A tensor that does not come from the checkpoint: its place in the file and its data.

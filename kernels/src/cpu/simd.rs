@@ -123,7 +123,6 @@ pub unsafe trait Lanes {
     /// word, the first in its low half.
     /// # Safety
     /// See the trait.
-    #[expect(clippy::manual_clamp, reason = "`clamp` keeps NaN, which has no integer")]
     #[inline(always)]
     unsafe fn round(x: &[f32; 32], inverse: f32, most: f32, to: &mut [u32; 16]) {
         // |v| < 2²²: adding 1.5 · 2²³ leaves no place for a fraction.

@@ -486,6 +486,7 @@ mod tests {
         for scale in [0.0, 1e-45, 1e-39, 1.2e-38, 0.3, 1.0, 1e30, 3e38] {
             for x in [vec![1.0; BLOCK], odd.clone(), [vec![1.0], vec![0.0; BLOCK - 1]].concat()] {
                 let x: [f32; BLOCK] = std::array::from_fn(|i| x[i] * scale);
+                // SAFETY: portable code.
                 let top = unsafe { Portable::top(&x) };
                 // SAFETY: portable code.
                 let exact = step(top, unsafe { squares::<Portable>(&x, unit(top)) });
