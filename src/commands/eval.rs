@@ -6,9 +6,12 @@ use std::time::Instant;
 
 use anyhow::{Result, bail};
 use lowbit_checkpoint::gguf::GgufModel;
+use lowbit_checkpoint::hash::model_sha256;
+use lowbit_checkpoint::provenance::Provenance;
 use lowbit_checkpoint::tokenizer::Tokenizer;
 use lowbit_checkpoint::writer::write_atomic;
 use lowbit_checkpoint::{Checkpoint, CheckpointError};
+use lowbit_eval::engine::{EngineOptions, NoStore, Store};
 use lowbit_eval::{EvalRecord, KlOptions, Protocol, Scorer, Setup, Source, evaluate_kl, evaluate_perplexity};
 use lowbit_model::Model;
 use lowbit_quantize::Progress;
@@ -60,6 +63,12 @@ pub struct Models {
     pub model: Model,
     /// The reference, of the same vocabulary.
     pub other: Option<Model>,
+    /// SHA-256 of the candidate's folder.
+    pub sha256: String,
+    /// The reference's.
+    pub reference_sha256: Option<String>,
+    /// How the candidate keeps keys and values.
+    pub kv: KvCacheArg,
     /// Their folders, open while they are read.
     checkpoints: Vec<Checkpoint>,
     /// The candidate's tokenizer.
@@ -98,7 +107,21 @@ impl Models {
         let family = ckpt.config.family.clone();
         let (second, other) = loaded.unzip();
         let checkpoints = [ckpt].into_iter().chain(second).collect();
-        Ok(Self { candidate, reference, model, other, checkpoints, tokenizer, family, bits })
+        let sha256 = model_sha256(&candidate.dir)?;
+        let reference_sha256 = reference.as_ref().map(|r| model_sha256(&r.dir)).transpose()?;
+        Ok(Self {
+            candidate,
+            reference,
+            model,
+            other,
+            sha256,
+            reference_sha256,
+            kv,
+            checkpoints,
+            tokenizer,
+            family,
+            bits,
+        })
     }
 }
 
@@ -149,9 +172,7 @@ pub fn eval(ctx: &Context, args: &EvalArgs) -> Result<()> {
     }
     if let Some(output) = &output {
         write_atomic(&output.record, &serde_json::to_vec_pretty(&record)?)?;
-        if let Some(job) = &job {
-            job.finish(output)?;
-        }
+        output.finish()?;
     }
     ctx.print(&record, || summary(&record))
 }
@@ -165,8 +186,8 @@ pub fn refuse_existing(path: Option<&PathBuf>, force: bool) -> Result<()> {
     }
 }
 
-/// Texts by `request`, tasks by a job and its judge with their items beside `output`, and what `args` wants to know of drift. The record
-/// itself is left to the caller to write.
+/// Texts by `request`, tasks by a job and its judge with their items beside `output`, and what `args` wants to know of drift. What an
+/// earlier run that was cut short has measured is not measured again. The record itself is left to the caller to write.
 pub fn evaluate(
     ctx: &Context,
     args: &EvalArgs,
@@ -180,7 +201,7 @@ pub fn evaluate(
         None => None,
         Some(job) => Some(job.answer(ctx, &[job.party(ctx, &models)?], models.other.is_some(), models.bits)?),
     };
-    let mut record = measure(ctx, &models, request)?;
+    let mut record = measure(ctx, &models, request, output.and_then(Output::texts_journal))?;
     if let Some((source, options)) = &request.kl {
         drift::fill(ctx, args, &mut models, source, options, &mut record)?;
     }
@@ -201,8 +222,8 @@ pub fn evaluate(
     Ok(record)
 }
 
-/// Perplexity and drift on texts; a record without tasks.
-fn measure(ctx: &Context, models: &Models, request: &Request) -> Result<EvalRecord> {
+/// Perplexity and drift on texts, their windows kept in `journal` as they come; a record without tasks.
+fn measure(ctx: &Context, models: &Models, request: &Request, journal: Option<&Path>) -> Result<EvalRecord> {
     let start = Instant::now();
     let Models { model, tokenizer, .. } = models;
     let other = models.other.as_ref();
@@ -211,6 +232,13 @@ fn measure(ctx: &Context, models: &Models, request: &Request) -> Result<EvalReco
             ctx.progress.stage(stage, total as u64);
         } else {
             ctx.progress.advance(1);
+        }
+    };
+    let mut store: Box<dyn Store> = match journal.filter(|_| request.perplexity.is_some() || request.kl.is_some()) {
+        None => Box::new(NoStore),
+        Some(path) => {
+            let (_, identity) = scores::engine(ctx, models, EngineOptions::default())?;
+            Box::new(scores::open_journal(ctx, ("texts", "windows"), path, &identity)?)
         }
     };
     let mut perplexities = Vec::new();
@@ -222,16 +250,16 @@ fn measure(ctx: &Context, models: &Models, request: &Request) -> Result<EvalReco
             let setup =
                 Setup { max_positions: positions, eos: tokenizer.eos_ids().first().copied(), limit: request.limit };
             let plan = protocol.plan(source, tokenizer, &setup)?;
-            perplexities.push(evaluate_perplexity(model, other.map(|m| m as &dyn Scorer), &plan, source, &|d, t| {
-                report(d, t, "perplexity")
-            })?);
+            let other = other.map(|m| m as &dyn Scorer);
+            let told = |d, t| report(d, t, "perplexity");
+            perplexities.push(evaluate_perplexity(model, other, &plan, source, &mut *store, &told)?);
         }
     }
     let kl = match (&request.kl, other) {
         (Some((source, options)), Some(r)) => {
             ctx.check_stop()?;
             let ids = tokenizer.encode(&source.text()?, true)?;
-            Some(evaluate_kl(model, r, &ids, source, options, &|d, t| report(d, t, "KL"))?)
+            Some(evaluate_kl(model, r, &ids, source, options, &mut *store, &|d, t| report(d, t, "KL"))?)
         }
         _ => None,
     };
@@ -239,14 +267,13 @@ fn measure(ctx: &Context, models: &Models, request: &Request) -> Result<EvalReco
     ctx.check_stop()?;
     Ok(EvalRecord {
         schema: lowbit_eval::record::SCHEMA,
-        provenance: provenance::gather(
-            ctx,
-            Purpose::Accuracy,
-            &models.candidate,
-            models.reference.as_ref(),
-            0,
-            request.options(),
-        )?,
+        provenance: Provenance {
+            model: models.candidate.name.clone(),
+            model_sha256: models.sha256.clone(),
+            reference: models.reference.as_ref().map(|r| r.name.clone()),
+            reference_sha256: models.reference_sha256.clone(),
+            ..provenance::without_model(ctx, Purpose::Accuracy, 0, request.options())?
+        },
         perplexity: perplexities.first().map(|p| p.perplexity.value),
         perplexities,
         kl,

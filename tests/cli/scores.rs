@@ -83,9 +83,10 @@ fn grows(child: &mut Child, file: &Path, size: u64) -> bool {
     }
 }
 
-/// A quantized model beside the original on two tasks, with KL on a text: once whole, and once killed three times.
+/// A quantized model beside the original on two tasks, with perplexity and KL on a text: once whole, and once killed three times while
+/// tasks are answered and twice at the windows of the text.
 #[test]
-fn a_run_killed_three_times_ends_with_the_same_bytes() {
+fn a_run_killed_at_tasks_and_texts_ends_with_the_same_bytes() {
     let tmp = tempfile::tempdir().unwrap();
     let dir = tmp.path();
     let w4 = dir.join("w4");
@@ -94,24 +95,32 @@ fn a_run_killed_three_times_ends_with_the_same_bytes() {
     ok(q.args(["--scheme", "w4a16", "--group-size", "64", "--calib", "self", "--samples", "8", "--seq-len", "64"]));
     let tasks = tasks(dir, 120);
     let text = root().join("assets/demo-text/evaluation.txt");
-    let kl = ["--kl", text.to_str().unwrap(), "--kl-window", "128"];
+    let text = text.to_str().unwrap();
+    let kl = ["--kl", text, "--kl-window", "128", "--ppl", text, "--protocol", "gptq-128"];
     let more = [&["--reference", "demo", "--threads", "1"][..], &kl[..]].concat();
     let eval = |out: &str| eval_of(w4.to_str().unwrap(), dir, &tasks, out, &more);
     ok(&mut eval("whole.json"));
-    let journal = dir.join("cut.journal");
-    let mut size = 0;
-    for round in 0..3 {
-        let mut child = eval("cut.json").stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
-        assert!(grows(&mut child, &journal, size.max(200)), "round {round}: the run ended before it was killed");
-        child.kill().unwrap();
-        child.wait().unwrap();
-        assert!(!dir.join("cut.json").exists(), "round {round}: a record of a run cut short");
-        size = std::fs::metadata(&journal).unwrap().len();
+    let journals = [dir.join("cut.journal"), dir.join("cut.texts.journal")];
+    for (journal, rounds) in journals.iter().zip([3, 2]) {
+        let mut size = 0;
+        for round in 0..rounds {
+            let mut child = eval("cut.json").stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+            assert!(grows(&mut child, journal, size.max(200)), "round {round}: the run ended before it was killed");
+            child.kill().unwrap();
+            child.wait().unwrap();
+            assert!(!dir.join("cut.json").exists(), "round {round}: a record of a run cut short");
+            size = std::fs::metadata(journal).unwrap().len();
+        }
+        // A kill may tear a frame, too.
+        std::fs::OpenOptions::new().append(true).open(journal).unwrap().set_len(size - 7).unwrap();
     }
-    // A kill may tear a frame, too.
-    std::fs::OpenOptions::new().append(true).open(&journal).unwrap().set_len(size - 7).unwrap();
-    ok(&mut eval("cut.json"));
-    assert!(!journal.exists());
+    let mut last = lowbit(dir);
+    let done = ok(last.args(eval("cut.json").get_args().filter(|a| **a != *"--quiet")));
+    let said = stderr(&done);
+    for what in ["answers", "windows"] {
+        assert!(said.contains(&format!("{what} of an earlier run that was cut short")), "{said}");
+    }
+    assert!(journals.iter().all(|j| !j.exists()));
     for end in [".items.jsonl", ".reference.items.jsonl"] {
         let bytes = |run: &str| std::fs::read(dir.join(format!("{run}{end}"))).unwrap();
         assert!(bytes("cut") == bytes("whole"), "{end} differs");
@@ -197,23 +206,25 @@ fn shards_merge_to_the_whole() {
 }
 
 #[test]
-fn the_cache_answers_and_one_changed_weight_byte_misses() {
+fn the_cache_answers_and_one_changed_weight_byte_or_format_of_keys_misses() {
     let tmp = tempfile::tempdir().unwrap();
     let dir = tmp.path();
     let tasks = tasks(dir, 20);
     let model = dir.join("model");
     super::copy(&super::demo(), &model);
     let cache = dir.join("answers");
-    let run = |out: &str| {
+    let run = |out: &str, kv: &str| {
         let mut c = lowbit(dir);
-        c.arg("eval").arg(&model).arg("--tasks").arg(&tasks.1).arg("--cache").arg(&cache);
+        c.arg("eval").arg(&model).arg("--tasks").arg(&tasks.1).arg("--cache").arg(&cache).args(["--kv-cache", kv]);
         let out = ok(c.args(["--device", "cpu", "-o"]).arg(dir.join(out)));
         let text = stderr(&out);
         let line = text.lines().find(|l| l.contains("answered before")).unwrap().to_owned();
         line.split(", ").last().unwrap().to_owned()
     };
-    assert_eq!(run("a.json"), "0 of 40 requests answered before");
-    assert_eq!(run("b.json"), "40 of 40 requests answered before");
+    assert_eq!(run("a.json", "float"), "0 of 40 requests answered before");
+    assert_eq!(run("b.json", "float"), "40 of 40 requests answered before");
+    // Answers by rounded keys and values are others.
+    assert_eq!(run("int8.json", "int8"), "0 of 40 requests answered before");
     let bytes = |f: &str| std::fs::read(dir.join(f)).unwrap();
     assert!(bytes("a.items.jsonl") == bytes("b.items.jsonl"));
     let weights = model.join("model.safetensors");
@@ -221,7 +232,7 @@ fn the_cache_answers_and_one_changed_weight_byte_misses() {
     let last = changed.len() - 2;
     changed[last] ^= 1;
     std::fs::write(&weights, changed).unwrap();
-    assert_eq!(run("c.json"), "0 of 40 requests answered before");
+    assert_eq!(run("c.json", "float"), "0 of 40 requests answered before");
 }
 
 /// The demo with a tokenizer that puts BOS before every text; as Gemma with the norms that family has.
