@@ -447,9 +447,12 @@ pub struct EvalArgs {
     /// Windows of --blame: every swap is measured on all of them.
     #[arg(long, value_name = "N", default_value_t = 4, requires = "blame")]
     pub blame_windows: usize,
-    /// Windows at most, of each; documents at most, of each task.
+    /// Documents at most, of each task; without --windows also windows of --ppl and of --kl at most.
     #[arg(long)]
     pub limit: Option<usize>,
+    /// Windows of --ppl and of --kl at most, whatever --limit says of tasks.
+    #[arg(long, value_name = "N")]
+    pub windows: Option<usize>,
     #[command(flatten)]
     pub tasks: TaskArgs,
     /// Write the record here.

@@ -151,10 +151,11 @@ pub fn eval(ctx: &Context, args: &EvalArgs) -> Result<()> {
     refuse_existing(args.output.as_ref(), args.force)?;
     let output = args.output.as_deref().map(Output::of).transpose()?;
     let read = |p: &Option<PathBuf>| p.as_ref().map(|p| Source::read(p)).transpose();
+    let windows = args.windows.or(args.limit);
     let request = Request {
         perplexity: read(&args.ppl)?.map(|s| (s, args.protocol.clone())),
-        kl: read(&args.kl)?.map(|s| (s, KlOptions { window: args.kl_window, limit: args.limit })),
-        limit: args.limit,
+        kl: read(&args.kl)?.map(|s| (s, KlOptions { window: args.kl_window, limit: windows })),
+        limit: windows,
     };
     let name = args.model.as_deref().unwrap_or_default();
     // Mistakes in task files and data come before any weight is read.
@@ -167,6 +168,10 @@ pub fn eval(ctx: &Context, args: &EvalArgs) -> Result<()> {
     let reference = args.reference.as_deref().map(|r| models::locate(ctx, r)).transpose()?;
     let models = Models::load(ctx, candidate, reference, args.kv_cache)?;
     let mut record = evaluate(ctx, args, &request, (job.as_ref(), judge.as_ref()), models, output.as_ref())?;
+    if let Some(n) = args.windows {
+        record.provenance.options.insert("windows".into(), n.into());
+        record.provenance.options.insert("limit".into(), args.limit.into());
+    }
     if args.kv_cache != KvCacheArg::Float {
         record.provenance.options.insert("kv_cache".into(), args.kv_cache.name().into());
     }

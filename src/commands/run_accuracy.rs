@@ -134,6 +134,7 @@ fn eval_args(args: &RunArgs, pair: &Pair, demo: bool, text: bool) -> Result<Eval
         blame: args.blame.or(demo.then_some(BlameArg::Linear)).filter(|_| text),
         blame_windows: 4,
         limit: args.task_limit,
+        windows: None,
         tasks: TaskArgs {
             tasks,
             data: args.data.clone(),
