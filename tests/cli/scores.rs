@@ -135,6 +135,31 @@ fn a_run_killed_at_tasks_and_texts_ends_with_the_same_bytes() {
 }
 
 #[test]
+fn an_interrupted_evaluation_says_how_it_goes_on() {
+    let tmp = tempfile::tempdir().unwrap();
+    let dir = tmp.path();
+    let (record, journal) = (dir.join("e.json"), dir.join("e.texts.journal"));
+    let text = root().join("assets/demo-text/evaluation.txt");
+    let command = || {
+        let mut c = lowbit(dir);
+        c.args(["--device", "cpu", "--threads", "1", "eval", "demo", "--reference", "demo", "--kl-window", "64"]);
+        c.arg("--kl").arg(&text).arg("-o").arg(&record);
+        c
+    };
+    let mut child = command().stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+    assert!(grows(&mut child, &journal, 200), "the run ended before it was interrupted");
+    ok(Command::new("kill").args(["-INT", &child.id().to_string()]));
+    let done = child.wait_with_output().unwrap();
+    let said = stderr(&done);
+    assert_eq!(done.status.code(), Some(130), "{said}");
+    assert!(said.contains("hint: the same command goes on: answers and windows so far"), "{said}");
+    assert!(journal.exists() && !record.exists());
+    let said = stderr(&ok(&mut command()));
+    assert!(said.contains("windows of an earlier run that was cut short"), "{said}");
+    assert!(!journal.exists() && read(&record)["kl"]["mean"].as_f64().unwrap() <= 1e-7);
+}
+
+#[test]
 fn a_model_beside_itself_loses_nothing() {
     let tmp = tempfile::tempdir().unwrap();
     let dir = tmp.path();
