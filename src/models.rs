@@ -208,15 +208,7 @@ pub fn import_gguf(ctx: &Context, file: &Path, output: &Path, codes: bool, force
         if gguf.tied() {
             dense.push("lm_head".into());
         }
-        let groups: Vec<WrittenGroup<'_>> = by_scheme(packed)
-            .into_iter()
-            .map(|(scheme, targets)| WrittenGroup {
-                scheme,
-                targets,
-                observer: "memoryless_minmax",
-                static_act_order: false,
-            })
-            .collect();
+        let groups = WrittenGroup::taken_over(by_scheme(packed));
         map.insert("quantization_config".into(), write_compressed_tensors(&groups, &dense, None));
     }
     writer.write_file("config.json", format!("{config:#}\n").as_bytes())?;

@@ -151,16 +151,7 @@ fn repack(ctx: &Context, ckpt: &Checkpoint, args: &ConvertArgs) -> Result<()> {
                 if let [(_, names)] = rules.as_mut_slice() {
                     *names = vec!["Linear".into()];
                 }
-                let groups: Vec<WrittenGroup<'_>> = rules
-                    .into_iter()
-                    .map(|(scheme, targets)| WrittenGroup {
-                        scheme,
-                        targets,
-                        observer: "memoryless_minmax",
-                        static_act_order: false,
-                    })
-                    .collect();
-                Some(write_compressed_tensors(&groups, &dense, None))
+                Some(write_compressed_tensors(&WrittenGroup::taken_over(rules), &dense, None))
             }
             Some(format) => {
                 let head = items.iter().any(|i| i.module.ends_with("lm_head"));
