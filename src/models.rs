@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context as _, Result};
+use lowbit_checkpoint::converted::{self, ConvertRecord};
 use lowbit_checkpoint::gguf::{self, GgufModel};
 use lowbit_checkpoint::hub::{self, HubOptions};
 use lowbit_checkpoint::quant_config::{Layout, PackFormat, WrittenGroup, by_scheme, write_compressed_tensors};
@@ -152,9 +153,10 @@ fn import_cached(ctx: &Context, file: &Path, codes: bool) -> Result<PathBuf> {
     let sha = lowbit_checkpoint::hash::sha256_file(file)?;
     let kind = if codes { "gguf-codes" } else { "gguf" };
     let dir = cache_dir().join(format!("{kind}-{}", sha.get(..16).unwrap_or_default()));
-    if !dir.exists() {
+    // Earlier versions left no record of what the file's types are.
+    if ConvertRecord::read(&dir)?.is_none() {
         ctx.say(format!("importing {} into {}", file.display(), dir.display()));
-        import_gguf(ctx, file, &dir, codes, false)?;
+        import_gguf(ctx, file, &dir, codes, true)?;
     }
     Ok(dir)
 }
@@ -215,6 +217,7 @@ pub fn import_gguf(ctx: &Context, file: &Path, output: &Path, codes: bool, force
     for (name, bytes) in gguf.tokenizer_files()? {
         writer.write_file(&name, &bytes)?;
     }
+    writer.write_file(converted::FILE, &ConvertRecord::new(file, gguf.bits()).to_bytes())?;
     writer.finish()?;
     Ok(())
 }

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::{Result, bail};
-use lowbit_checkpoint::gguf::GgufModel;
+use lowbit_checkpoint::converted::ConvertRecord;
 use lowbit_checkpoint::hash::model_sha256;
 use lowbit_checkpoint::provenance::Provenance;
 use lowbit_checkpoint::tokenizer::Tokenizer;
@@ -97,13 +97,10 @@ impl Models {
                 );
             }
         }
-        let packed = ckpt.quantization.as_ref().and_then(|q| q.groups.iter().map(|g| g.scheme.code_bits()).min());
-        // An imported GGUF file is dense here, and was not there.
-        let file = Path::new(&candidate.name);
-        let bits = match packed {
-            None if file.is_file() && candidate.name.ends_with(".gguf") => GgufModel::open(file)?.bits(),
-            packed => packed,
-        };
+        // What was converted, as a GGUF file is on import, may be dense here and was not there.
+        let before = ConvertRecord::read(&candidate.dir)?.and_then(|r| r.bits);
+        let groups = ckpt.quantization.iter().flat_map(|q| &q.groups);
+        let bits = groups.map(|g| g.scheme.code_bits()).chain(before).min();
         let family = ckpt.config.family.clone();
         let (second, other) = loaded.unzip();
         let checkpoints = [ckpt].into_iter().chain(second).collect();
