@@ -146,7 +146,7 @@ fn repack(ctx: &Context, ckpt: &Checkpoint, args: &ConvertArgs) -> Result<()> {
     )?;
     let before = ConvertRecord::read(&ckpt.dir)?.and_then(|r| r.bits);
     let bits = q.groups.iter().map(|g| g.scheme.code_bits()).chain(before).min();
-    writer.write_file(converted::FILE, &ConvertRecord::new(&ckpt.dir, bits).to_bytes())?;
+    writer.write_file(converted::FILE, &ConvertRecord::new(Path::new(&args.model), bits).to_bytes())?;
     let mut config = ckpt.raw_config.clone();
     if let Some(map) = config.as_object_mut() {
         map.remove("quantization_config");
