@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context as _, Result};
+use lowbit_checkpoint::converted::{self, ConvertRecord};
 use lowbit_checkpoint::gguf::{self, GgufModel};
 use lowbit_checkpoint::hub::{self, HubOptions};
 use lowbit_checkpoint::quant_config::{Layout, PackFormat, WrittenGroup, by_scheme, write_compressed_tensors};
@@ -152,9 +153,10 @@ fn import_cached(ctx: &Context, file: &Path, codes: bool) -> Result<PathBuf> {
     let sha = lowbit_checkpoint::hash::sha256_file(file)?;
     let kind = if codes { "gguf-codes" } else { "gguf" };
     let dir = cache_dir().join(format!("{kind}-{}", sha.get(..16).unwrap_or_default()));
-    if !dir.exists() {
+    // Earlier versions left no record of what the file's types are.
+    if ConvertRecord::read(&dir)?.is_none() {
         ctx.say(format!("importing {} into {}", file.display(), dir.display()));
-        import_gguf(ctx, file, &dir, codes, false)?;
+        import_gguf(ctx, file, &dir, codes, true)?;
     }
     Ok(dir)
 }
@@ -208,21 +210,14 @@ pub fn import_gguf(ctx: &Context, file: &Path, output: &Path, codes: bool, force
         if gguf.tied() {
             dense.push("lm_head".into());
         }
-        let groups: Vec<WrittenGroup<'_>> = by_scheme(packed)
-            .into_iter()
-            .map(|(scheme, targets)| WrittenGroup {
-                scheme,
-                targets,
-                observer: "memoryless_minmax",
-                static_act_order: false,
-            })
-            .collect();
+        let groups = WrittenGroup::taken_over(by_scheme(packed));
         map.insert("quantization_config".into(), write_compressed_tensors(&groups, &dense, None));
     }
     writer.write_file("config.json", format!("{config:#}\n").as_bytes())?;
     for (name, bytes) in gguf.tokenizer_files()? {
         writer.write_file(&name, &bytes)?;
     }
+    writer.write_file(converted::FILE, &ConvertRecord::new(file, gguf.bits()).to_bytes())?;
     writer.finish()?;
     Ok(())
 }

@@ -4,23 +4,21 @@
 //! A recipe becomes arguments in front of the user's, so what is typed wins and both are checked by one parser.
 
 mod llm_compressor;
+mod table;
 
 use std::ffi::OsString;
 use std::path::Path;
 use std::sync::OnceLock;
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result};
 use clap::parser::ValueSource;
 use clap::{ArgAction, ArgMatches, Args, Command, CommandFactory, FromArgMatches};
 use lowbit_checkpoint::provenance::Provenance;
 use lowbit_kernels::LinearScheme;
 
+use self::table::{MADE, OPTIONS};
 use crate::args::{Cli, QuantOptions};
 
-/// The table of a recipe that holds options.
-const OPTIONS: &str = "quantize";
-/// The table that says what it was made with; not read as options.
-const MADE: &str = "made";
 /// Options that say where work is kept or what is reported, not what is made.
 const NOT_RECORDED: [&str; 2] = ["recipe", "offload"];
 
@@ -105,59 +103,15 @@ fn options() -> Command {
 fn read(file: &Path) -> Result<Given> {
     let text = lowbit_checkpoint::files::read_text(file).with_context(|| format!("{}", file.display()))?;
     let yaml = file.extension().is_some_and(|e| e == "yaml" || e == "yml");
-    let given = if yaml { llm_compressor::read(&text) } else { from_toml(&text) };
+    let given = if yaml { llm_compressor::read(&text) } else { table::read(&text, &is_switch) };
     given.with_context(|| format!("{}", file.display()))
 }
 
-fn from_toml(text: &str) -> Result<Given> {
-    let document = match toml_edit::Document::parse(text) {
-        Ok(d) => d,
-        Err(e) => bail!("not valid TOML: {}", e.to_string().trim_end()),
-    };
-    let mut out = Vec::new();
-    for (name, item) in document.as_table() {
-        match (name, item.as_table()) {
-            (MADE, Some(_)) => {}
-            (OPTIONS, Some(table)) => {
-                for (key, item) in table {
-                    out.extend(option(key, item)?);
-                }
-            }
-            _ => bail!("`{name}`: a recipe has the tables [{OPTIONS}] and [{MADE}]"),
-        }
-    }
-    if !document.contains_key(OPTIONS) {
-        bail!("a recipe has a table [{OPTIONS}], this file has none");
-    }
-    Ok(out)
-}
-
-fn option(key: &str, item: &toml_edit::Item) -> Result<Option<(String, Option<Vec<String>>)>> {
+/// Whether an option of a quantization is a switch; none where it is no option, or none of a recipe.
+fn is_switch(key: &str) -> Option<bool> {
     let known = options();
-    let Some(arg) = known.get_arguments().find(|a| a.get_long() == Some(key)).filter(|_| key != "recipe") else {
-        bail!("`{key}` is no option of a quantization\nhint: `lowbit quantize --help` lists them");
-    };
-    let switch = matches!(arg.get_action(), ArgAction::SetTrue);
-    let scalar = |v: &toml_edit::Value| -> Option<String> {
-        v.as_str()
-            .map(str::to_string)
-            .or_else(|| v.as_integer().map(|i| i.to_string()))
-            .or_else(|| v.as_float().map(|f| f.to_string()))
-    };
-    let value = item.as_value();
-    let (flag, array) = (value.and_then(|v| v.as_bool()), value.and_then(|v| v.as_array()));
-    match (switch, flag, array, value.and_then(scalar)) {
-        (true, Some(on), ..) => Ok(on.then(|| (key.to_string(), None))),
-        (false, _, Some(values), _) => {
-            let Some(values) = values.iter().map(scalar).collect::<Option<Vec<_>>>() else {
-                bail!("`{key}`: a list holds texts or numbers");
-            };
-            Ok((!values.is_empty()).then(|| (key.to_string(), Some(values))))
-        }
-        (false, _, _, Some(one)) => Ok(Some((key.to_string(), Some(vec![one])))),
-        (true, ..) => bail!("`{key}` is true or false"),
-        _ => bail!("`{key}`: expected a text, a number or a list of them"),
-    }
+    let arg = known.get_arguments().find(|a| a.get_long() == Some(key)).filter(|_| key != "recipe")?;
+    Some(matches!(arg.get_action(), ArgAction::SetTrue))
 }
 
 /// The recipe of a run: every option as it stands, spelled out. `changed` are values that the command itself filled in.
@@ -286,7 +240,7 @@ mod tests {
             ("", "[quantize]"),
             ("[quantize\n", "not valid TOML"),
         ] {
-            let error = format!("{:#}", from_toml(text).unwrap_err());
+            let error = format!("{:#}", table::read(text, &is_switch).unwrap_err());
             assert!(error.contains(why), "{error}");
         }
     }

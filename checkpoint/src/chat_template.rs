@@ -4,6 +4,7 @@ mod limits;
 mod python;
 
 use std::path::{Path, PathBuf};
+use std::sync::LazyLock;
 
 use minijinja::value::Value;
 use minijinja::{Environment, Error, ErrorKind};
@@ -39,6 +40,10 @@ pub struct ChatTemplate {
     file: PathBuf,
     tokens: Vec<(String, String)>,
 }
+
+/// `{% generation %}` marks what the assistant said, for training only.
+static GENERATION: LazyLock<std::result::Result<regex::Regex, regex::Error>> =
+    LazyLock::new(|| regex::Regex::new(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}"));
 
 /// What a template may do: an instruction costs 1, as do 64 bytes that it makes. A conversation of a million characters takes a
 /// tenth of it; a template made to never end, or to fill the memory, ends as an error within a second.
@@ -138,8 +143,8 @@ impl ChatTemplate {
         env.add_function("raise_exception", |text: String| -> std::result::Result<Value, Error> {
             Err(Error::new(ErrorKind::InvalidOperation, text))
         });
-        // `{% generation %}` marks what the assistant said, for training only.
-        let source = regex::Regex::new(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
+        let source = GENERATION
+            .as_ref()
             .map_err(|error| wrong(error.to_string()))?
             .replace_all(source, |found: &regex::Captures<'_>| {
                 let part = |i| found.get(i).map_or("", |part| part.as_str());

@@ -15,6 +15,7 @@ pub mod awq;
 pub mod chat_template;
 pub mod checkpoint;
 pub mod config;
+pub mod converted;
 pub mod error;
 pub mod files;
 pub mod gguf;

@@ -1,7 +1,7 @@
 //! Drift: KL(reference ‖ candidate) over the full vocabulary, both models in one pass.
 //!
 //! Each window runs through both models, and their logits meet a chunk of rows at a time, so nothing is stored on disk
-//! and nothing is rounded or clipped. Sums of a row are f64.
+//! and nothing is rounded or clipped. Sums of a row are f64. What a store knows of a window is not computed again.
 
 use std::ops::Range;
 
@@ -9,10 +9,12 @@ use rayon::prelude::*;
 
 use crate::drift::row::{RowDrift, compare};
 use crate::drift::summary::statistics;
+use crate::engine::{Answer, Store, window_key};
 use crate::error::{EvalError, Result};
 use crate::record::KlRecord;
 use crate::scorer::{LogitRows, Scorer, check_window, chunks, rows_per_chunk};
 use crate::stats::{clustered_mean, clustered_share, correlation, mean, percentile, percentiles, root_mean_square};
+use crate::tasks::Response;
 use crate::text::Source;
 
 /// How much to compare.
@@ -31,13 +33,15 @@ impl Default for KlOptions {
 }
 
 /// Compares the models on the first windows of `ids`: disjoint, the tail dropped, every position of a window but the
-/// last scored. `progress` hears of windows done and their total.
+/// last scored. Windows that `store` knows are not run again, and it hears of each new one as it comes: it belongs to these two models and
+/// their arithmetic. `progress` hears of windows done and their total.
 pub fn evaluate_kl(
     candidate: &dyn Scorer,
     reference: &dyn Scorer,
     ids: &[u32],
     source: &Source,
     options: &KlOptions,
+    store: &mut dyn Store,
     progress: &dyn Fn(usize, usize),
 ) -> Result<KlRecord> {
     let window = options.window;
@@ -70,12 +74,30 @@ pub fn evaluate_kl(
     progress(0, total);
     let mut drifts = Vec::with_capacity(total * (window - 1));
     for (index, tokens) in ids.chunks_exact(window).take(total).enumerate() {
-        let before = drifts.len();
-        window_drift(candidate, reference, tokens, &mut drifts)?;
-        check_finite(&drifts[before..], index)?;
+        let key = window_key("kl", tokens, &(1..window));
+        match store.get(&key).filter(|a| a.drift.len() == window - 1) {
+            Some(known) => drifts.extend(known.drift.iter().map(|(_, row)| *row)),
+            None => {
+                let before = drifts.len();
+                window_drift(candidate, reference, tokens, &mut drifts)?;
+                check_finite(&drifts[before..], index)?;
+                store.put(&key, &to_keep(&drifts[before..]))?;
+            }
+        }
         progress(index + 1, total);
     }
+    store.finish()?;
     Ok(summarize(&drifts, source, window, total))
+}
+
+/// The rows of a window as a store keeps them, with the log-probability of its text.
+fn to_keep(rows: &[RowDrift]) -> Answer {
+    let rolling = |nll: fn(&RowDrift) -> f64| Response::Rolling { log_prob: -rows.iter().map(nll).sum::<f64>() };
+    Answer {
+        response: rolling(|row| row.candidate_nll),
+        reference: Some(rolling(|row| row.reference_nll)),
+        drift: (0u64..).zip(rows.iter().copied()).collect(),
+    }
 }
 
 fn window_drift(candidate: &dyn Scorer, reference: &dyn Scorer, ids: &[u32], drifts: &mut Vec<RowDrift>) -> Result<()> {
@@ -167,12 +189,46 @@ fn summarize(drifts: &[RowDrift], source: &Source, window: usize, windows: usize
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::engine::{Found, Journal, NoStore};
     use crate::fake::Fake;
 
     fn run(candidate: &Fake, reference: &Fake, ids: &[u32], window: usize) -> Result<KlRecord> {
         let source = Source::from_text("t", String::new());
         let options = KlOptions { window, limit: None };
-        evaluate_kl(candidate, reference, ids, &source, &options, &|_, _| ())
+        evaluate_kl(candidate, reference, ids, &source, &options, &mut NoStore, &|_, _| ())
+    }
+
+    #[test]
+    fn windows_that_are_known_are_not_run_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("j");
+        let source = Source::from_text("t", String::new());
+        let models = || {
+            let of = |shift: f32| Fake::new(3, move |ids| vec![shift * ids[ids.len() - 1] as f32, 0.1, shift]);
+            (of(0.5), of(0.75))
+        };
+        let ids: Vec<u32> = (0..40).map(|i| i * i % 3).collect();
+        let measure = |limit: usize, known: usize| {
+            let ((a, b), mut journal) = (models(), Journal::open(&path, "both").unwrap());
+            assert_eq!(journal.found, if known == 0 { Found::New } else { Found::Continued(known) });
+            let options = KlOptions { window: 8, limit: Some(limit) };
+            let record = evaluate_kl(&a, &b, &ids, &source, &options, &mut journal, &|_, _| ()).unwrap();
+            let runs = a.inputs.borrow().len();
+            assert_eq!(runs, b.inputs.borrow().len());
+            (runs, serde_json::to_string(&record).unwrap())
+        };
+        // `i² mod 3` repeats after three windows of eight: the fourth and fifth are known when they come.
+        let (runs, _) = measure(2, 0);
+        assert_eq!(runs, 2);
+        let (runs, in_two) = measure(5, 2);
+        assert_eq!(runs, 1);
+        let (runs, known) = measure(5, 3);
+        assert_eq!(runs, 0);
+        let (a, b) = models();
+        let whole = run(&a, &b, &ids, 8).unwrap();
+        assert_eq!(a.inputs.borrow().len(), 5);
+        let whole = serde_json::to_string(&whole).unwrap();
+        assert_eq!((&in_two, &known), (&whole, &whole));
     }
 
     #[test]

@@ -2,22 +2,26 @@
 
 use lowbit_kernels::backend::TokenScore;
 
+use crate::engine::{Answer, Store, window_key};
 use crate::error::{EvalError, Result};
 use crate::protocol::{Window, WindowPlan};
 use crate::record::PerplexityRecord;
 use crate::scorer::Scorer;
 use crate::stats::{clustered_mean, perplexity_ratio};
+use crate::tasks::Response;
 use crate::text::Source;
 
 /// Scores every window with the candidate and, where there is one, the reference.
 ///
-/// `progress` hears of windows done and their total. The record's `window_nll` holds one mean per cluster: nats a
+/// Windows that `store` knows are not scored again, and it hears of each new one as it comes: it belongs to these models and their
+/// arithmetic. `progress` hears of windows done and their total. The record's `window_nll` holds one mean per cluster: nats a
 /// token for each window, or nats a word for each page of `lm-eval-word`.
 pub fn evaluate_perplexity(
     candidate: &dyn Scorer,
     reference: Option<&dyn Scorer>,
     plan: &WindowPlan,
     source: &Source,
+    store: &mut dyn Store,
     progress: &dyn Fn(usize, usize),
 ) -> Result<PerplexityRecord> {
     let total = plan.windows.len();
@@ -26,12 +30,25 @@ pub fn evaluate_perplexity(
     let mut reference_nll = vec![0.0; if reference.is_some() { clusters } else { 0 }];
     progress(0, total);
     for (index, window) in plan.windows.iter().enumerate() {
-        candidate_nll[window.cluster] += window_nll(candidate, "candidate", window, index)?;
-        if let Some(reference) = reference {
-            reference_nll[window.cluster] += window_nll(reference, "reference", window, index)?;
+        let key = window_key("nll", &window.ids, &window.scored);
+        let (own, other) = match store.get(&key).and_then(|a| known(&a, reference.is_some())) {
+            Some(sums) => sums,
+            None => {
+                let own = window_nll(candidate, "candidate", window, index)?;
+                let other = reference.map(|r| window_nll(r, "reference", window, index)).transpose()?;
+                let rolling = |nll: f64| Response::Rolling { log_prob: -nll };
+                let answer = Answer { response: rolling(own), reference: other.map(rolling), drift: Vec::new() };
+                store.put(&key, &answer)?;
+                (own, other)
+            }
+        };
+        candidate_nll[window.cluster] += own;
+        if let Some(other) = other {
+            reference_nll[window.cluster] += other;
         }
         progress(index + 1, total);
     }
+    store.finish()?;
     let means = |sums: &[f64]| sums.iter().zip(&plan.weights).map(|(s, w)| s / w).collect();
     Ok(PerplexityRecord {
         protocol: plan.protocol.to_string(),
@@ -47,6 +64,16 @@ pub fn evaluate_perplexity(
         window_nll: means(&candidate_nll),
         reference_window_nll: means(&reference_nll),
     })
+}
+
+/// Summed NLLs of a window that was scored before: the candidate's and, where it was `paired`, the reference's.
+fn known(answer: &Answer, paired: bool) -> Option<(f64, Option<f64>)> {
+    let nll = |r: &Response| match r {
+        Response::Rolling { log_prob } => Some(-log_prob),
+        _ => None,
+    };
+    let other = answer.reference.as_ref().and_then(nll);
+    Some((nll(&answer.response)?, other)).filter(|k| k.1.is_some() == paired)
 }
 
 /// Summed NLL of one window's targets, nats.
@@ -71,6 +98,7 @@ mod tests {
     use std::cell::Cell;
 
     use super::*;
+    use crate::engine::{Journal, NoStore};
     use crate::fake::{ByteTokenizer, Fake};
     use crate::protocol::{Protocol, Setup};
 
@@ -89,7 +117,7 @@ mod tests {
             let plan = plan(protocol, &text, None);
             let calls = Cell::new(0);
             let count = |_, _| calls.set(calls.get() + 1);
-            let r = evaluate_perplexity(&model, None, &plan, &text, &count).unwrap();
+            let r = evaluate_perplexity(&model, None, &plan, &text, &mut NoStore, &count).unwrap();
             assert!((r.perplexity.value - 300.0).abs() < 1e-3, "{protocol}");
             assert!(r.perplexity.low <= r.perplexity.value && r.ratio.is_none());
             assert_eq!(calls.get(), plan.windows.len() + 1);
@@ -110,7 +138,7 @@ mod tests {
         };
         let (candidate, reference) = (favour(0.5), favour(0.25));
         let plan = plan("gptq-16", &text, Some(3));
-        let r = evaluate_perplexity(&candidate, Some(&reference), &plan, &text, &|_, _| ()).unwrap();
+        let r = evaluate_perplexity(&candidate, Some(&reference), &plan, &text, &mut NoStore, &|_, _| ()).unwrap();
         assert_eq!((r.windows, r.scored_tokens), (3, 45));
         let ratio = r.ratio.unwrap();
         assert!((r.perplexity.value - 2.0).abs() < 1e-5);
@@ -124,7 +152,7 @@ mod tests {
         let pages = Source::from_pages("p", vec!["abc , defg h".to_owned()]);
         let plan = plan("lm-eval-word", &pages, None);
         let model = Fake::uniform(300);
-        let r = evaluate_perplexity(&model, None, &plan, &pages, &|_, _| ()).unwrap();
+        let r = evaluate_perplexity(&model, None, &plan, &pages, &mut NoStore, &|_, _| ()).unwrap();
         assert_eq!((r.scored_tokens, r.bos.as_str()), (12, "every page"));
         let expected = 12.0 * 300f64.ln() / 4.0;
         assert!((r.perplexity.value.ln() - expected).abs() < 1e-5);
@@ -136,8 +164,29 @@ mod tests {
         let text = Source::from_text("t", "x".repeat(200));
         let plan = plan("llama.cpp-64", &text, None);
         let model = Fake::uniform(300);
-        evaluate_perplexity(&model, None, &plan, &text, &|_, _| ()).unwrap();
+        evaluate_perplexity(&model, None, &plan, &text, &mut NoStore, &|_, _| ()).unwrap();
         assert_eq!(*model.inputs.borrow(), [63; 3]);
+    }
+
+    #[test]
+    fn windows_that_are_known_are_not_scored_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let text =
+            Source::from_text("t", (0..160u32).map(|i| char::from(b'a' + (i * 7 % 26) as u8)).collect::<String>());
+        let measure = |limit: Option<usize>| {
+            let mut journal = Journal::open(&dir.path().join("j"), "both").unwrap();
+            let of =
+                |step: f32| Fake::new(300, move |ids| (0..300usize).map(|v| step * (v ^ ids.len()) as f32).collect());
+            let (own, other, plan) = (of(0.01), of(0.02), plan("gptq-16", &text, limit));
+            let r = evaluate_perplexity(&own, Some(&other), &plan, &text, &mut journal, &|_, _| ()).unwrap();
+            (own.inputs.borrow().len(), serde_json::to_string(&r).unwrap())
+        };
+        assert_eq!(measure(Some(4)).0, 4);
+        let (scored, record) = measure(None);
+        assert_eq!(scored, 6);
+        assert_eq!(measure(None), (0, record.clone()));
+        std::fs::remove_file(dir.path().join("j")).unwrap();
+        assert_eq!(measure(None), (10, record));
     }
 
     #[test]
@@ -145,7 +194,7 @@ mod tests {
         let text = Source::from_text("t", "x".repeat(64));
         let plan = plan("gptq-16", &text, None);
         let model = Fake::new(300, |_| vec![f32::NAN; 300]);
-        let r = evaluate_perplexity(&model, None, &plan, &text, &|_, _| ());
+        let r = evaluate_perplexity(&model, None, &plan, &text, &mut NoStore, &|_, _| ());
         assert!(matches!(r, Err(EvalError::NotFinite { .. })));
     }
 }

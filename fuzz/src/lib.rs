@@ -2,8 +2,12 @@
 //! `seeds(NAME)` were written to `corpus/NAME`, which [`run`] does at its first call.
 #![allow(dead_code)]
 
+#[path = "../../src/recipe/llm_compressor.rs"]
+mod llm_compressor;
 #[path = "../../tests/hostile/mutate.rs"]
 mod mutate;
+#[path = "../../src/recipe/table.rs"]
+mod recipe_table;
 #[path = "../../report/tests/records/mod.rs"]
 mod records;
 #[path = "../../tests/hostile/seeds.rs"]
@@ -15,6 +19,9 @@ mod tiny;
 
 use std::cell::RefCell;
 use std::path::PathBuf;
+
+/// Options of a recipe, as `src/recipe.rs` has them.
+type Given = Vec<(String, Option<Vec<String>>)>;
 
 fn root() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("..")

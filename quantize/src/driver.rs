@@ -10,7 +10,7 @@ use lowbit_calibration::{InputStats, KvRange, PassOptions, SequentialPass, Windo
 use lowbit_checkpoint::quant_config::{KvScheme, PackFormat, QuantConfig};
 use lowbit_checkpoint::store::TensorStore;
 use lowbit_checkpoint::writer::CheckpointWriter;
-use lowbit_checkpoint::{Checkpoint, CheckpointError, linear};
+use lowbit_checkpoint::{Checkpoint, CheckpointError, converted, linear};
 use lowbit_kernels::activation::InputRule;
 use lowbit_kernels::backend::Backend;
 use lowbit_kernels::{InputFormat, KernelError, QuantizedWeight, WeightFormat, ggml};
@@ -152,7 +152,7 @@ impl Run<'_> {
         // A record of the original's own making is not this checkpoint's.
         self.writer.carry_over(
             &ckpt.dir,
-            &["config.json", "recipe.yaml", "recipe.toml", "quantize_config.json", "quantize.json"],
+            &["config.json", "recipe.yaml", "recipe.toml", "quantize_config.json", "quantize.json", converted::FILE],
         )?;
         let text = format!("{:#}\n", plan.config);
         self.writer.write_file("config.json", text.as_bytes())?;

@@ -1,6 +1,7 @@
 //! Before any work: what happens to every tensor, why, and how many bytes come out. Impossible plans are refused here,
 //! with all offenders listed.
 
+mod linears;
 mod options;
 mod refusals;
 mod rules;
@@ -17,7 +18,7 @@ use lowbit_checkpoint::{Checkpoint, linear};
 use lowbit_kernels::backend::FloatType;
 use lowbit_kernels::ggml::GgmlType;
 use lowbit_kernels::{GroupSize, LinearScheme, Scheme};
-use lowbit_model::block::{LinearGroup, linear_shapes, router_modules};
+use lowbit_model::block::{LinearGroup, router_modules};
 use lowbit_model::decoder;
 use serde_json::Value;
 
@@ -33,6 +34,7 @@ use crate::room;
 use crate::solve::Wanted;
 use crate::written::written_config;
 
+pub(crate) use self::linears::of_blocks;
 pub use self::options::{Method, QuantizeOptions, Recipe};
 pub(crate) use self::rules::Rules;
 
@@ -149,33 +151,15 @@ pub fn make(
     let prefix = decoder::prefix(ckpt)?;
     let mut ignore = Rules::new("ignore", &options.ignore)?;
     let mut modules = Rules::new("module", options.modules.iter().map(|m| &m.0))?;
-    let mut reasons: BTreeMap<String, String> = BTreeMap::new();
-    let mut linears = Vec::new();
     let mut misfits = Vec::new();
-    for block in 0..c.num_layers {
-        for s in linear_shapes(c, block) {
-            let module = format!("{prefix}.layers.{block}.{}", s.suffix);
-            if let Some((_, rule)) = ignore.hit(&module) {
-                reasons.insert(format!("{module}.weight"), format!("ignored by `{rule}`"));
-                continue;
-            }
-            let rule = modules.hit(&module).and_then(|(i, _)| options.modules.get(i));
-            let scheme = options.chosen.get(&module).copied().unwrap_or(rule.map_or(options.scheme, |m| m.1));
-            if scheme.check_width(s.in_features).is_err() {
-                misfits.push(Misfit { scheme, width: s.in_features, kind: s.kind(), block });
-            }
-            linears.push(PlannedLinear {
-                source: module.clone(),
-                module,
-                block: Some(block),
-                group: Some(s.group),
-                scheme,
-                ggml: None,
-                out_features: s.out_features,
-                in_features: s.in_features,
-            });
+    let (mut linears, reasons) = of_blocks(c, prefix, &mut ignore, &mut |module, block, s| {
+        let rule = modules.hit(module).and_then(|(i, _)| options.modules.get(i));
+        let scheme = options.chosen.get(module).copied().unwrap_or(rule.map_or(options.scheme, |m| m.1));
+        if scheme.check_width(s.in_features).is_err() {
+            misfits.push(Misfit { scheme, width: s.in_features, kind: s.kind(), block });
         }
-    }
+        Ok((scheme, None))
+    });
     refuse_widths(&misfits, options, c.num_layers)?;
     refuse_split_sets(c, &linears)?;
     refuse_mixed_sets(&linears)?;

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use anyhow::{Result, bail};
+use lowbit_checkpoint::converted::{self, ConvertRecord};
 use lowbit_checkpoint::quant_config::{
     Layout, PackFormat, QuantConfig, WrittenGroup, by_scheme, write_compressed_tensors, write_uniform,
 };
@@ -139,7 +140,13 @@ fn repack(ctx: &Context, ckpt: &Checkpoint, args: &ConvertArgs) -> Result<()> {
         }
         ctx.progress.advance(1);
     }
-    writer.carry_over(&ckpt.dir, &["config.json", "quantize_config.json", "quantize.json", "recipe.yaml"])?;
+    writer.carry_over(
+        &ckpt.dir,
+        &["config.json", "quantize_config.json", "quantize.json", "recipe.yaml", converted::FILE],
+    )?;
+    let before = ConvertRecord::read(&ckpt.dir)?.and_then(|r| r.bits);
+    let bits = q.groups.iter().map(|g| g.scheme.code_bits()).chain(before).min();
+    writer.write_file(converted::FILE, &ConvertRecord::new(Path::new(&args.model), bits).to_bytes())?;
     let mut config = ckpt.raw_config.clone();
     if let Some(map) = config.as_object_mut() {
         map.remove("quantization_config");
@@ -151,16 +158,7 @@ fn repack(ctx: &Context, ckpt: &Checkpoint, args: &ConvertArgs) -> Result<()> {
                 if let [(_, names)] = rules.as_mut_slice() {
                     *names = vec!["Linear".into()];
                 }
-                let groups: Vec<WrittenGroup<'_>> = rules
-                    .into_iter()
-                    .map(|(scheme, targets)| WrittenGroup {
-                        scheme,
-                        targets,
-                        observer: "memoryless_minmax",
-                        static_act_order: false,
-                    })
-                    .collect();
-                Some(write_compressed_tensors(&groups, &dense, None))
+                Some(write_compressed_tensors(&WrittenGroup::taken_over(rules), &dense, None))
             }
             Some(format) => {
                 let head = items.iter().any(|i| i.module.ends_with("lm_head"));

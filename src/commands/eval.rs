@@ -5,10 +5,13 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::{Result, bail};
-use lowbit_checkpoint::gguf::GgufModel;
+use lowbit_checkpoint::converted::ConvertRecord;
+use lowbit_checkpoint::hash::model_sha256;
+use lowbit_checkpoint::provenance::Provenance;
 use lowbit_checkpoint::tokenizer::Tokenizer;
 use lowbit_checkpoint::writer::write_atomic;
 use lowbit_checkpoint::{Checkpoint, CheckpointError};
+use lowbit_eval::engine::{EngineOptions, NoStore, Store};
 use lowbit_eval::{EvalRecord, KlOptions, Protocol, Scorer, Setup, Source, evaluate_kl, evaluate_perplexity};
 use lowbit_model::Model;
 use lowbit_quantize::Progress;
@@ -60,6 +63,12 @@ pub struct Models {
     pub model: Model,
     /// The reference, of the same vocabulary.
     pub other: Option<Model>,
+    /// SHA-256 of the candidate's folder.
+    pub sha256: String,
+    /// The reference's.
+    pub reference_sha256: Option<String>,
+    /// How the candidate keeps keys and values.
+    pub kv: KvCacheArg,
     /// Their folders, open while they are read.
     checkpoints: Vec<Checkpoint>,
     /// The candidate's tokenizer.
@@ -88,17 +97,28 @@ impl Models {
                 );
             }
         }
-        let packed = ckpt.quantization.as_ref().and_then(|q| q.groups.iter().map(|g| g.scheme.code_bits()).min());
-        // An imported GGUF file is dense here, and was not there.
-        let file = Path::new(&candidate.name);
-        let bits = match packed {
-            None if file.is_file() && candidate.name.ends_with(".gguf") => GgufModel::open(file)?.bits(),
-            packed => packed,
-        };
+        // What was converted, as a GGUF file is on import, may be dense here and was not there.
+        let before = ConvertRecord::read(&candidate.dir)?.and_then(|r| r.bits);
+        let groups = ckpt.quantization.iter().flat_map(|q| &q.groups);
+        let bits = groups.map(|g| g.scheme.code_bits()).chain(before).min();
         let family = ckpt.config.family.clone();
         let (second, other) = loaded.unzip();
         let checkpoints = [ckpt].into_iter().chain(second).collect();
-        Ok(Self { candidate, reference, model, other, checkpoints, tokenizer, family, bits })
+        let sha256 = model_sha256(&candidate.dir)?;
+        let reference_sha256 = reference.as_ref().map(|r| model_sha256(&r.dir)).transpose()?;
+        Ok(Self {
+            candidate,
+            reference,
+            model,
+            other,
+            sha256,
+            reference_sha256,
+            kv,
+            checkpoints,
+            tokenizer,
+            family,
+            bits,
+        })
     }
 }
 
@@ -128,10 +148,11 @@ pub fn eval(ctx: &Context, args: &EvalArgs) -> Result<()> {
     refuse_existing(args.output.as_ref(), args.force)?;
     let output = args.output.as_deref().map(Output::of).transpose()?;
     let read = |p: &Option<PathBuf>| p.as_ref().map(|p| Source::read(p)).transpose();
+    let windows = args.windows.or(args.limit);
     let request = Request {
         perplexity: read(&args.ppl)?.map(|s| (s, args.protocol.clone())),
-        kl: read(&args.kl)?.map(|s| (s, KlOptions { window: args.kl_window, limit: args.limit })),
-        limit: args.limit,
+        kl: read(&args.kl)?.map(|s| (s, KlOptions { window: args.kl_window, limit: windows })),
+        limit: windows,
     };
     let name = args.model.as_deref().unwrap_or_default();
     // Mistakes in task files and data come before any weight is read.
@@ -144,14 +165,16 @@ pub fn eval(ctx: &Context, args: &EvalArgs) -> Result<()> {
     let reference = args.reference.as_deref().map(|r| models::locate(ctx, r)).transpose()?;
     let models = Models::load(ctx, candidate, reference, args.kv_cache)?;
     let mut record = evaluate(ctx, args, &request, (job.as_ref(), judge.as_ref()), models, output.as_ref())?;
+    if let Some(n) = args.windows {
+        record.provenance.options.insert("windows".into(), n.into());
+        record.provenance.options.insert("limit".into(), args.limit.into());
+    }
     if args.kv_cache != KvCacheArg::Float {
         record.provenance.options.insert("kv_cache".into(), args.kv_cache.name().into());
     }
     if let Some(output) = &output {
         write_atomic(&output.record, &serde_json::to_vec_pretty(&record)?)?;
-        if let Some(job) = &job {
-            job.finish(output)?;
-        }
+        output.finish()?;
     }
     ctx.print(&record, || summary(&record))
 }
@@ -165,8 +188,8 @@ pub fn refuse_existing(path: Option<&PathBuf>, force: bool) -> Result<()> {
     }
 }
 
-/// Texts by `request`, tasks by a job and its judge with their items beside `output`, and what `args` wants to know of drift. The record
-/// itself is left to the caller to write.
+/// Texts by `request`, tasks by a job and its judge with their items beside `output`, and what `args` wants to know of drift. What an
+/// earlier run that was cut short has measured is not measured again. The record itself is left to the caller to write.
 pub fn evaluate(
     ctx: &Context,
     args: &EvalArgs,
@@ -180,7 +203,7 @@ pub fn evaluate(
         None => None,
         Some(job) => Some(job.answer(ctx, &[job.party(ctx, &models)?], models.other.is_some(), models.bits)?),
     };
-    let mut record = measure(ctx, &models, request)?;
+    let mut record = measure(ctx, &models, request, output.and_then(Output::texts_journal))?;
     if let Some((source, options)) = &request.kl {
         drift::fill(ctx, args, &mut models, source, options, &mut record)?;
     }
@@ -201,8 +224,8 @@ pub fn evaluate(
     Ok(record)
 }
 
-/// Perplexity and drift on texts; a record without tasks.
-fn measure(ctx: &Context, models: &Models, request: &Request) -> Result<EvalRecord> {
+/// Perplexity and drift on texts, their windows kept in `journal` as they come; a record without tasks.
+fn measure(ctx: &Context, models: &Models, request: &Request, journal: Option<&Path>) -> Result<EvalRecord> {
     let start = Instant::now();
     let Models { model, tokenizer, .. } = models;
     let other = models.other.as_ref();
@@ -211,6 +234,13 @@ fn measure(ctx: &Context, models: &Models, request: &Request) -> Result<EvalReco
             ctx.progress.stage(stage, total as u64);
         } else {
             ctx.progress.advance(1);
+        }
+    };
+    let mut store: Box<dyn Store> = match journal.filter(|_| request.perplexity.is_some() || request.kl.is_some()) {
+        None => Box::new(NoStore),
+        Some(path) => {
+            let (_, identity) = scores::engine(ctx, models, EngineOptions::default())?;
+            Box::new(scores::open_journal(ctx, ("texts", "windows"), path, &identity)?)
         }
     };
     let mut perplexities = Vec::new();
@@ -222,16 +252,16 @@ fn measure(ctx: &Context, models: &Models, request: &Request) -> Result<EvalReco
             let setup =
                 Setup { max_positions: positions, eos: tokenizer.eos_ids().first().copied(), limit: request.limit };
             let plan = protocol.plan(source, tokenizer, &setup)?;
-            perplexities.push(evaluate_perplexity(model, other.map(|m| m as &dyn Scorer), &plan, source, &|d, t| {
-                report(d, t, "perplexity")
-            })?);
+            let other = other.map(|m| m as &dyn Scorer);
+            let told = |d, t| report(d, t, "perplexity");
+            perplexities.push(evaluate_perplexity(model, other, &plan, source, &mut *store, &told)?);
         }
     }
     let kl = match (&request.kl, other) {
         (Some((source, options)), Some(r)) => {
             ctx.check_stop()?;
             let ids = tokenizer.encode(&source.text()?, true)?;
-            Some(evaluate_kl(model, r, &ids, source, options, &|d, t| report(d, t, "KL"))?)
+            Some(evaluate_kl(model, r, &ids, source, options, &mut *store, &|d, t| report(d, t, "KL"))?)
         }
         _ => None,
     };
@@ -239,14 +269,13 @@ fn measure(ctx: &Context, models: &Models, request: &Request) -> Result<EvalReco
     ctx.check_stop()?;
     Ok(EvalRecord {
         schema: lowbit_eval::record::SCHEMA,
-        provenance: provenance::gather(
-            ctx,
-            Purpose::Accuracy,
-            &models.candidate,
-            models.reference.as_ref(),
-            0,
-            request.options(),
-        )?,
+        provenance: Provenance {
+            model: models.candidate.name.clone(),
+            model_sha256: models.sha256.clone(),
+            reference: models.reference.as_ref().map(|r| r.name.clone()),
+            reference_sha256: models.reference_sha256.clone(),
+            ..provenance::without_model(ctx, Purpose::Accuracy, 0, request.options())?
+        },
         perplexity: perplexities.first().map(|p| p.perplexity.value),
         perplexities,
         kl,

@@ -46,11 +46,11 @@ pub fn after_interrupt(command: &Command) -> &'static str {
         }
         Command::Quantize(_) => "the same command goes on where it stopped: solved blocks are kept beside the output",
         Command::Convert(_) => "nothing was put in place: give the same command again",
-        Command::Eval(a) if a.output.is_some() && !a.tasks.tasks.is_empty() => {
-            "the same command goes on: answers so far are in the journal beside the record"
+        Command::Eval(a) if a.output.is_some() => {
+            "the same command goes on: answers and windows so far are in a journal beside the record"
         }
         Command::Eval(_) => {
-            "nothing was kept; with --tasks and -o FILE, answers would be, and the same command would go on"
+            "nothing was kept; with -o FILE, answers and windows would be, and the same command would go on"
         }
         Command::Load(a) if a.output.is_some() => "the record holds what was measured until then",
         _ => "nothing was kept: give the same command again",

@@ -21,12 +21,13 @@ use crate::models::{self, Located};
 const DEMO_TOKENS: usize = 12;
 
 /// Files an evaluation leaves, its verdict among them.
-pub const FILES: [&str; 6] = [
+pub const FILES: [&str; 7] = [
     "eval.json",
     "eval.items.jsonl",
     "eval.reference.items.jsonl",
     "eval.journal",
     "eval.reference.journal",
+    "eval.texts.journal",
     "gate.json",
 ];
 
@@ -87,17 +88,13 @@ pub fn evaluate(ctx: &Context, args: &RunArgs, pair: &Pair, demo: bool, resume: 
     {
         ctx.say("eval: done before");
         // Of a process killed after it wrote the record.
-        if let Some(job) = &job {
-            job.finish(&output)?;
-        }
+        output.finish()?;
         return Ok(Some(old));
     }
     let models = eval::Models::load(ctx, pair.quantized.clone(), Some(pair.original.clone()), KvCacheArg::Float)?;
     let record = eval::evaluate(ctx, &wanted, &request, (job.as_ref(), None), models, Some(&output))?;
     write_atomic(&path, &serde_json::to_vec_pretty(&record)?)?;
-    if let Some(job) = &job {
-        job.finish(&output)?;
-    }
+    output.finish()?;
     ctx.say(eval::summary(&record));
     Ok(Some(record))
 }
@@ -137,6 +134,7 @@ fn eval_args(args: &RunArgs, pair: &Pair, demo: bool, text: bool) -> Result<Eval
         blame: args.blame.or(demo.then_some(BlameArg::Linear)).filter(|_| text),
         blame_windows: 4,
         limit: args.task_limit,
+        windows: None,
         tasks: TaskArgs {
             tasks,
             data: args.data.clone(),

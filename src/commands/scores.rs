@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use anyhow::{Context as _, Result, bail};
 use lowbit_checkpoint::CheckpointError;
-use lowbit_checkpoint::hash::{model_sha256, sha256_file, sha256_hex};
+use lowbit_checkpoint::hash::{sha256_file, sha256_hex};
 use lowbit_checkpoint::writer::write_atomic;
 use lowbit_eval::cache::Cache;
 use lowbit_eval::drift::summary::{TaskDrift, task_drift};
@@ -21,7 +21,7 @@ use lowbit_eval::verdict::sizes::Size;
 use lowbit_eval::verdict::{Look, Policy, Sizes};
 use serde_json::Value;
 
-use crate::args::{Compat, EvalArgs};
+use crate::args::{Compat, EvalArgs, KvCacheArg};
 use crate::commands::eval::Models;
 use crate::commands::judge::Judge;
 use crate::commands::looks::Looks;
@@ -39,6 +39,8 @@ pub struct Output {
     reference: PathBuf,
     /// `eval.journal` while the run lasts; `eval.reference.journal` where the reference is asked by itself.
     journals: [PathBuf; 2],
+    /// `eval.texts.journal` while perplexity and KL are measured.
+    texts: PathBuf,
     /// `eval.answers`: of a shard, all its answers.
     answers: PathBuf,
     /// `eval.judge.jsonl`.
@@ -57,6 +59,7 @@ impl Output {
             candidate: beside(".items.jsonl"),
             reference: beside(".reference.items.jsonl"),
             journals: [beside(".journal"), beside(".reference.journal")],
+            texts: beside(".texts.journal"),
             answers: beside(".answers"),
             votes: beside(".judge.jsonl"),
             judge: beside(".judge.journal"),
@@ -66,6 +69,19 @@ impl Output {
     /// Where the judge's answers are kept while it is asked.
     pub fn judge_journal(&self) -> PathBuf {
         self.judge.clone()
+    }
+
+    /// Where windows of texts are kept while they are measured; a record that goes to a device or a pipe has nothing beside it.
+    pub fn texts_journal(&self) -> Option<&Path> {
+        (self.record.is_file() || !self.record.exists()).then_some(self.texts.as_path())
+    }
+
+    /// The record is written: the journals have done their work.
+    pub fn finish(&self) -> Result<()> {
+        for journal in self.journals.iter().chain([&self.texts, &self.judge]).filter(|j| j.exists()) {
+            std::fs::remove_file(journal).map_err(|e| CheckpointError::io(journal, e))?;
+        }
+        Ok(())
     }
 
     /// Files of another run are not overwritten without --force; those of this run, cut short, are.
@@ -182,16 +198,7 @@ impl Job {
             _ => BosRule::Tokenizer,
         };
         let options = EngineOptions { bos, max_length: self.max_length, ..EngineOptions::default() };
-        let engine = Engine::new(&models.model, models.other.as_ref(), &models.tokenizer, options)?;
-        let candidate = model_sha256(&models.candidate.dir)?;
-        let reference = models.reference.as_ref().map(|r| model_sha256(&r.dir)).transpose()?;
-        let precision = ctx.precision()?;
-        let identity = engine.identity(&Weights {
-            candidate: &candidate,
-            reference: reference.as_deref(),
-            tokenizer: models.tokenizer.sha256(),
-            precision: &precision,
-        });
+        let (engine, identity) = engine(ctx, models, options)?;
         Ok(Party { answers: Box::new(engine), identity, url: None })
     }
 
@@ -245,14 +252,6 @@ impl Job {
         }
         Ok(answered)
     }
-
-    /// The record is written: the journals have done their work.
-    pub fn finish(&self, output: &Output) -> Result<()> {
-        for journal in output.journals.iter().chain([&output.judge]).filter(|j| j.exists()) {
-            std::fs::remove_file(journal).map_err(|e| CheckpointError::io(journal, e))?;
-        }
-        Ok(())
-    }
 }
 
 /// What a plan can find, at the levels and power of the gate.
@@ -273,6 +272,33 @@ fn say_sizes(ctx: &Context, sizes: &Sizes) {
     sizes.tasks.iter().for_each(|(name, size)| line(name, size));
 }
 
+/// The models of a run as those who answer, and what every answer of theirs depends on.
+pub fn engine<'a>(ctx: &Context, models: &'a Models, options: EngineOptions) -> Result<(Engine<'a>, String)> {
+    let engine = Engine::new(&models.model, models.other.as_ref(), &models.tokenizer, options)?;
+    let mut precision = ctx.precision()?;
+    if models.kv != KvCacheArg::Float {
+        precision.push_str(&format!("; keys and values in {}", models.kv.name()));
+    }
+    let identity = engine.identity(&Weights {
+        candidate: &models.sha256,
+        reference: models.reference_sha256.as_deref(),
+        tokenizer: models.tokenizer.sha256(),
+        precision: &precision,
+    });
+    Ok((engine, identity))
+}
+
+/// The journal of a stage that counts answers by `unit`; says what it holds already.
+pub fn open_journal(ctx: &Context, (stage, unit): (&str, &str), path: &Path, identity: &str) -> Result<Journal> {
+    let journal = Journal::open(path, identity)?;
+    match journal.found {
+        Found::Continued(n) => ctx.say(format!("{stage}: {n} {unit} of an earlier run that was cut short")),
+        Found::Replaced => ctx.say(format!("{stage}: {} was of another run, and starts anew", path.display())),
+        Found::New => {}
+    }
+    Ok(journal)
+}
+
 /// Journal and cache of a run.
 pub fn open_stores(
     ctx: &Context,
@@ -282,13 +308,7 @@ pub fn open_stores(
 ) -> Result<Vec<Box<dyn Store>>> {
     let mut stores: Vec<Box<dyn Store>> = Vec::new();
     if let Some(path) = journal {
-        let journal = Journal::open(path, identity)?;
-        match journal.found {
-            Found::Continued(n) => ctx.say(format!("tasks: {n} answers of an earlier run that was cut short")),
-            Found::Replaced => ctx.say(format!("tasks: {} was of another run, and starts anew", path.display())),
-            Found::New => {}
-        }
-        stores.push(Box::new(journal));
+        stores.push(Box::new(open_journal(ctx, ("tasks", "answers"), path, identity)?));
     }
     if let Some(dir) = cache {
         stores.push(Box::new(Cache::open(dir, identity)?));

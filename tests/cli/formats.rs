@@ -92,7 +92,11 @@ fn gguf_files_hold_the_solvers_codes() {
         verify(t, &gguf);
         let direct = ["--format", "gptq-v2", "--scheme", scheme, "--group-size", "32", "--method", method];
         let direct = tensors(&quantize(t, &format!("{name}-direct"), &direct));
-        let back = tensors(&convert(t, &gguf, "gptq-v2"));
+        let folder = convert(t, &gguf, "gptq-v2");
+        // By way of the import in the cache; dense weights would not show it.
+        let bits = json(&folder.join("convert.json"))["bits"].clone();
+        assert_eq!(bits, if scheme == "w4a16" { 4 } else { 8 }, "{kind} {method}");
+        let back = tensors(&folder);
         let layers = |n: &&String| n.starts_with("model.layers.") && !n.contains("norm");
         assert_eq!(direct.keys().filter(layers).count(), 4 * 7 * 4);
         for name in direct.keys().filter(layers) {

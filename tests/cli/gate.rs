@@ -87,9 +87,7 @@ fn smollm2_at_three_bits_is_a_regression_and_at_eight_within_two_points() {
     };
     let tmp = tempfile::tempdir().unwrap();
     let dir = tmp.path();
-    // --limit is for tasks and windows alike: a start of the text, and many documents.
-    let text = std::fs::read_to_string(data.join("wikitext2/wiki.test.raw")).unwrap();
-    std::fs::write(dir.join("wiki.raw"), text.chars().take(20_000).collect::<String>()).unwrap();
+    let text = data.join("wikitext2/wiki.test.raw");
     let evaluated = |name: &str, quantize: &[&str], limit: &str| {
         let (out, record) = (dir.join(name), dir.join(format!("{name}.json")));
         let mut q = lowbit(dir);
@@ -98,7 +96,7 @@ fn smollm2_at_three_bits_is_a_regression_and_at_eight_within_two_points() {
         let mut c = lowbit(dir);
         c.args(["--quiet", "eval"]).arg(&out).arg("--reference").arg(&model);
         c.args(["--tasks", "arc_easy,piqa", "--limit", limit, "--data"]).arg(data.join("eval"));
-        ok(c.arg("--kl").arg(dir.join("wiki.raw")).args(["--kl-window", "512", "-o"]).arg(&record));
+        ok(c.arg("--kl").arg(&text).args(["--kl-window", "512", "--windows", "3", "-o"]).arg(&record));
         record.to_str().unwrap().to_owned()
     };
     let schema = read(&root().join("docs/gate.schema.json"));
@@ -115,6 +113,7 @@ fn smollm2_at_three_bits_is_a_regression_and_at_eight_within_two_points() {
     let found = verdict(&[&three], 1, "regression");
     assert_eq!((&found["policy"]["margin"], &found["pool"]["n"]), (&json!(0.01), &json!(200)));
     assert!(found["pool"]["loss"].as_f64().unwrap() > 0.01, "{found:#}");
+    assert_eq!(read(Path::new(&three))["kl"]["windows"], 3);
 
     let calib = data.join("calib/c4_sample.jsonl");
     let gptq = ["--scheme", "w8a16", "--samples", "8", "--seq-len", "256", "--calib", calib.to_str().unwrap()];

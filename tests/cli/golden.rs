@@ -41,6 +41,32 @@ fn load(dir: &Path) -> Model {
     Model::load(&Checkpoint::open(dir).unwrap(), Arc::new(CpuBackend::new())).unwrap()
 }
 
+/// Weights as the reference has them, value for value; after a rounding to bf16 where it computed in that.
+fn same_weights(name: &str, ckpt: &Checkpoint, golden: &SafeTensors<'_>, bf16: bool) {
+    for (key, module, out, n) in [
+        ("layer0.q_proj", "model.layers.0.self_attn.q_proj", 256, 256),
+        ("layer2.down_proj", "model.layers.2.mlp.down_proj", 256, 768),
+    ] {
+        let mut ours = match ckpt.linear(module, out, n).unwrap() {
+            HostWeight::Packed(p) => linear::unpack(&p).unwrap().dequantize().unwrap(),
+            HostWeight::Float(f) => f.dequantize().unwrap(),
+            HostWeight::Dense { .. } => panic!("{name}: {key} is dense"),
+        };
+        if bf16 {
+            ours.iter_mut().for_each(|w| *w = half::bf16::from_f32(*w).to_f32());
+        }
+        let theirs = floats(golden, key);
+        let differ = ours.iter().zip(&theirs).filter(|(a, b)| a != b).count();
+        assert_eq!((ours.len(), differ), (theirs.len(), 0), "{name}: {key}");
+    }
+}
+
+/// How far the model's logits are from the reference's.
+fn logits_differ(dir: &Path, golden: &SafeTensors<'_>) -> f64 {
+    let logits = load(dir).logits_of(&ints(golden, "ids")).unwrap();
+    distance(&logits, &floats(golden, "logits"))
+}
+
 #[test]
 fn weight_only_checkpoints() {
     let Some(shared) = shared() else { return };
@@ -55,19 +81,8 @@ fn weight_only_checkpoints() {
         let bytes = std::fs::read(dir.join("golden.safetensors")).unwrap();
         let golden = SafeTensors::deserialize(&bytes).unwrap();
         let ckpt = Checkpoint::open(&dir).unwrap_or_else(|e| panic!("{name}: {e}"));
-        for (key, module, out, n) in [
-            ("layer0.q_proj", "model.layers.0.self_attn.q_proj", 256, 256),
-            ("layer2.down_proj", "model.layers.2.mlp.down_proj", 256, 768),
-        ] {
-            let HostWeight::Packed(p) = ckpt.linear(module, out, n).unwrap() else { panic!("{name}: {key} is dense") };
-            let ours = linear::unpack(&p).unwrap().dequantize().unwrap();
-            let theirs = floats(&golden, key);
-            let differ = ours.iter().zip(&theirs).filter(|(a, b)| a != b).count();
-            assert_eq!((ours.len(), differ), (theirs.len(), 0), "{name}: {key}");
-        }
-        let model = Model::load(&ckpt, Arc::new(CpuBackend::new())).unwrap();
-        let logits = model.logits_of(&ints(&golden, "ids")).unwrap();
-        let d = distance(&logits, &floats(&golden, "logits"));
+        same_weights(&name, &ckpt, &golden, false);
+        let d = logits_differ(&dir, &golden);
         assert!(d < 1e-3, "{name}: logits differ by {d}");
     }
     assert_eq!(seen, 5);
@@ -92,25 +107,8 @@ fn float_and_activation_quantized_checkpoints() {
         let golden = SafeTensors::deserialize(&bytes).unwrap();
         let ckpt = Checkpoint::open(&dir).unwrap_or_else(|e| panic!("{name}: {e}"));
         assert_eq!(ckpt.quantization.as_ref().unwrap().groups[0].scheme.full_name(), scheme);
-        for (key, module, out, n) in [
-            ("layer0.q_proj", "model.layers.0.self_attn.q_proj", 256, 256),
-            ("layer2.down_proj", "model.layers.2.mlp.down_proj", 256, 768),
-        ] {
-            let mut ours = match ckpt.linear(module, out, n).unwrap() {
-                HostWeight::Packed(p) => linear::unpack(&p).unwrap().dequantize().unwrap(),
-                HostWeight::Float(f) => f.dequantize().unwrap(),
-                HostWeight::Dense { .. } => panic!("{name}: {key} is dense"),
-            };
-            if bf16 {
-                ours.iter_mut().for_each(|w| *w = half::bf16::from_f32(*w).to_f32());
-            }
-            let theirs = floats(&golden, key);
-            let differ = ours.iter().zip(&theirs).filter(|(a, b)| a != b).count();
-            assert_eq!((ours.len(), differ), (theirs.len(), 0), "{name}: {key}");
-        }
-        let model = Model::load(&ckpt, Arc::new(CpuBackend::new())).unwrap();
-        let logits = model.logits_of(&ints(&golden, "ids")).unwrap();
-        let d = distance(&logits, &floats(&golden, "logits"));
+        same_weights(name, &ckpt, &golden, bf16);
+        let d = logits_differ(&dir, &golden);
         eprintln!("{name}: logits differ by {d:.2e}");
         assert!(d < most, "{name}: logits differ by {d}");
     }
@@ -132,8 +130,7 @@ fn judged_by_transformers() {
         let golden = SafeTensors::deserialize(&bytes).unwrap();
         let (_, header) = SafeTensors::read_metadata(&bytes).unwrap();
         let dtype = header.metadata().as_ref().and_then(|m| m.get("dtype")).cloned().unwrap_or_default();
-        let logits = load(&dir).logits_of(&ints(&golden, "ids")).unwrap();
-        let d = distance(&logits, &floats(&golden, "logits"));
+        let d = logits_differ(&dir, &golden);
         eprintln!("{}: {d:.1e} ({dtype})", dir.file_name().unwrap().to_string_lossy());
         // What transformers' own logits move by when the last bits of the embedding change, where inputs are rounded; else rounding
         // of its dtype.

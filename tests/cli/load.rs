@@ -161,6 +161,25 @@ fn a_load_its_record_and_a_plan_from_it() {
 }
 
 #[test]
+fn an_interrupted_load_keeps_what_it_measured() {
+    let (tmp, url) = (tempfile::tempdir().unwrap(), server_after(std::time::Duration::from_millis(5)));
+    let out = tmp.path().join("load.json");
+    let mut c = lowbit(tmp.path());
+    c.args(["load", &url, "--profile", "concurrent:2", "--duration", "600", "-o"]).arg(&out);
+    let child = c.stdout(std::process::Stdio::null()).stderr(std::process::Stdio::piped()).spawn().unwrap();
+    std::thread::sleep(std::time::Duration::from_secs(2));
+    ok(std::process::Command::new("kill").args(["-INT", &child.id().to_string()]));
+    let done = child.wait_with_output().unwrap();
+    let said = stderr(&done);
+    assert_eq!(done.status.code(), Some(130), "{said}");
+    assert!(said.contains("hint: the record holds what was measured until then"), "{said}");
+    let stage = &json(&out)["stages"][0];
+    assert_eq!(stage["stopped_by"], "interrupted");
+    assert!(stage["metrics"]["outcomes"]["ok"].as_u64().unwrap() > 0, "{stage}");
+    assert_eq!(super::names(tmp.path()).iter().filter(|n| *n != "cache").collect::<Vec<_>>(), ["load.json"]);
+}
+
+#[test]
 fn other_tools_files_are_taken_as_they_are() {
     let tmp = tempfile::tempdir().unwrap();
     let sample = |name: &str| super::root().join("bench/tests/import").join(name);

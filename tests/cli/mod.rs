@@ -52,9 +52,30 @@ fn patience() -> u32 {
     900 + soak
 }
 
-/// Ends a child that is still there after [`patience`] by SIGALRM, so that no test waits for it without end: an alarm outlives `exec`.
-/// The child's own children have none.
+/// Sends `signal` to a child when the thread that started it is gone, which waits for it as long as it lives: a test that was killed
+/// leaves nothing running.
+fn ends_with_us(c: &mut Command, signal: libc::c_int) {
+    let parent = std::process::id();
+    // SAFETY: `prctl` and `getppid` may be called between `fork` and `exec`, and touch nothing of this process.
+    unsafe {
+        c.pre_exec(move || {
+            if libc::prctl(libc::PR_SET_PDEATHSIG, signal as libc::c_ulong) != 0 {
+                return Err(std::io::Error::last_os_error());
+            }
+            // Who was gone before that sends nothing.
+            if libc::getppid().cast_unsigned() == parent {
+                Ok(())
+            } else {
+                Err(std::io::ErrorKind::NotConnected.into())
+            }
+        });
+    }
+}
+
+/// Ends a child that is still there after [`patience`] by SIGALRM, so that no test waits for it without end (an alarm outlives `exec`), and
+/// with the test that started it. The child's own children have neither.
 pub fn bounded(c: &mut Command) {
+    ends_with_us(c, libc::SIGKILL);
     let seconds = patience();
     // SAFETY: `alarm` may be called between `fork` and `exec`, and touches nothing of this process.
     unsafe {
@@ -77,6 +98,8 @@ pub fn lowbit(cache: &Path) -> Command {
 pub fn script(path: &str) -> Command {
     let mut c = Command::new("timeout");
     c.arg("--kill-after=10").arg(patience().to_string()).arg(root().join(path));
+    // `timeout` passes it on to its children.
+    ends_with_us(&mut c, libc::SIGTERM);
     c
 }
 
@@ -110,4 +133,17 @@ pub fn names(dir: &Path) -> Vec<String> {
 /// A JSON file.
 pub fn json(path: &Path) -> serde_json::Value {
     serde_json::from_slice(&std::fs::read(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()))).unwrap()
+}
+
+#[test]
+fn a_child_ends_with_the_thread_that_started_it() {
+    use std::os::unix::process::ExitStatusExt;
+    let tmp = tempfile::tempdir().unwrap();
+    let serve = || {
+        let mut c = lowbit(tmp.path());
+        c.args(["--quiet", "--device", "cpu", "serve"]).arg(demo()).args(["--port", "0"]);
+        c.stdout(std::process::Stdio::null()).spawn().unwrap()
+    };
+    let mut child = std::thread::scope(|s| s.spawn(serve).join().unwrap());
+    assert_eq!(child.wait().unwrap().signal(), Some(libc::SIGKILL));
 }

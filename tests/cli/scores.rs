@@ -83,9 +83,10 @@ fn grows(child: &mut Child, file: &Path, size: u64) -> bool {
     }
 }
 
-/// A quantized model beside the original on two tasks, with KL on a text: once whole, and once killed three times.
+/// A quantized model beside the original on two tasks, with perplexity and KL on a text: once whole, and once killed three times while
+/// tasks are answered and twice at the windows of the text.
 #[test]
-fn a_run_killed_three_times_ends_with_the_same_bytes() {
+fn a_run_killed_at_tasks_and_texts_ends_with_the_same_bytes() {
     let tmp = tempfile::tempdir().unwrap();
     let dir = tmp.path();
     let w4 = dir.join("w4");
@@ -94,24 +95,33 @@ fn a_run_killed_three_times_ends_with_the_same_bytes() {
     ok(q.args(["--scheme", "w4a16", "--group-size", "64", "--calib", "self", "--samples", "8", "--seq-len", "64"]));
     let tasks = tasks(dir, 120);
     let text = root().join("assets/demo-text/evaluation.txt");
-    let kl = ["--kl", text.to_str().unwrap(), "--kl-window", "128"];
+    let text = text.to_str().unwrap();
+    let kl = ["--kl", text, "--kl-window", "128", "--ppl", text, "--protocol", "gptq-128"];
     let more = [&["--reference", "demo", "--threads", "1"][..], &kl[..]].concat();
     let eval = |out: &str| eval_of(w4.to_str().unwrap(), dir, &tasks, out, &more);
     ok(&mut eval("whole.json"));
-    let journal = dir.join("cut.journal");
-    let mut size = 0;
-    for round in 0..3 {
-        let mut child = eval("cut.json").stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
-        assert!(grows(&mut child, &journal, size.max(200)), "round {round}: the run ended before it was killed");
-        child.kill().unwrap();
-        child.wait().unwrap();
-        assert!(!dir.join("cut.json").exists(), "round {round}: a record of a run cut short");
-        size = std::fs::metadata(&journal).unwrap().len();
+    let journals = [dir.join("cut.journal"), dir.join("cut.texts.journal")];
+    // Of the text, once in its perplexity and once in its KL, whose windows are a hundred times as long.
+    for (journal, sizes) in journals.iter().zip([&[200, 200, 200][..], &[200, 20_000]]) {
+        let mut size = 0;
+        for (round, least) in sizes.iter().enumerate() {
+            let mut child = eval("cut.json").stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+            assert!(grows(&mut child, journal, size.max(*least)), "round {round}: the run ended before it was killed");
+            child.kill().unwrap();
+            child.wait().unwrap();
+            assert!(!dir.join("cut.json").exists(), "round {round}: a record of a run cut short");
+            size = std::fs::metadata(journal).unwrap().len();
+        }
+        // A kill may tear a frame, too.
+        std::fs::OpenOptions::new().append(true).open(journal).unwrap().set_len(size - 7).unwrap();
     }
-    // A kill may tear a frame, too.
-    std::fs::OpenOptions::new().append(true).open(&journal).unwrap().set_len(size - 7).unwrap();
-    ok(&mut eval("cut.json"));
-    assert!(!journal.exists());
+    let mut last = lowbit(dir);
+    let done = ok(last.args(eval("cut.json").get_args().filter(|a| **a != *"--quiet")));
+    let said = stderr(&done);
+    for what in ["answers", "windows"] {
+        assert!(said.contains(&format!("{what} of an earlier run that was cut short")), "{said}");
+    }
+    assert!(journals.iter().all(|j| !j.exists()));
     for end in [".items.jsonl", ".reference.items.jsonl"] {
         let bytes = |run: &str| std::fs::read(dir.join(format!("{run}{end}"))).unwrap();
         assert!(bytes("cut") == bytes("whole"), "{end} differs");
@@ -123,6 +133,31 @@ fn a_run_killed_three_times_ends_with_the_same_bytes() {
     // Nothing is overwritten unasked.
     let again = eval("cut.json").output().unwrap();
     assert_eq!(again.status.code(), Some(3), "{}", stderr(&again));
+}
+
+#[test]
+fn an_interrupted_evaluation_says_how_it_goes_on() {
+    let tmp = tempfile::tempdir().unwrap();
+    let dir = tmp.path();
+    let (record, journal) = (dir.join("e.json"), dir.join("e.texts.journal"));
+    let text = root().join("assets/demo-text/evaluation.txt");
+    let command = || {
+        let mut c = lowbit(dir);
+        c.args(["--device", "cpu", "--threads", "1", "eval", "demo", "--reference", "demo", "--kl-window", "64"]);
+        c.arg("--kl").arg(&text).arg("-o").arg(&record);
+        c
+    };
+    let mut child = command().stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+    assert!(grows(&mut child, &journal, 200), "the run ended before it was interrupted");
+    ok(Command::new("kill").args(["-INT", &child.id().to_string()]));
+    let done = child.wait_with_output().unwrap();
+    let said = stderr(&done);
+    assert_eq!(done.status.code(), Some(130), "{said}");
+    assert!(said.contains("hint: the same command goes on: answers and windows so far"), "{said}");
+    assert!(journal.exists() && !record.exists());
+    let said = stderr(&ok(&mut command()));
+    assert!(said.contains("windows of an earlier run that was cut short"), "{said}");
+    assert!(!journal.exists() && read(&record)["kl"]["mean"].as_f64().unwrap() <= 1e-7);
 }
 
 #[test]

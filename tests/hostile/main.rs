@@ -15,7 +15,12 @@
 
 mod allocator;
 mod ledger;
+// Readers that are part of the program and of no library.
+#[path = "../../src/recipe/llm_compressor.rs"]
+mod llm_compressor;
 mod mutate;
+#[path = "../../src/recipe/table.rs"]
+mod recipe_table;
 #[path = "../../report/tests/records/mod.rs"]
 #[allow(dead_code)]
 mod records;
@@ -30,6 +35,9 @@ use std::sync::{Mutex, MutexGuard, Once, PoisonError};
 use std::time::{Duration, Instant};
 
 use targets::Target;
+
+/// Options of a recipe, as `src/recipe.rs` has them.
+type Given = Vec<(String, Option<Vec<String>>)>;
 
 #[global_allocator]
 static ALLOCATOR: allocator::Counting = allocator::Counting;
@@ -51,7 +59,7 @@ fn harmful(target: &str, input: &[u8]) -> PathBuf {
 }
 
 /// One input in so many is made from those that cost most, [`HEAVY`].
-const SELDOM: usize = 1000;
+const SELDOM: usize = 10_000;
 /// Files of the corpus that cost most by design: loops without end, bombs.
 const HEAVY: &str = "heavy-";
 

@@ -302,9 +302,46 @@ fn parquet_file() -> Vec<u8> {
     writer.into_inner().unwrap()
 }
 
+/// A load record of few requests: more of the same say nothing new, and take their time.
+fn load_record() -> Value {
+    let mut load = records::load_record(0.2);
+    load.stages.truncate(2);
+    for stage in &mut load.stages {
+        stage.requests.truncate(3);
+        stage.metrics.concurrency.truncate(3);
+    }
+    serde_json::to_value(load).unwrap()
+}
+
+/// A record of ours, GuideLLM's report, vLLM's result.
+pub fn import() -> Vec<Vec<u8>> {
+    let sample = |name: &str| std::fs::read(root().join("bench/tests/import").join(name)).unwrap();
+    let mut guidellm: Value = serde_json::from_slice(&sample("guidellm-0.8.1.json")).unwrap();
+    for benchmark in guidellm["benchmarks"].as_array_mut().unwrap() {
+        benchmark["requests"]["successful"].as_array_mut().unwrap().truncate(2);
+    }
+    vec![bytes(load_record()), bytes(guidellm), sample("vllm-bench.json")]
+}
+
+/// The first byte picks the reader: ours, llm-compressor's.
+pub fn recipe() -> Vec<Vec<u8>> {
+    [
+        "\0[made]\ntool = \"lowbit 0.1.0\"\n\n[quantize]\nscheme = \"w4a16\"\ngroup-size = \"64\"\nsamples = 8\ndamp = 0.01\nignore = [\"re:.*down_proj\", \"x\"]\nasymmetric = true\nstrict = false\n",
+        "\u{1}default_stage:\n  default_modifiers:\n    GPTQModifier:\n      config_groups:\n        group_0:\n          targets: [Linear]\n          weights: {num_bits: 4, type: int, symmetric: false, group_size: 64, strategy: group, actorder: static, observer: mse}\n      ignore: [lm_head, 're:.*mlp.*']\n      dampening_frac: 0.02\n",
+        "\u{1}quant_stage:\n  quant_modifiers:\n    QuantizationModifier: {targets: Linear, scheme: W8A16, ignore: [lm_head]}\n",
+        "\u{1}a: &a [x, x]\nb: &b [*a, *a, *a, *a]\nc: &c [*b, *b, *b, *b]\nd: &d [*c, *c, *c, *c]\nGPTQModifier: {ignore: [*d, *d], scheme: W4A16}\n",
+    ]
+    .map(|text| text.as_bytes().to_vec())
+    .to_vec()
+}
+
 /// The first byte picks the record's name.
 pub fn record() -> Vec<Vec<u8>> {
-    let r = records::all();
+    let mut r = records::all();
+    if let Some(quantize) = &mut r.quantize {
+        // Two blocks.
+        quantize.layers.truncate(14);
+    }
     let of = |kind: u8, v: Value| [&[kind][..], v.to_string().as_bytes()].concat();
     let value = |v: &dyn erased::Record| v.json();
     vec![
@@ -313,7 +350,7 @@ pub fn record() -> Vec<Vec<u8>> {
         of(2, value(r.eval.as_ref().unwrap())),
         of(3, value(r.gate.as_ref().unwrap())),
         of(4, value(r.bench.as_ref().unwrap())),
-        of(5, value(&records::load_record(0.2))),
+        of(5, load_record()),
         of(6, value(&records::capacity())),
     ]
 }

@@ -5,8 +5,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use lowbit_bench::load::http::ResponseParser;
+use lowbit_bench::load::import;
+use lowbit_bench::load::metrics::Trim;
 use lowbit_bench::load::sse::SseParser;
 use lowbit_bench::load::table::read_objects;
+use lowbit_bench::slo::Slo;
 use lowbit_calibration::load_texts;
 use lowbit_checkpoint::chat_template::{ChatTemplate, Message};
 use lowbit_checkpoint::gguf::GgufModel;
@@ -21,7 +24,7 @@ use lowbit_kernels::cpu::CpuBackend;
 use lowbit_model::Model;
 use lowbit_serve::{Engine, EngineOptions, InMemory, ServerOptions};
 
-use super::{seeds, tiny};
+use super::{llm_compressor, recipe_table, seeds, tiny};
 
 /// Takes inputs one after the other, in a folder of its own, and says whether they were what they claim to be.
 pub type Reader = Box<dyn FnMut(&[u8]) -> bool>;
@@ -42,7 +45,7 @@ pub struct Target {
 
 const MB: usize = 1 << 20;
 
-pub fn all() -> [Target; 15] {
+pub fn all() -> [Target; 17] {
     let target =
         |name, about, seeds, open, runs, base, per_byte| Target { name, about, seeds, open, runs, base, per_byte };
     [
@@ -66,7 +69,9 @@ pub fn all() -> [Target; 15] {
         target("task", "a task file and its requests", seeds::task, task, 30_000, 400 * MB, 1024),
         target("rows", "JSONL, gzip, JSON, CSV and Parquet by three readers", seeds::rows, rows, 8_000, 64 * MB, 2048),
         target("journal", "a journal of answers", seeds::journal, journal_file, 20_000, MB, 64),
-        target("record", "records, and the report from them", seeds::record, record, 1_500, 64 * MB, 256),
+        target("record", "records, and the report from them", seeds::record, record, 10_000, 64 * MB, 256),
+        target("import", "results of load tests, ours and others'", seeds::import, imported, 10_000, 64 * MB, 256),
+        target("recipe", "a recipe, ours and llm-compressor's", seeds::recipe, recipe, 20_000, 64 * MB, 1024),
         target("response", "a server's answer: HTTP and server-sent events", seeds::response, response, 40_000, MB, 64),
         target("request", "HTTP requests to `lowbit serve`", seeds::request, request, 20_000, 256 * MB, 4096),
     ]
@@ -225,6 +230,31 @@ fn record(dir: &Path) -> Reader {
             .map(|all| (lowbit_report::html(&all), lowbit_report::markdown(&all)));
         std::fs::remove_file(path).unwrap();
         page.is_ok_and(|(html, _)| html.is_ok())
+    })
+}
+
+fn imported(dir: &Path) -> Reader {
+    let (path, slo) = (dir.join("load.json"), Slo::parse("ttft_p95<=400").unwrap());
+    Box::new(move |bytes| {
+        std::fs::write(&path, bytes).unwrap();
+        let Ok(mut record) = import::read(&path) else { return false };
+        import::restage(&mut record, Some(Trim { warmup: 0.1, cooldown: 0.0 }), Some(&slo)).is_ok()
+    })
+}
+
+fn recipe(_: &Path) -> Reader {
+    let switch = |key: &str| match key {
+        "scheme" | "group-size" | "samples" | "damp" | "ignore" => Some(false),
+        "asymmetric" | "strict" => Some(true),
+        _ => None,
+    };
+    Box::new(move |bytes| {
+        let Some((kind, rest)) = bytes.split_first() else { return false };
+        let Ok(text) = std::str::from_utf8(rest) else { return false };
+        match kind % 2 {
+            0 => recipe_table::read(text, &switch).is_ok(),
+            _ => llm_compressor::read(text).is_ok(),
+        }
     })
 }
 

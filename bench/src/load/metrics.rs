@@ -237,7 +237,8 @@ fn concurrency(traces: &[RequestTrace], window: Window) -> (Vec<(f64, u64)>, f64
     for (t, change) in steps.iter().copied().chain([(window.to_ns, 0)]) {
         while next <= t && next < window.to_ns {
             curve.push((next as f64 * 1e-9, level.max(0) as u64));
-            next += every;
+            // A window may end where numbers do: a record says so.
+            next = next.saturating_add(every);
         }
         if t > at {
             let until = t.min(window.to_ns);

@@ -19,6 +19,14 @@ pub struct WrittenGroup<'a> {
     pub static_act_order: bool,
 }
 
+impl WrittenGroup<'static> {
+    /// Rules of codes that are taken over as they are: how their scales were found is not known, and is recorded as the plainest way.
+    pub fn taken_over(rules: Vec<(LinearScheme, Vec<String>)>) -> Vec<Self> {
+        let rule = |(scheme, targets)| Self { scheme, targets, observer: "memoryless_minmax", static_act_order: false };
+        rules.into_iter().map(rule).collect()
+    }
+}
+
 /// Modules by their scheme, in the order in which schemes first come.
 pub fn by_scheme(modules: impl IntoIterator<Item = (LinearScheme, String)>) -> Vec<(LinearScheme, Vec<String>)> {
     let mut rules: Vec<(LinearScheme, Vec<String>)> = Vec::new();

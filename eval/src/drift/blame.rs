@@ -5,6 +5,7 @@
 use lowbit_model::{Linear, Model, Part};
 use serde::{Deserialize, Serialize};
 
+use crate::engine::NoStore;
 use crate::error::Result;
 use crate::kl::{KlOptions, evaluate_kl};
 use crate::record::{Interval, KlRecord};
@@ -64,7 +65,8 @@ pub fn blame(
     unit: Unit,
     progress: &dyn Fn(usize, usize),
 ) -> Result<Blame> {
-    let measure = |m: &Model| -> Result<KlRecord> { evaluate_kl(m, reference, ids, source, options, &|_, _| ()) };
+    let measure =
+        |m: &Model| -> Result<KlRecord> { evaluate_kl(m, reference, ids, source, options, &mut NoStore, &|_, _| ()) };
     let whole = measure(candidate)?;
     let parts: Vec<(Part, String, i64)> = parts(candidate, donor, unit);
     progress(0, parts.len());

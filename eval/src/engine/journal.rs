@@ -1,13 +1,15 @@
 //! Finished answers on disk, so that a run cut short goes on where it stopped.
 //!
 //! A file is a magic line and frames: length (u32), FNV-1a checksum (u64), payload, little-endian. The first payload is
-//! the identity of the run (models, tokenizer, arithmetic, protocol); each other is a request's key and its answer.
+//! the identity of the run (models, tokenizer, arithmetic, protocol); each other is the key of a request, or of a window of a text, and
+//! its answer.
 //! Floats are stored as their bits. A process killed while writing leaves a torn last frame: reading stops there and
 //! the next writer cuts it off.
 
 use std::collections::HashMap;
 use std::fs::{File, OpenOptions};
 use std::io::{Seek, SeekFrom, Write};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use lowbit_checkpoint::hash::sha256_hex;
@@ -70,6 +72,13 @@ pub fn request_key(request: &Request) -> Result<String> {
         problem: e.to_string(),
     })?;
     Ok(sha256_hex(&text))
+}
+
+/// Key of a window of a text: what is measured on it, its tokens, and which of them are targets. Equal windows share an answer.
+pub fn window_key(what: &str, ids: &[u32], scored: &Range<usize>) -> String {
+    let mut bytes = format!("{what} {}..{}\n", scored.start, scored.end).into_bytes();
+    bytes.extend(ids.iter().flat_map(|id| id.to_le_bytes()));
+    sha256_hex(&bytes)
 }
 
 /// How a journal was found.

@@ -25,7 +25,7 @@ use rayon::prelude::*;
 
 pub use codec::{BosRule, Codec};
 pub use execute::{Limits, Work};
-pub use journal::{Found, Journal, NoStore, Store, request_key};
+pub use journal::{Found, Journal, NoStore, Store, request_key, window_key};
 pub use shard::Shard;
 
 use self::codec::{Encoded, Piece, Prompt, RequestEncoder};

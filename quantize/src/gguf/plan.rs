@@ -9,11 +9,10 @@ use lowbit_checkpoint::quant_config::Layout;
 use lowbit_kernels::backend::FloatType;
 use lowbit_kernels::ggml::GgmlType;
 use lowbit_kernels::{GroupSize, LinearScheme, Scheme};
-use lowbit_model::block::linear_shapes;
 
 use super::GgufChoice;
 use crate::error::{QuantizeError, Result};
-use crate::plan::{Plan, PlannedLinear, QuantizeOptions, Rules, component, component_sizes, peak_memory};
+use crate::plan::{Plan, PlannedLinear, QuantizeOptions, Rules, component, component_sizes, of_blocks, peak_memory};
 use crate::record::{PLAN_SCHEMA, PlanRecord, PlannedTensor};
 
 fn refuse<T>(summary: impl Into<String>, offenders: Vec<String>, hint: &str) -> Result<T> {
@@ -177,35 +176,11 @@ fn choose(
 ) -> Result<(Vec<PlannedLinear>, BTreeMap<String, String>)> {
     let c = &ckpt.config;
     let mut ignore = Rules::new("ignore", &options.ignore)?;
-    let mut reasons = BTreeMap::new();
-    let mut linears = Vec::new();
-    for block in 0..c.num_layers {
-        for s in linear_shapes(c, block) {
-            let module = format!("model.layers.{block}.{}", s.suffix);
-            if let Some((_, rule)) = ignore.hit(&module) {
-                reasons.insert(format!("{module}.weight"), format!("ignored by `{rule}`"));
-                continue;
-            }
-            let kind = choice.kind.for_width(s.in_features);
-            if kind == GgmlType::F16 {
-                reasons.insert(
-                    format!("{module}.weight"),
-                    format!("kept: {} columns are not whole blocks of 32", s.in_features),
-                );
-                continue;
-            }
-            linears.push(PlannedLinear {
-                source: module.clone(),
-                module,
-                block: Some(block),
-                group: Some(s.group),
-                scheme: scheme(kind),
-                ggml: Some(kind),
-                out_features: s.out_features,
-                in_features: s.in_features,
-            });
-        }
-    }
+    let (mut linears, reasons) =
+        of_blocks(c, "model", &mut ignore, &mut |_, _, s| match choice.kind.for_width(s.in_features) {
+            GgmlType::F16 => Err(format!("kept: {} columns are not whole blocks of 32", s.in_features)),
+            kind => Ok((scheme(kind), Some(kind))),
+        });
     let table = |module: &str, source: &str, kind: GgmlType| {
         let kind = kind.for_width(c.hidden_size);
         PlannedLinear {

@@ -166,7 +166,8 @@ fn stage(b: Benchmark) -> Foreign {
         },
         requests,
         // Without a warm-up their window begins when the first request was sent: its schedule was before.
-        window: trimmed.then(|| Window { from_ns: since(start_time, start), to_ns: since(end_time, start) + 1 }),
+        window: trimmed
+            .then(|| Window { from_ns: since(start_time, start), to_ns: since(end_time, start).saturating_add(1) }),
         invalid,
     }
 }

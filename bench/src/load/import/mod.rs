@@ -121,7 +121,7 @@ fn stage(mut s: Foreign, tool: &Imported) -> StageRecord {
     let saturation = open.then(|| watch(&s.requests)).flatten();
     let traces = StageTraces {
         traces: s.requests,
-        stop_ns: end + 1,
+        stop_ns: end.saturating_add(1),
         end_ns: end,
         stopped_by: "not known".into(),
         cpu_frac: None,
@@ -129,7 +129,7 @@ fn stage(mut s: Foreign, tool: &Imported) -> StageRecord {
         resent: 0,
         rejected: 0,
     };
-    let window = s.window.unwrap_or(Window { from_ns: 0, to_ns: end + 1 });
+    let window = s.window.unwrap_or(Window { from_ns: 0, to_ns: end.saturating_add(1) });
     let mut out = stage_record(&s.profile, s.rate, s.streams, traces, window, None, true);
     out.saturation = saturation;
     out.client.invalid.extend(s.invalid);
@@ -154,7 +154,7 @@ pub fn restage(r: &mut LoadRecord, trim: Option<Trim>, slo: Option<&Slo>) -> Res
     }
     for s in &mut r.stages {
         if let Some(trim) = trim {
-            let stop = s.requests.iter().map(|t| t.end_ns + 1).max().unwrap_or(0);
+            let stop = s.requests.iter().map(|t| t.end_ns.saturating_add(1)).max().unwrap_or(0);
             s.metrics = measure(&s.requests, trim.window(stop));
             if let Some(tool) = &r.imported {
                 name_gaps(s, tool);
