@@ -45,9 +45,7 @@ fn rounding(kind: FloatType) -> ScaleType {
 /// The float type of a stored tensor.
 pub(crate) fn float_type(ckpt: &Checkpoint, name: &str) -> Result<FloatType> {
     let t = ckpt.store.get(name)?;
-    t.float_type().ok_or_else(|| {
-        ckpt.store.mismatch(name, "f32, f16 or bf16".into(), format!("{:?}", t.dtype)).into()
-    })
+    t.float_type().ok_or_else(|| ckpt.store.mismatch(name, "f32, f16 or bf16".into(), format!("{:?}", t.dtype)).into())
 }
 
 /// A vector, checked to be finite.

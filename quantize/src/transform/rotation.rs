@@ -39,6 +39,13 @@ impl Rotation {
         Self { signs, power, odd }
     }
 
+    /// The one that changes nothing, to look at another by itself.
+    #[cfg(test)]
+    pub(crate) fn identity(n: usize) -> Self {
+        let odd = (0..n * n).map(|i| if i / n == i % n { 1.0 } else { 0.0 }).collect();
+        Self { signs: vec![1.0; n], power: 1, odd }
+    }
+
     /// n.
     pub fn size(&self) -> usize {
         self.signs.len()
