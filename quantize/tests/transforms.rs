@@ -149,7 +149,7 @@ fn outliers_cost_less() {
     for (scheme, transform) in [("w4a16", Transform::Awq), ("w4a16", Transform::Rotate), ("w8a8", SMOOTH)] {
         let plain = error_of(&from, &options(scheme, Method::Rtn, &[]));
         let with = error_of(&from, &options(scheme, Method::Rtn, &[transform]));
-        assert!(with < 0.6 * plain, "{scheme} {transform:?}: {with} {plain}");
+        assert!(with < 0.75 * plain, "{scheme} {transform:?}: {with} {plain}");
     }
 }
 
