@@ -60,7 +60,7 @@ pub(crate) fn rewritten(
         let name = format!("{prefix}.layers.{block}");
         let shapes = linear_shapes(c, block);
         let module = |s: &LinearShape| format!("{name}.{}", s.suffix);
-        let planned = |s: &LinearShape| by_module.get(module(s).as_str()).map(|l| (*l).clone());
+        let planned = |s: &LinearShape| by_module.get(module(s).as_str()).copied().cloned();
         let bias = |s: &LinearShape| Some(format!("{}.bias", module(s))).filter(|b| ckpt.store.find(b).is_some());
         let norms = norm_names(c).map(|n| format!("{name}.{n}.weight"));
         let mut names: Vec<String> = Vec::new();
