@@ -31,7 +31,7 @@ use crate::gguf;
 use crate::record::{ComponentSize, PLAN_SCHEMA, PlanRecord, PlannedTensor};
 use crate::room;
 use crate::solve::Wanted;
-use crate::transform::{Transform, float_block_bytes, refuse_transforms, rewritten, untied_head};
+use crate::transform::{Transform, refuse_transforms, rewritten, transform_bytes, untied_head};
 use crate::written::written_config;
 
 pub use self::options::{Method, QuantizeOptions, Recipe};
@@ -384,7 +384,7 @@ fn assemble(
             if options.offload.is_some() { tokens.min(2048) } else { tokens },
             options.method.recipe(),
             experts.as_ref().map_or(0, |e| e.hessian_bytes_at_once),
-        ) + float_block_bytes(&ckpt.config, options),
+        ) + transform_bytes(&ckpt.config, options),
         quantized_linears: quantized,
         kept_linears: reasons.len(),
         experts,

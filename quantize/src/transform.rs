@@ -22,7 +22,7 @@ mod tests;
 use serde::{Deserialize, Serialize};
 
 pub(crate) use self::folding::{BlockFold, Folding};
-pub(crate) use self::plan::{float_block_bytes, refuse_transforms, rewritten, untied_head};
+pub(crate) use self::plan::{refuse_transforms, rewritten, transform_bytes, untied_head};
 use self::smooth::STRENGTH;
 
 /// One transform.

@@ -99,13 +99,15 @@ pub(crate) fn untied_head(ckpt: &Checkpoint, rewritten: &BTreeMap<String, Option
     rewritten.iter().find(missing).map(|(name, _)| name.clone()).filter(|_| ckpt.config.tie_word_embeddings)
 }
 
-/// Bytes of a block in f32 twice: as it is changed, and as the solver reads it. 0 without transforms.
-pub(crate) fn float_block_bytes(c: &ModelConfig, options: &QuantizeOptions) -> u64 {
+/// What transforms hold: a block in f32 twice, as it is changed and as the solver reads it, or a rotated table that is quantized.
+pub(crate) fn transform_bytes(c: &ModelConfig, options: &QuantizeOptions) -> u64 {
     if options.transforms.is_empty() {
         return 0;
     }
     let elements = |s: LinearShape| s.out_features as u64 * s.in_features as u64;
-    2 * 4 * linear_shapes(c, 0).into_iter().map(elements).sum::<u64>()
+    let block = 2 * 4 * linear_shapes(c, 0).into_iter().map(elements).sum::<u64>();
+    let tables = options.transforms.contains(&Transform::Rotate) && (options.head_w8 || options.embedding_w8);
+    block.max(if tables { 4 * c.vocab_size as u64 * c.hidden_size as u64 } else { 0 })
 }
 
 /// Fails where a transform does not apply, and says to what.
