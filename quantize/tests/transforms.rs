@@ -124,7 +124,7 @@ fn every_combination_is_quantized_as_well_as_without() {
 
 /// Two channels of every norm's result are 30 times the others', and the columns that read them as much smaller: the model is the same,
 /// and has the outliers that trained ones have.
-fn outliers(tensors: &mut Vec<(String, Tensor)>) {
+fn outliers(tensors: &mut [(String, Tensor)]) {
     for (name, t) in tensors {
         let module = name.trim_end_matches(".weight");
         let ends = |names: &[&str]| names.iter().any(|n| module.ends_with(n));
@@ -145,7 +145,7 @@ fn outliers(tensors: &mut Vec<(String, Tensor)>) {
 #[test]
 fn outliers_cost_less() {
     let tmp = tempfile::tempdir().unwrap();
-    let from = write(tmp.path(), "llama", outliers);
+    let from = write(tmp.path(), "llama", |tensors| outliers(tensors));
     for (scheme, transform) in [("w4a16", Transform::Awq), ("w4a16", Transform::Rotate), ("w8a8", SMOOTH)] {
         let plain = error_of(&from, &options(scheme, Method::Rtn, &[]));
         let with = error_of(&from, &options(scheme, Method::Rtn, &[transform]));
@@ -156,7 +156,7 @@ fn outliers_cost_less() {
 #[test]
 fn awq_says_what_it_chose() {
     let tmp = tempfile::tempdir().unwrap();
-    let from = write(&tmp.path().join("in"), "llama", outliers);
+    let from = write(&tmp.path().join("in"), "llama", |tensors| outliers(tensors));
     let w4 = options("w4a16", Method::Rtn, &[Transform::Awq]);
     let folds = run(&from, &tmp.path().join("out"), &w4).unwrap().unwrap().folds;
     let inputs: Vec<(usize, &str)> = folds.iter().map(|f| (f.block, f.inputs.as_str())).collect();
