@@ -167,6 +167,11 @@ pub struct QuantOptions {
     /// best, fast, gptq or rtn.
     #[arg(long, value_enum, default_value_t = MethodArg::Gptq)]
     pub method: MethodArg,
+    /// Change the float model so that it computes the same and is easier to round: `awq` (channel scales, searched on calibration data),
+    /// `smoothquant` or `smoothquant=ALPHA` (the same for schemes with quantized inputs; default 0.5), `rotate` (Hadamard rotations).
+    /// Rotate goes together with either of the others.
+    #[arg(long, value_name = "NAME")]
+    pub transform: Vec<String>,
     /// Input columns that share a scale of integers, or `channel`. Default: 128.
     #[arg(long)]
     pub group_size: Option<String>,

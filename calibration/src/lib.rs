@@ -6,10 +6,12 @@ pub mod error;
 pub mod experts;
 pub mod sequential;
 pub mod stats;
+pub mod survey;
 pub mod windows;
 
 pub use corpus::{Source, load_texts};
 pub use error::{CalibrationError, Result};
 pub use sequential::{KvRange, PassOptions, SequentialPass};
 pub use stats::{Blend, Drift, InputStats};
+pub use survey::Channels;
 pub use windows::{WindowOrder, Windows, build_windows};

@@ -51,8 +51,8 @@ pub struct SequentialPass<'a> {
     /// The float stream; unused without it.
     pub(crate) float: Carried<'a>,
     /// Rows of each chunk's windows.
-    segments: Vec<Vec<Segment>>,
-    window_tokens: usize,
+    pub(crate) segments: Vec<Vec<Segment>>,
+    pub(crate) window_tokens: usize,
     offload: Option<PathBuf>,
     kv_range: KvRange,
 }
@@ -357,7 +357,7 @@ impl<'a> SequentialPass<'a> {
 }
 
 /// The input of o; `noted` takes in the keys' and values' range, by head if it says so.
-fn attend(
+pub(crate) fn attend(
     b: &dyn Backend,
     block: &Block,
     x: &Buffer,

@@ -11,7 +11,7 @@ use crate::config::{self, ModelConfig};
 use crate::error::{CheckpointError, Result};
 use crate::linear;
 use crate::quant_config::QuantConfig;
-use crate::store::TensorStore;
+use crate::store::{StoredTensor, TensorStore};
 
 /// An opened checkpoint.
 pub struct Checkpoint {
@@ -52,6 +52,18 @@ impl Checkpoint {
             store.split_experts(experts, config.hidden_size)?;
         }
         Ok(Self { dir: dir.to_path_buf(), config, raw_config, quantization, store })
+    }
+
+    /// The same checkpoint with some tensors replaced, or added: see [`TensorStore::overlay`].
+    #[must_use]
+    pub fn overlay(&self, tensors: impl IntoIterator<Item = (String, StoredTensor)>) -> Self {
+        Self {
+            dir: self.dir.clone(),
+            config: self.config.clone(),
+            raw_config: self.raw_config.clone(),
+            quantization: self.quantization.clone(),
+            store: self.store.overlay(tensors),
+        }
     }
 
     /// The weight of a linear or embedding, dense or packed.

@@ -23,6 +23,18 @@ pub struct StoredTensor {
 }
 
 impl StoredTensor {
+    /// Floats in memory, rounded to `dtype` half to even.
+    pub fn floats(dtype: FloatType, shape: Vec<usize>, values: &[f32]) -> Self {
+        let (dtype, bytes): (Dtype, Vec<u8>) = match dtype {
+            FloatType::F32 => (Dtype::F32, values.iter().flat_map(|v| v.to_le_bytes()).collect()),
+            FloatType::F16 => (Dtype::F16, values.iter().flat_map(|v| half::f16::from_f32(*v).to_le_bytes()).collect()),
+            FloatType::Bf16 => {
+                (Dtype::BF16, values.iter().flat_map(|v| half::bf16::from_f32(*v).to_le_bytes()).collect())
+            }
+        };
+        Self { dtype, shape, data: Bytes::from_vec(bytes) }
+    }
+
     /// The float type, if it is one of the three the graph computes with.
     pub fn float_type(&self) -> Option<FloatType> {
         match self.dtype {
@@ -150,6 +162,14 @@ impl TensorStore {
         for (_, t) in self.tensors.range(prefix.to_string()..).take_while(|(n, _)| n.starts_with(prefix)) {
             self.maps.iter().for_each(|m| m.release(t.data.as_slice()));
         }
+    }
+
+    /// The same store with some tensors replaced, or added. The rest shares the files' memory.
+    #[must_use]
+    pub fn overlay(&self, tensors: impl IntoIterator<Item = (String, StoredTensor)>) -> Self {
+        let mut all = self.tensors.clone();
+        all.extend(tensors);
+        Self { dir: self.dir.clone(), tensors: all, files: self.files.clone(), maps: self.maps.clone() }
     }
 
     /// A tensor that may be absent.

@@ -27,6 +27,7 @@ use crate::record::{CalibrationRecord, ExpertCoverage, LayerRecord};
 use crate::resume::{Chain, Resume, linears_of};
 use crate::scale_search::SolverOptions;
 use crate::solve::{Shared, Solved, round_any, solve_any};
+use crate::transform::{BlockFold, Folding, TransformRecord, scaling};
 
 /// Progress of long work; the command line draws it.
 pub trait Progress: Sync {
@@ -57,6 +58,8 @@ pub struct Outcome {
     pub experts: Vec<ExpertCoverage>,
     /// Which data was used.
     pub calibration: Option<CalibrationRecord>,
+    /// What the transforms did, where there are any.
+    pub transforms: Option<TransformRecord>,
     /// Seconds by stage.
     pub stage_seconds: BTreeMap<String, f64>,
 }
@@ -64,6 +67,7 @@ pub struct Outcome {
 struct Run<'a> {
     ckpt: &'a Checkpoint,
     plan: &'a Plan,
+    folding: Folding<'a>,
     writer: CheckpointWriter,
     layers: Vec<LayerRecord>,
     experts: Vec<ExpertCoverage>,
@@ -89,6 +93,7 @@ pub fn quantize(
     stop: &AtomicBool,
 ) -> Result<(Outcome, CheckpointWriter)> {
     let chain = Chain::start(resume, ckpt, plan, windows);
+    let folding = Folding::new(ckpt, plan)?;
     let (declared, shard_bytes) = (plan.declared.clone(), plan.options.shard_bytes);
     let writer = match (&plan.gguf, chain.key()) {
         (Some(layout), _) => CheckpointWriter::create_gguf(target, layout, force)?,
@@ -96,11 +101,12 @@ pub fn quantize(
         (None, None) => CheckpointWriter::create(target, declared, shard_bytes, force)?,
     };
     let (layers, experts, stage_seconds) = (Vec::new(), Vec::new(), BTreeMap::new());
-    let mut run = Run { ckpt, plan, writer, layers, experts, stage_seconds, stop, chain };
+    let mut run = Run { ckpt, plan, folding, writer, layers, experts, stage_seconds, stop, chain };
     match run.all(backend, windows, progress) {
         Ok(calibration) => {
-            let Run { layers, experts, stage_seconds, writer, .. } = run;
-            Ok((Outcome { layers, experts, calibration, stage_seconds }, writer))
+            let Run { layers, experts, stage_seconds, writer, folding, .. } = run;
+            let transforms = folding.record();
+            Ok((Outcome { layers, experts, calibration, transforms, stage_seconds }, writer))
         }
         Err(e) => {
             // What the same command would only run into again is nothing to go on from.
@@ -175,7 +181,8 @@ impl Run<'_> {
 
     fn copy(&mut self, progress: &dyn Progress) -> Result<()> {
         let start = Instant::now();
-        progress.stage("copy", self.plan.copies.len() as u64);
+        let tables: Vec<&String> = self.plan.rewritten_in(None).collect();
+        progress.stage("copy", (self.plan.copies.len() + tables.len()) as u64);
         for name in &self.plan.copies {
             self.check_stop()?;
             let t = self.ckpt.store.get(name)?;
@@ -193,18 +200,25 @@ impl Run<'_> {
             self.ckpt.store.release(name);
             progress.advance(1);
         }
+        for name in tables {
+            self.check_stop()?;
+            self.writer.write(name, self.folding.tensor(name)?.data.as_slice())?;
+            progress.advance(1);
+        }
         self.time("copy", start, ());
         Ok(())
     }
 
     fn calibrated(&mut self, backend: &dyn Backend, windows: &Windows, progress: &dyn Progress) -> Result<()> {
         let layers = self.ckpt.config.num_layers;
-        let solved = self.take_solved(progress)?;
+        let folds = self.take_solved(progress)?;
+        let solved = folds.len();
         if solved == layers {
             return Ok(());
         }
         let prefix = decoder::prefix(self.ckpt)?;
-        let embedding = Embedding::load(self.ckpt, backend)?;
+        self.folding.embedding()?;
+        let embedding = Embedding::load(self.folding.floats(), backend)?;
         let recipe = self.plan.options.method.recipe();
         let kv = self.plan.options.kv;
         let options = PassOptions {
@@ -217,9 +231,11 @@ impl Run<'_> {
         let mut pass = SequentialPass::start(backend, &embedding, &windows.tokens, options, offload)?;
         drop(embedding);
         self.ckpt.store.release(&format!("{prefix}.embed_tokens."));
-        progress.stage("quantize", layers as u64 * pass.ticks_per_block());
+        // A block whose scales are searched is looked at once more.
+        let looks = if scaling(&self.plan.options.transforms).is_some() { 5 } else { 4 };
+        progress.stage("quantize", layers as u64 * pass.ticks_per_block() / 4 * looks);
         let whole = Instant::now();
-        let mut solving = 0f64;
+        let (mut solving, mut folding) = (0f64, 0f64);
         let stop = self.stop;
         let tick = |n: u64| {
             progress.advance(n);
@@ -228,11 +244,20 @@ impl Run<'_> {
         for index in 0..layers {
             progress.detail(&format!("block {}/{layers}", index + 1));
             let name = format!("{prefix}.layers.{index}");
-            let mut block = Block::load(self.ckpt, backend, &name, index)?;
-            let original = options.float_stream.then(|| Block::load(self.ckpt, backend, &name, index)).transpose()?;
+            match folds.get(index) {
+                Some(fold) => self.folding.repeat(index, fold)?,
+                None => {
+                    let start = Instant::now();
+                    self.folding.choose(backend, &mut pass, index, &mut || tick(1))?;
+                    folding += start.elapsed().as_secs_f64();
+                }
+            }
+            let floats = self.folding.floats();
+            let mut block = Block::load(floats, backend, &name, index)?;
+            let original = options.float_stream.then(|| Block::load(floats, backend, &name, index)).transpose()?;
             if index < solved {
                 self.put_back(backend, &mut block)?;
-                pass.replay_block(&block, original.as_ref(), &mut || tick(4))?;
+                pass.replay_block(&block, original.as_ref(), &mut || tick(looks))?;
                 self.ckpt.store.release(&format!("{name}."));
                 continue;
             }
@@ -259,23 +284,37 @@ impl Run<'_> {
             if let Some(kv) = kv {
                 self.keep_kv(kv, index, pass.kv_range())?;
             }
-            self.chain.keep(&mut self.writer, self.plan, index, self.layers.get(before..).unwrap_or_default())?;
+            self.keep_block(index, before)?;
             self.ckpt.store.release(&format!("{name}."));
         }
+        if self.folding.works() {
+            self.stage_seconds.insert("transforms".into(), folding);
+        }
         self.stage_seconds.insert("solve".into(), solving);
-        self.stage_seconds.insert("forward and statistics".into(), whole.elapsed().as_secs_f64() - solving);
+        self.stage_seconds.insert("forward and statistics".into(), whole.elapsed().as_secs_f64() - solving - folding);
         Ok(())
     }
 
-    /// Takes over the blocks that an earlier run solved.
-    fn take_solved(&mut self, progress: &dyn Progress) -> Result<usize> {
+    /// Takes over the blocks that an earlier run solved; returns how each was transformed.
+    fn take_solved(&mut self, progress: &dyn Progress) -> Result<Vec<BlockFold>> {
         let blocks = self.ckpt.config.num_layers;
-        let (solved, records) = self.chain.take(&mut self.writer, self.plan, blocks, progress)?;
+        let (folds, records) = self.chain.take(&mut self.writer, self.plan, blocks, progress)?;
         self.layers.extend(records);
-        if solved > 0 {
-            progress.say(&format!("{solved} of {blocks} blocks were solved before"));
+        folds.iter().for_each(|f| self.folding.taken(f));
+        if !folds.is_empty() {
+            progress.say(&format!("{} of {blocks} blocks were solved before", folds.len()));
         }
-        Ok(solved)
+        Ok(folds)
+    }
+
+    /// Writes what transforms changed in a block beside its linears, and keeps the block; its records are those from `before` on.
+    fn keep_block(&mut self, block: usize, before: usize) -> Result<()> {
+        let plan = self.plan;
+        for name in plan.rewritten_in(Some(block)) {
+            self.writer.write(name, self.folding.floats().store.get(name)?.data.as_slice())?;
+        }
+        let fold = self.folding.works().then(|| self.folding.fold());
+        self.chain.keep(&mut self.writer, plan, block, self.layers.get(before..).unwrap_or_default(), fold)
     }
 
     /// Puts the quantized linears of a solved block in the place of the original ones, as [`Self::solve_group`] did.
@@ -286,7 +325,7 @@ impl Run<'_> {
         let quantization = config.map(|q| QuantConfig::parse(&folder.join("config.json"), q)).transpose()?;
         for l in linears_of(self.plan, block.index) {
             let weight = linear::read(&store, quantization.as_ref(), &l.module, l.out_features, l.in_features)?;
-            let bias = self.ckpt.bias(&l.module, l.out_features)?;
+            let bias = self.folding.floats().bias(&l.module, l.out_features)?;
             let rule = linear::read_input_rule(&store, quantization.as_ref(), &l.module)?;
             let quantized = Linear::from_host(backend, &l.module, &weight, bias.as_deref())?.with_input(rule);
             if let Some(slot) = block.linears.iter_mut().find(|slot| slot.module == l.module) {
@@ -359,7 +398,7 @@ impl Run<'_> {
                 events: events.chain(f.into_iter().flat_map(|f| f.events.clone())).collect(),
             };
             self.keep(planned, &solved, rule.as_ref(), record)?;
-            let bias = self.ckpt.bias(&module, planned.out_features)?;
+            let bias = self.folding.floats().bias(&module, planned.out_features)?;
             let host = solved.host_weight().map_err(kernel)?;
             let replaced = Linear::from_host(backend, &module, &host, bias.as_deref())?.with_input(rule);
             if let Some(slot) = block.linears.get_mut(i) {
@@ -372,16 +411,17 @@ impl Run<'_> {
     fn rtn(&mut self, progress: &dyn Progress) -> Result<()> {
         let start = Instant::now();
         let (plan, blocks) = (self.plan, self.ckpt.config.num_layers);
-        let solved = self.take_solved(progress)?;
+        let solved = self.take_solved(progress)?.len();
         progress.stage("quantize", blocks as u64);
         progress.advance(solved as u64);
         for block in solved..blocks {
             let before = self.layers.len();
+            self.folding.begin(block)?;
             for l in linears_of(plan, block) {
                 self.check_stop()?;
                 self.round(l)?;
             }
-            self.chain.keep(&mut self.writer, plan, block, self.layers.get(before..).unwrap_or_default())?;
+            self.keep_block(block, before)?;
             progress.advance(1);
         }
         self.time("solve", start, ());
@@ -394,6 +434,7 @@ impl Run<'_> {
         for l in &tables {
             self.check_stop()?;
             progress.detail(&l.module);
+            self.folding.table(l)?;
             self.round(l)?;
         }
         self.time("embedding and head", start, ());
@@ -429,7 +470,7 @@ impl Run<'_> {
     }
 
     fn dense(&self, l: &PlannedLinear) -> Result<Vec<f32>> {
-        read_dense(self.ckpt, &l.source, l.out_features, l.in_features)
+        read_dense(self.folding.floats(), &l.source, l.out_features, l.in_features)
     }
 
     /// The largest magnitude of all weights that share `l`'s global scale, where its format has one: engines hold linears that read the

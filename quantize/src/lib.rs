@@ -33,6 +33,7 @@ pub mod rtn;
 pub mod scale_search;
 pub mod solve;
 pub mod target;
+pub mod transform;
 pub mod verify;
 mod written;
 
@@ -40,3 +41,4 @@ pub use driver::{Outcome, Progress, Silent, quantize};
 pub use error::{QuantizeError, Result};
 pub use plan::{Method, Plan, QuantizeOptions};
 pub use resume::Resume;
+pub use transform::Transform;

@@ -32,6 +32,7 @@ use crate::gguf;
 use crate::record::{ComponentSize, PLAN_SCHEMA, PlanRecord, PlannedTensor};
 use crate::room;
 use crate::solve::Wanted;
+use crate::transform::{Transform, refuse_transforms, rewritten, transform_bytes, untied_head};
 use crate::written::written_config;
 
 pub(crate) use self::linears::of_blocks;
@@ -84,6 +85,8 @@ pub struct Plan {
     pub linears: Vec<PlannedLinear>,
     /// Tensors that stay what they are.
     pub copies: Vec<String>,
+    /// Tensors that transforms rewrite without quantizing them, with their block; `None` for embedding, head and the last norm.
+    pub rewritten: BTreeMap<String, Option<usize>>,
     /// Tensors of the output; none of a GGUF file.
     pub declared: Vec<Declared>,
     /// Layout of the packed linears.
@@ -102,6 +105,11 @@ impl Plan {
         let Some(kv) = self.options.kv else { return Vec::new() };
         let declared = declare_kv(kv, &format!("{}.{block}.self_attn", self.blocks), 1, self.layout);
         declared.into_iter().map(|d| d.name).collect()
+    }
+
+    /// Tensors that transforms rewrite in a block, or outside of the blocks.
+    pub(crate) fn rewritten_in(&self, block: Option<usize>) -> impl Iterator<Item = &String> {
+        self.rewritten.iter().filter(move |(_, of)| **of == block).map(|(name, _)| name)
     }
 
     /// Adds what a budget was spent on, and each linear's share of it as its reason.
@@ -144,6 +152,7 @@ pub fn make(
         });
     }
     if let Some(choice) = &options.gguf {
+        refuse_transforms(ckpt, options, &[])?;
         let plan = gguf::make(ckpt, options, choice, calibration_tokens)?;
         return room_for(plan, options, output);
     }
@@ -197,6 +206,7 @@ pub fn make(
     Rules::refuse_unused(&[&ignore, &modules], hint)?;
     refuse_methods(options, &linears)?;
     refuse_layout(options, &linears)?;
+    refuse_transforms(ckpt, options, &linears)?;
     let plan = assemble(ckpt, options, linears, reasons, untie, calibration_tokens)?;
     room_for(plan, options, output)
 }
@@ -220,6 +230,8 @@ fn assemble(
     let mut declared = Vec::new();
     let mut copies = Vec::new();
     let mut tensors = Vec::new();
+    let rewritten = rewritten(ckpt, options, &linears)?;
+    let transforms = options.transforms.iter().map(|t| t.name()).collect::<Vec<_>>().join(", ");
     let model_dtype =
         linears.first().and_then(|l| ckpt.store.find(&format!("{}.weight", l.source))).and_then(|t| t.float_type());
     let layout = Layout::new(options.format, model_dtype.unwrap_or(FloatType::Bf16));
@@ -270,7 +282,12 @@ fn assemble(
                 _ => "not a linear of the graph: carried bit for bit".into(),
             });
             declared.push(Declared { name: name.to_string(), dtype: t.dtype, shape: t.shape.clone() });
-            copies.push(name.to_string());
+            if rewritten.contains_key(name) {
+                row.action = "rewrite".into();
+                row.reason = format!("{transforms}; {}", row.reason);
+            } else {
+                copies.push(name.to_string());
+            }
         }
         tensors.push(row);
     }
@@ -287,6 +304,26 @@ fn assemble(
             before_bytes: 0,
             after_bytes: bytes,
         });
+    }
+    let mut notes = Vec::new();
+    let head = untied_head(ckpt, &rewritten);
+    if let Some((name, t)) = head.zip(ckpt.store.find(&format!("{prefix}.embed_tokens.weight"))) {
+        let d = Declared { name: name.clone(), dtype: t.dtype, shape: t.shape.clone() };
+        notes.push(format!(
+            "a rotation unties the head from the embedding: the last norm is folded into it alone ({} MB more)",
+            d.bytes() / 1_000_000
+        ));
+        tensors.push(PlannedTensor {
+            component: component(&name).into(),
+            name,
+            shape: t.shape.clone(),
+            action: "add".into(),
+            scheme: None,
+            reason: format!("{transforms}; untied from the embedding"),
+            before_bytes: 0,
+            after_bytes: d.bytes(),
+        });
+        declared.push(d);
     }
     for block in 0..ckpt.config.num_layers {
         let Some(kv) = options.kv else { break };
@@ -315,6 +352,8 @@ fn assemble(
         .chain(copies.iter().map(String::as_str).filter(|n| unquantized(n)))
         .filter_map(|n| n.strip_suffix(".weight").map(String::from))
         .collect();
+    // Rotated, the head has the last norm in it and the embedding has not.
+    let untie = untie || (ckpt.config.tie_word_embeddings && options.transforms.contains(&Transform::Rotate));
     let config = written_config(ckpt, options, &linears, left, untie);
     let quantized = linears.len();
     let experts = expert_plan(&ckpt.config, options);
@@ -329,17 +368,17 @@ fn assemble(
             if options.offload.is_some() { tokens.min(2048) } else { tokens },
             options.method.recipe(),
             experts.as_ref().map_or(0, |e| e.hessian_bytes_at_once),
-        ),
+        ) + transform_bytes(&ckpt.config, options),
         quantized_linears: quantized,
         kept_linears: reasons.len(),
         experts,
         budget: None,
         sizes: component_sizes(&tensors),
-        notes: Vec::new(),
+        notes,
         tensors,
     };
-    let blocks = format!("{prefix}.layers");
-    Ok(Plan { options: options.clone(), blocks, linears, copies, declared, layout, config, gguf: None, record })
+    let (options, blocks) = (options.clone(), format!("{prefix}.layers"));
+    Ok(Plan { options, blocks, linears, copies, rewritten, declared, layout, config, gguf: None, record })
 }
 
 /// Bytes before and after of each component.

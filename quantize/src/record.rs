@@ -7,6 +7,7 @@ use lowbit_checkpoint::provenance::Provenance;
 use serde::{Deserialize, Serialize};
 
 use crate::budget::BudgetRecord;
+use crate::transform::TransformRecord;
 
 /// Bytes of one part of the model before and after.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -26,7 +27,7 @@ pub struct PlannedTensor {
     pub name: String,
     /// `[out, in]` or as stored.
     pub shape: Vec<usize>,
-    /// `quantize`, `keep`, `copy`, `drop` or `add`.
+    /// `quantize`, `keep`, `copy`, `rewrite`, `drop` or `add`.
     pub action: String,
     /// Full scheme name when quantized.
     pub scheme: Option<String>,
@@ -190,6 +191,9 @@ pub struct QuantizeRecord {
     pub options: BTreeMap<String, serde_json::Value>,
     /// Calibration source, windows, tokens and hash.
     pub calibration: Option<CalibrationRecord>,
+    /// What changed the float model before it was quantized.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub transforms: Option<TransformRecord>,
     /// One per quantized linear.
     pub layers: Vec<LayerRecord>,
     /// One per block with experts, where they were calibrated.

@@ -17,6 +17,7 @@ use crate::error::{QuantizeError, Result};
 use crate::experts::unknown_part;
 use crate::plan::{Plan, PlannedLinear, QuantizeOptions};
 use crate::record::LayerRecord;
+use crate::transform::BlockFold;
 
 /// How a run meets what an earlier one left.
 #[derive(Clone, Debug)]
@@ -65,13 +66,14 @@ impl Chain {
         self.key = Some(sha256_hex(format!("{key}\n{digest}").as_bytes()));
     }
 
-    /// Keeps a solved block.
+    /// Keeps a solved block, with how it was transformed where it was.
     pub(crate) fn keep(
         &mut self,
         writer: &mut CheckpointWriter,
         plan: &Plan,
         block: usize,
         records: &[LayerRecord],
+        fold: Option<&BlockFold>,
     ) -> Result<()> {
         let Some(key) = self.key.clone() else { return Ok(()) };
         let mut notes = Vec::with_capacity(records.len());
@@ -80,50 +82,65 @@ impl Chain {
             notes.push(exact(serde_json::to_value(r).unwrap_or_default()));
         }
         let names = tensors_of(plan, block)?;
-        let digest = writer.keep(&unit(block), &key, &names, &Value::Array(notes))?;
+        let note = match fold {
+            Some(fold) => json!({"layers": notes, "fold": exact(serde_json::to_value(fold).unwrap_or_default())}),
+            None => Value::Array(notes),
+        };
+        let digest = writer.keep(&unit(block), &key, &names, &note)?;
         self.push(&key, &digest);
         Ok(())
     }
 
-    /// Takes over solved blocks from the first on, until one is missing or unusable; the latter is said. Returns how many, and
-    /// their records.
+    /// Takes over solved blocks from the first on, until one is missing or unusable; the latter is said. Returns how each
+    /// was transformed, and their records.
     pub(crate) fn take(
         &mut self,
         writer: &mut CheckpointWriter,
         plan: &Plan,
         blocks: usize,
         progress: &dyn Progress,
-    ) -> Result<(usize, Vec<LayerRecord>)> {
+    ) -> Result<(Vec<BlockFold>, Vec<LayerRecord>)> {
         if writer.replaced_unfinished() {
             progress.say("note: an unfinished output of another model, other options or another program was there: starting over");
         }
-        let mut layers = Vec::new();
+        let (mut folds, mut layers) = (Vec::new(), Vec::new());
         for block in 0..blocks {
-            let Some(key) = self.key.clone() else { return Ok((block, layers)) };
+            let Some(key) = self.key.clone() else { break };
             let names = tensors_of(plan, block)?;
             match writer.kept(&unit(block), &key, &names)? {
-                Kept::Nothing => return Ok((block, layers)),
+                Kept::Nothing => break,
                 Kept::Unusable(why) => {
                     progress.say(&format!("note: block {block} is solved anew: {why}"));
-                    return Ok((block, layers));
+                    break;
                 }
                 Kept::Whole { note, digest } => {
-                    let Ok(records) = serde_json::from_value::<Vec<LayerRecord>>(inexact(note)) else {
+                    let Some((fold, records)) = read_note(note) else {
                         progress.say(&format!("note: block {block} is solved anew: its records cannot be read"));
-                        return Ok((block, layers));
+                        break;
                     };
                     if let Some((r, event)) =
                         records.iter().find_map(|r| Some((r, r.events.first()?))).filter(|_| plan.options.strict)
                     {
                         return Err(QuantizeError::Strict { module: r.name.clone(), event: event.clone() });
                     }
+                    folds.push(fold);
                     layers.extend(records);
                     self.push(&key, &digest);
                 }
             }
         }
-        Ok((blocks, layers))
+        Ok((folds, layers))
     }
+}
+
+/// What [`Chain::keep`] noted: records, and with transforms how the block was changed.
+fn read_note(note: Value) -> Option<(BlockFold, Vec<LayerRecord>)> {
+    let (layers, fold) = match inexact(note) {
+        Value::Object(mut both) => (both.remove("layers")?, both.remove("fold")),
+        layers => (layers, None),
+    };
+    let fold = fold.map(serde_json::from_value::<BlockFold>).transpose().ok()?.unwrap_or_default();
+    Some((fold, serde_json::from_value(layers).ok()?))
 }
 
 fn unit(block: usize) -> String {
@@ -135,9 +152,10 @@ pub(crate) fn linears_of(plan: &Plan, block: usize) -> impl Iterator<Item = &Pla
     plan.linears.iter().filter(move |l| l.block == Some(block))
 }
 
-/// Names of the tensors that a solved block has: its linears, and the scales of its keys and values.
+/// Names of the tensors that a solved block has: its linears, the scales of its keys and values, and what transforms rewrite.
 fn tensors_of(plan: &Plan, block: usize) -> Result<Vec<String>> {
     let mut names = plan.kv_scales(block);
+    names.extend(plan.rewritten_in(Some(block)).cloned());
     for l in linears_of(plan, block) {
         let declared = linear::declare(&l.module, l.scheme, plan.layout, l.out_features, l.in_features)
             .map_err(|source| QuantizeError::Kernel { module: l.module.clone(), source })?;

@@ -87,7 +87,10 @@ pub fn verify(ckpt: &Checkpoint, record: Option<&QuantizeRecord>, original: Opti
                 None => done.float_tensors += 1,
             }
         }
-        if let Some(o) = original.and_then(|o| o.store.find(name)).filter(|_| !replaced.contains(name)) {
+        let rewritten =
+            |r: &QuantizeRecord| r.transforms.as_ref().is_some_and(|t| t.rewritten.iter().any(|n| n == name));
+        let changed = replaced.contains(name) || record.is_some_and(rewritten);
+        if let Some(o) = original.and_then(|o| o.store.find(name)).filter(|_| !changed) {
             if o.dtype != t.dtype || o.shape != t.shape || o.data.as_slice() != t.data.as_slice() {
                 problems.push(format!("`{name}` should be the original's bits and is not"));
             } else {

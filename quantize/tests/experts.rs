@@ -86,6 +86,7 @@ fn run(from: &Path, to: &Path, options: &QuantizeOptions) -> Result<(QuantizeRec
         format: options.format.name().into(),
         options: BTreeMap::new(),
         calibration: outcome.calibration,
+        transforms: outcome.transforms,
         layers: outcome.layers,
         experts: outcome.experts,
         sizes: made.record.sizes.clone(),

@@ -19,7 +19,7 @@ use lowbit_quantize::gguf::GgufChoice;
 use lowbit_quantize::plan::{self, Plan};
 use lowbit_quantize::record::{PlanRecord, QuantizeRecord};
 use lowbit_quantize::scale_search::ScaleSearch;
-use lowbit_quantize::{Method, Progress, QuantizeError, QuantizeOptions, Resume};
+use lowbit_quantize::{Method, Progress, QuantizeError, QuantizeOptions, Resume, Transform};
 
 use crate::args::{FormatArg, HeadArg, KvSchemeArg, MethodArg, PlanArgs, QuantOptions, QuantizeArgs};
 use crate::commands::budget;
@@ -76,6 +76,11 @@ fn common(q: &QuantOptions, group: GroupSize, base: QuantizeOptions) -> Result<Q
     }
     budget::refuse_auto(q)?;
     let modules = q.module.iter().map(|m| module_rule(m, group, !q.asymmetric)).collect::<Result<_>>()?;
+    let transform = |name: &String| match Transform::parse(name) {
+        Some(t) => Ok(t),
+        None => bail!("--transform {name}: expected awq, smoothquant, smoothquant=ALPHA (0 to 1) or rotate"),
+    };
+    let transforms = q.transform.iter().map(transform).collect::<Result<_>>()?;
     Ok(QuantizeOptions {
         method: match q.method {
             MethodArg::Gptq => Method::Gptq,
@@ -93,6 +98,7 @@ fn common(q: &QuantOptions, group: GroupSize, base: QuantizeOptions) -> Result<Q
         strict: q.strict,
         offload: q.offload.clone(),
         modules,
+        transforms,
         kv: q.kv_scheme.map(|kv| match kv {
             KvSchemeArg::Fp8 => KvScheme { code: InputCode::Fp8, per_head: false },
             KvSchemeArg::Fp8Head => KvScheme { code: InputCode::Fp8, per_head: true },
@@ -326,6 +332,7 @@ pub fn execute(
         format: made.options.format_name().into(),
         options: made.record.provenance.options.clone(),
         calibration: outcome.calibration,
+        transforms: outcome.transforms,
         layers: outcome.layers,
         experts: outcome.experts,
         sizes: made.record.sizes.clone(),

@@ -23,7 +23,10 @@ const HARMLESS: [&str; 7] = [
     "block_size",
 ];
 
-/// Reads a recipe: one modifier, in one stage.
+/// Modifiers that change the float model and quantize nothing themselves; AWQ does both where it has a scheme.
+const TRANSFORMS: [&str; 3] = ["SmoothQuantModifier", "AWQModifier", "SpinQuantModifier"];
+
+/// Reads a recipe: one modifier that quantizes, beside those that change the float model.
 pub(super) fn read(text: &str) -> Result<Given> {
     let plain = match MEMBER.as_ref() {
         Some(member) => member.replace_all(text, "$1").into_owned(),
@@ -35,15 +38,97 @@ pub(super) fn read(text: &str) -> Result<Given> {
     };
     let mut modifiers = Vec::new();
     collect(&value, &mut modifiers);
-    match modifiers.as_slice() {
-        [(name, Value::Object(fields))] => modifier(name, fields),
-        [] => bail!("no modifier found: expected GPTQModifier or QuantizationModifier"),
-        [(name, _)] => bail!("{name}: expected a map of its fields"),
-        several => {
-            let names: Vec<&str> = several.iter().map(|m| m.0.as_str()).collect();
-            bail!("{}: one modifier at a time is supported", names.join(" and "))
+    let (mut before, mut quantizers): (Vec<_>, Vec<_>) =
+        modifiers.iter().partition(|m| TRANSFORMS.contains(&m.0.as_str()));
+    if quantizers.is_empty() {
+        // A map of modifiers has no order that counts: AWQ quantizes where nothing else does.
+        let at = before.iter().position(|m| m.0 == "AWQModifier").unwrap_or(before.len().saturating_sub(1));
+        quantizers.extend((at < before.len()).then(|| before.remove(at)));
+    }
+    let [(last, last_fields)] = quantizers.as_slice() else {
+        if quantizers.is_empty() {
+            bail!("no modifier found: expected GPTQModifier or QuantizationModifier");
+        }
+        let names: Vec<&str> = quantizers.iter().map(|m| m.0.as_str()).collect();
+        bail!("{}: one modifier that quantizes is supported, beside {}", names.join(" and "), TRANSFORMS.join(", "));
+    };
+    let mut transforms = Vec::new();
+    for (name, fields) in before {
+        transforms.push(transform(name, fields_of(name, fields)?)?);
+    }
+    let mut out = quantizer(last, fields_of(last, last_fields)?, &mut transforms)?;
+    if !transforms.is_empty() {
+        out.push(("transform".into(), Some(transforms)));
+    }
+    Ok(out)
+}
+
+fn fields_of<'a>(name: &str, v: &'a Value) -> Result<&'a Map<String, Value>> {
+    match v {
+        Value::Object(fields) => Ok(fields),
+        _ => bail!("{name}: expected a map of its fields"),
+    }
+}
+
+/// A modifier that changes the float model.
+fn transform(name: &str, fields: &Map<String, Value>) -> Result<String> {
+    // Its own default; examples give 0.8.
+    let mut strength = 0.5;
+    let mut rotations = vec!["R1".to_string(), "R2".to_string()];
+    for (key, value) in fields.iter().filter(|(_, v)| !v.is_null()) {
+        match (name, key.as_str(), value) {
+            ("SmoothQuantModifier", "smoothing_strength", v) if v.as_f64().is_some() => {
+                strength = v.as_f64().unwrap_or(strength);
+            }
+            ("AWQModifier", key, v) if awq_as_here(key, v) => {}
+            ("SpinQuantModifier", "rotations", v) if texts(v).is_some() => {
+                rotations = texts(v).unwrap_or_default();
+            }
+            ("SpinQuantModifier", "transform_type", Value::String(t)) if t == "hadamard" || t == "random-hadamard" => {}
+            ("SpinQuantModifier", "randomize" | "learnable", Value::Bool(false)) => {}
+            (_, "ignore", v) if texts(v).is_some_and(|n| n.iter().all(|n| n == "lm_head")) => {}
+            (_, "targets", v) if texts(v).as_deref() == Some(&["Linear".to_string()]) => {}
+            (_, key, _) if HARMLESS.contains(&key) => {}
+            (_, key, v) => bail!("{name}: `{key}: {v}` has no counterpart here"),
         }
     }
+    Ok(match name {
+        "SmoothQuantModifier" => format!("smoothquant={strength}"),
+        "AWQModifier" => "awq".into(),
+        _ => {
+            rotations.sort();
+            if rotations != ["R1", "R2"] {
+                bail!(
+                    "{name}: rotations {}: R1 and R2 are supported, the two that fold into weights",
+                    rotations.join(", ")
+                );
+            }
+            "rotate".into()
+        }
+    })
+}
+
+/// Fields of AWQModifier that ask for what is done here: the paper's scales, on its grid.
+fn awq_as_here(key: &str, v: &Value) -> bool {
+    match key {
+        "duo_scaling" => v == &Value::Bool(false),
+        "n_grid" => v.as_u64() == Some(20),
+        "offload_device" => true,
+        _ => false,
+    }
+}
+
+/// The modifier that quantizes; AWQModifier adds itself to `transforms`.
+fn quantizer(name: &str, fields: &Map<String, Value>, transforms: &mut Vec<String>) -> Result<Given> {
+    if name != "AWQModifier" {
+        return modifier(name, fields);
+    }
+    let (own, rest): (Vec<_>, Vec<_>) = fields
+        .iter()
+        .map(|(k, v)| (k.clone(), v.clone()))
+        .partition(|(k, _)| ["duo_scaling", "n_grid", "offload_device", "mappings"].contains(&k.as_str()));
+    transforms.push(transform(name, &own.into_iter().collect::<Map<_, _>>())?);
+    modifier(name, &rest.into_iter().collect::<Map<_, _>>())
 }
 
 /// Modifiers stand in stages and lists of any depth, by names that end in `Modifier`.
@@ -64,8 +149,14 @@ fn modifier(name: &str, fields: &Map<String, Value>) -> Result<Given> {
     let mut set = |key: &str, value: String| out.push((key.to_string(), Some(vec![value])));
     match name {
         "GPTQModifier" => set("method", "gptq".into()),
-        "QuantizationModifier" => set("method", "rtn".into()),
-        other => bail!("{other} has no counterpart here\nhint: GPTQModifier and QuantizationModifier are read"),
+        "QuantizationModifier" | "AWQModifier" => set("method", "rtn".into()),
+        "SmoothQuantModifier" | "SpinQuantModifier" => {
+            bail!("{name} quantizes nothing\nhint: add a GPTQModifier or a QuantizationModifier")
+        }
+        other => bail!(
+            "{other} has no counterpart here\nhint: GPTQModifier and QuantizationModifier are read, alone or beside {}",
+            TRANSFORMS.join(", ")
+        ),
     }
     let mut act_order = None;
     let mut weights = None;
@@ -223,11 +314,53 @@ default_stage:
     }
 
     #[test]
+    fn modifiers_that_change_the_float_model_become_transforms() {
+        let list = |items: &[&str]| {
+            let lines: String = items.iter().map(|i| format!("    - {i}\n")).collect();
+            format!("s:\n  m:\n{lines}")
+        };
+        let w8a8 = "GPTQModifier: {scheme: W8A8, ignore: [lm_head]}";
+        assert_eq!(
+            flags(&list(&["SmoothQuantModifier: {smoothing_strength: 0.8, mappings: null}", w8a8])),
+            "--method gptq --no-act-order --scheme w8a8 --minmax-scales --transform smoothquant=0.8"
+        );
+        assert_eq!(
+            flags(&list(&[
+                "AWQModifier: {scheme: W4A16_ASYM, targets: [Linear], ignore: [lm_head], duo_scaling: false}"
+            ])),
+            "--method rtn --no-act-order --scheme w4a16 --group-size 128 --asymmetric --minmax-scales --transform awq"
+        );
+        assert_eq!(
+            flags(&list(&[
+                "SpinQuantModifier: {rotations: [R2, R1], transform_type: hadamard}",
+                "AWQModifier: {}",
+                w8a8
+            ])),
+            "--method gptq --no-act-order --scheme w8a8 --minmax-scales --transform rotate,awq"
+        );
+        for (text, why) in [
+            (
+                list(&[w8a8, "QuantizationModifier: {scheme: W8A8}"]),
+                "GPTQModifier and QuantizationModifier: one modifier that quantizes",
+            ),
+            (list(&["SpinQuantModifier: {rotations: [R1, R2, R4]}", w8a8]), "rotations R1, R2, R4"),
+            (list(&["AWQModifier: {scheme: W4A16, duo_scaling: true}"]), "duo_scaling"),
+            (list(&["AWQModifier: {scheme: W4A16, mappings: [1]}"]), "mappings"),
+            (list(&["SmoothQuantModifier: {mappings: [1]}", w8a8]), "mappings"),
+            (list(&["QuIPModifier: {}", w8a8]), "QuIPModifier"),
+        ] {
+            let error = format!("{:#}", read(&text).unwrap_err());
+            assert!(error.contains(why), "{error}");
+        }
+    }
+
+    #[test]
     fn what_has_no_counterpart_is_named() {
         let one = |m: &str, fields: &str| format!("s:\n  m:\n    - {m}: {{{fields}}}\n");
         for (text, why) in [
-            (one("AWQModifier", "scheme: W4A16"), "AWQModifier"),
-            (one("SmoothQuantModifier", "smoothing_strength: 0.8"), "SmoothQuantModifier"),
+            (one("AutoRoundModifier", "scheme: W4A16"), "AutoRoundModifier has no counterpart"),
+            (one("AWQModifier", "n_grid: 20"), "AWQModifier: neither `scheme`"),
+            (one("SmoothQuantModifier", "smoothing_strength: 0.8"), "SmoothQuantModifier quantizes nothing"),
             (one("QuantizationModifier", "scheme: W4A8"), "scheme W4A8"),
             (one("QuantizationModifier", "kv_cache_scheme: {num_bits: 8}, scheme: W4A16"), "kv_cache_scheme"),
             (one("GPTQModifier", "scheme: W4A16, actorder: group"), "actorder group"),

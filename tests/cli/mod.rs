@@ -35,6 +35,7 @@ mod standin;
 mod suite;
 mod supply;
 mod tasks;
+mod transforms;
 
 /// The repository.
 pub fn root() -> PathBuf {

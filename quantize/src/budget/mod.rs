@@ -128,6 +128,10 @@ pub fn check(ckpt: &Checkpoint, options: &QuantizeOptions) -> Result<()> {
         );
         return refuse(summary, "leave --module out, keep these linears with --ignore, or give no budget");
     }
+    if let Some(transform) = options.transforms.first() {
+        let summary = format!("--transform {}: a budget weighs linears as the original has them", transform.name());
+        return refuse(summary, "leave --transform out, or give all linears one scheme: --scheme w4a16");
+    }
     Ok(())
 }
 

@@ -155,6 +155,7 @@ pub(crate) fn make(ckpt: &Checkpoint, options: &QuantizeOptions, choice: &GgufCh
         blocks: "model.layers".into(),
         linears,
         copies,
+        rewritten: BTreeMap::new(),
         declared: Vec::new(),
         layout: Layout::new(options.format, FloatType::F16),
         config: ckpt.raw_config.clone(),

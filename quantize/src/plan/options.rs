@@ -14,6 +14,7 @@ use crate::error::QuantizeError;
 use crate::gguf::{GgufChoice, scheme_name};
 use crate::scale_search::{ScaleSearch, SolverOptions};
 use crate::target::Correction;
+use crate::transform::Transform;
 
 /// Which solver.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -83,6 +84,8 @@ pub struct QuantizeOptions {
     pub modules: Vec<(String, LinearScheme)>,
     /// How keys and values are quantized: stored scales from calibration.
     pub kv: Option<KvScheme>,
+    /// Changes of the float model that leave what it computes, before it is quantized.
+    pub transforms: Vec<Transform>,
     /// Solver.
     pub method: Method,
     /// Layout on disk.
@@ -122,6 +125,7 @@ impl QuantizeOptions {
             scheme: scheme.into(),
             modules: Vec::new(),
             kv: None,
+            transforms: Vec::new(),
             method: Method::Gptq,
             format: PackFormat::CompressedTensors,
             damp_frac: 0.01,
@@ -156,13 +160,17 @@ impl QuantizeOptions {
         self.method.calibrated() || stored(&self.scheme) || self.modules.iter().any(|m| stored(&m.1))
     }
 
-    /// Whether the work needs calibration data: for linears, or for scales of keys and values.
+    /// Whether the work needs calibration data: for linears, for scales of keys and values, or for a transform.
     pub fn needs_data(&self) -> bool {
-        self.reads_inputs() || self.kv.is_some()
+        self.reads_inputs() || self.kv.is_some() || self.transforms.iter().any(|t| t.calibrated())
     }
 
     /// What [`Self::needs_data`] is about, where there is none.
     pub fn no_data(&self) -> QuantizeError {
+        let transform = self.transforms.iter().find(|t| t.calibrated());
+        if let Some(transform) = transform.filter(|_| !self.method.calibrated()) {
+            return QuantizeError::no_data(&format!("--transform {}", transform.name()), "no transform");
+        }
         match self.method.calibrated() {
             true => QuantizeError::no_data(&format!("method {}", self.method.name()), "--method rtn"),
             false => QuantizeError::no_data(
@@ -215,6 +223,8 @@ impl QuantizeOptions {
         m.insert("strict".into(), self.strict.into());
         let modules: Vec<String> = self.modules.iter().map(|(p, s)| format!("{p}={}", s.full_name())).collect();
         m.insert("modules".into(), modules.into());
+        let transforms: Vec<String> = self.transforms.iter().map(|t| t.name()).collect();
+        m.insert("transforms".into(), transforms.into());
         m.insert("kv_scheme".into(), self.kv.map(KvScheme::name).into());
         m.insert("shard_bytes".into(), self.shard_bytes.into());
         m

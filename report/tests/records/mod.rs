@@ -97,6 +97,7 @@ pub fn quantize() -> QuantizeRecord {
             tokens: 262_144,
             seed: 7,
         }),
+        transforms: None,
         layers,
         experts: vec![],
         sizes: vec![
