@@ -16,7 +16,10 @@ import torch
 from transformers import AutoTokenizer
 from windows import calibration
 
-model, source, out, bits, group, windows, length, iterations = sys.argv[1:4] + [int(v) for v in sys.argv[4:9]]
+model, source, out = map(os.path.abspath, sys.argv[1:4])
+bits, group, windows, length, iterations = map(int, sys.argv[4:9])
+# What it swaps out goes into the current folder.
+os.chdir(os.path.dirname(out))
 torch.set_num_threads(int(os.environ.get("THREADS", "2")))
 tokenizer = AutoTokenizer.from_pretrained(model)
 rows, digest = calibration(tokenizer, source, windows, length)
