@@ -1,6 +1,6 @@
-"""llm-compressor's GPTQ, int4 symmetric groups: llmcompressor_gptq.py MODEL JSONL OUT GROUP WINDOWS LENGTH
+"""llm-compressor's GPTQ, symmetric integers, static act-order: llmcompressor_gptq.py MODEL JSONL OUT BITS GROUP WINDOWS LENGTH
 
-The texts of JSONL joined by blank lines and cut into windows. Counted is `oneshot`. One JSON line.
+Windows as in `windows.py`. Counted is `oneshot`. One JSON line.
 """
 import json
 import os
@@ -15,16 +15,14 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from datasets import Dataset
 from llmcompressor.modifiers.gptq import GPTQModifier
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from windows import calibration
 
-model, source, out, group, windows, length = sys.argv[1:4] + [int(v) for v in sys.argv[4:7]]
+model, source, out, bits, group, windows, length = sys.argv[1:4] + [int(v) for v in sys.argv[4:8]]
 torch.set_num_threads(int(os.environ.get("THREADS", "2")))
-tokenizer = AutoTokenizer.from_pretrained(model)
+rows, digest = calibration(AutoTokenizer.from_pretrained(model), source, windows, length)
 m = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
-text = "\n\n".join(json.loads(line)["text"] for line in open(source, encoding="utf-8"))
-ids = tokenizer(text, return_tensors="pt").input_ids[0]
-rows = [ids[i * length : (i + 1) * length].tolist() for i in range(windows)]
 data = Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * length] * windows})
-weights = QuantizationArgs(num_bits=4, type="int", symmetric=True, strategy="group", group_size=group, actorder="static")
+weights = QuantizationArgs(num_bits=bits, type="int", symmetric=True, strategy="group", group_size=group, actorder="static")
 scheme = QuantizationScheme(targets=["Linear"], weights=weights)
 start = time.perf_counter()
 recipe = GPTQModifier(config_groups={"group_0": scheme}, ignore=["lm_head"])
@@ -32,4 +30,4 @@ llmcompressor.oneshot(model=m, dataset=data, recipe=recipe, max_seq_length=lengt
 seconds = time.perf_counter() - start
 m.save_pretrained(out, save_compressed=True)
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-print(json.dumps({"version": llmcompressor.__version__, "seconds": seconds, "peak": peak}))
+print(json.dumps({"version": llmcompressor.__version__, "seconds": seconds, "peak": peak, "windows": digest}))

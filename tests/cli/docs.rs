@@ -1,4 +1,6 @@
-//! Pages that are generated from the program, and links that must lead somewhere.
+//! Pages that are generated from the program or from records, and links that must lead somewhere.
+
+use std::process::Command;
 
 use super::{json, lowbit, ok, root, stderr};
 
@@ -30,6 +32,41 @@ fn the_cli_reference_is_that_of_the_program() {
     }
     let found = std::fs::read_to_string(&path).unwrap_or_default();
     assert!(found == page, "docs/cli.md: INSTA_UPDATE=always cargo test --release --workspace --test integration docs");
+}
+
+/// What a page has between the marks of a generated block.
+fn generated<'a>(page: &'a str, name: &str) -> &'a str {
+    let mark = format!("<!-- generated: {name} -->\n");
+    let (_, rest) = page.split_once(&mark).unwrap_or_else(|| panic!("no block {name}"));
+    rest.split_once("<!-- end -->").unwrap_or_else(|| panic!("{name}: no end")).0
+}
+
+/// Pages and blocks that name a record (`Record: ...`) are what their script makes of it today.
+#[test]
+fn tables_of_measurements_are_those_of_their_records() {
+    if !Command::new("python3").arg("--version").output().is_ok_and(|o| o.status.success()) {
+        eprintln!("skipped: no python3");
+        return;
+    }
+    let mut seen = 0;
+    for (page, block, script) in [
+        ("docs/performance.md", None, "bench/peers/compare"),
+        ("docs/accuracy.md", None, "bench/peers/accuracy"),
+        ("docs/formats.md", Some("narrow-formats"), "checkpoint/judges/narrow_formats.py"),
+        ("docs/formats.md", Some("judges"), "checkpoint/judges/judge"),
+    ] {
+        let Ok(text) = std::fs::read_to_string(root().join(page)) else { continue };
+        let found = block.map_or(text.as_str(), |name| generated(&text, name));
+        let records: Vec<&str> = found.split("Record: `").skip(1).filter_map(|rest| rest.split('`').next()).collect();
+        if records.is_empty() {
+            continue;
+        }
+        let mut c = super::script(script);
+        let made = ok(c.arg("--render").args(&records).current_dir(root()).env("PYTHONDONTWRITEBYTECODE", "1"));
+        assert!(String::from_utf8(made.stdout).unwrap() == found, "{page}: {script} --render {}", records.join(" "));
+        seen += 1;
+    }
+    assert!(seen > 0, "no page names a record");
 }
 
 #[test]
