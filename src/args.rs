@@ -160,7 +160,7 @@ pub struct QuantOptions {
     /// Store scales for keys and values in eight bits, from calibration data: one for a layer, or one for each head.
     #[arg(long, value_enum)]
     pub kv_scheme: Option<KvSchemeArg>,
-    /// best, fast, gptq or rtn.
+    /// best, fast, gptq, round, hqq or rtn.
     #[arg(long, value_enum, default_value_t = MethodArg::Gptq)]
     pub method: MethodArg,
     /// Input columns that share a scale of integers, or `channel`. Default: 128.
@@ -178,6 +178,9 @@ pub struct QuantOptions {
     /// Quantize columns left to right instead of by falling Hessian diagonal.
     #[arg(long)]
     pub no_act_order: bool,
+    /// Steps of --method round on each block.
+    #[arg(long, value_name = "N", default_value_t = lowbit_quantize::learned::STEPS)]
+    pub learn_steps: usize,
     /// Scales from the extremes of each group instead of the Hessian-weighted search.
     #[arg(long)]
     pub minmax_scales: bool,
@@ -242,6 +245,10 @@ pub enum MethodArg {
     Best,
     /// GPTQ with what is nearly free.
     Fast,
+    /// Rounding learned on each block's output by signed gradient descent (AutoRound), on the CPU: many times GPTQ's time; integers only.
+    Round,
+    /// Scales and zero points that let outliers go, no data; integers only.
+    Hqq,
     /// Round to nearest, no data.
     Rtn,
 }

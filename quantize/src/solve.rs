@@ -8,14 +8,16 @@ use lowbit_kernels::backend::{Bytes, FloatType, HostWeight};
 use lowbit_kernels::ggml::GgmlType;
 use lowbit_kernels::{QuantizedMatrix, QuantizedWeight, WeightFormat};
 
+use crate::block_search::search_scales_by_blocks;
 use crate::blocks::{BlockMatrix, blocks_gptq, blocks_rtn};
 use crate::descent::descend;
 use crate::factor::{Factor, SolveError, factorize};
 use crate::floats::quantize_float;
-use crate::gptq::gptq_codes;
+use crate::gptq::codes_on;
+use crate::hqq::quantize_hqq;
 use crate::loss::{Loss, proxy_loss};
 use crate::rtn::quantize_rtn;
-use crate::scale_search::SolverOptions;
+use crate::scale_search::{DataFree, ScaleSearch, SolverOptions, search_scales};
 use crate::target::corrected_target;
 
 /// What linears that read the same input share.
@@ -24,7 +26,7 @@ pub struct Shared<'a> {
     pub stats: &'a InputStats,
     /// Factor of the damped Hessian.
     pub factor: Factor,
-    /// The damped Hessian, where a sweep needs it.
+    /// The damped Hessian, where a sweep or a search needs it.
     damped: Option<Vec<f32>>,
 }
 
@@ -32,7 +34,8 @@ impl<'a> Shared<'a> {
     /// Factorizes.
     pub fn new(stats: &'a InputStats, opts: &SolverOptions) -> Result<Self, SolveError> {
         let factor = factorize(&stats.hessian, stats.n, opts)?;
-        let damped = (opts.sweeps > 0).then(|| factor.damped(&stats.hessian)).transpose()?;
+        let whole = opts.sweeps > 0 || opts.scale_search == ScaleSearch::Blocks;
+        let damped = whole.then(|| factor.damped(&stats.hessian)).transpose()?;
         Ok(Self { stats, factor, damped })
     }
 }
@@ -52,8 +55,14 @@ pub fn solve_linear(
         None => None,
     };
     let target = corrected.as_deref().unwrap_or(w);
-    let mut matrix = gptq_codes(target, out, n, factor, opts)?;
-    if let Some(h) = &shared.damped {
+    let scales = match &shared.damped {
+        Some(h) if opts.scale_search == ScaleSearch::Blocks => {
+            search_scales_by_blocks(target, out, n, h, &factor.diag, opts)?
+        }
+        _ => search_scales(target, out, n, Some(&factor.diag), opts)?,
+    };
+    let mut matrix = codes_on(target, out, n, factor, scales, opts)?;
+    if let Some(h) = shared.damped.as_ref().filter(|_| opts.sweeps > 0) {
         if corrected.is_none() && !factor.dead.is_empty() {
             let mut live = w.to_vec();
             live.chunks_mut(n).for_each(|row| factor.dead.iter().for_each(|c| row[*c] = 0.0));
@@ -144,7 +153,15 @@ pub fn solve_any(
     Ok((solved, loss))
 }
 
-/// Every weight on its own.
+/// Integer codes of `w` `[out, n]` without data, as [`SolverOptions::data_free`] says.
+pub fn round_linear(w: &[f32], out: usize, n: usize, opts: &SolverOptions) -> Result<QuantizedMatrix, SolveError> {
+    match opts.data_free {
+        DataFree::Nearest => quantize_rtn(w, out, n, None, opts),
+        DataFree::HalfQuadratic => quantize_hqq(w, out, n, opts),
+    }
+}
+
+/// Every weight on its own: [`round_linear`] for integers, to nearest for the others.
 pub fn round_any(
     w: &[f32],
     out: usize,
@@ -154,9 +171,7 @@ pub fn round_any(
     opts: &SolverOptions,
 ) -> Result<Solved, SolveError> {
     Ok(match wanted {
-        Wanted::Codes(WeightFormat::Int(_)) => {
-            Solved::Codes(QuantizedWeight::Int(quantize_rtn(w, out, n, None, opts)?))
-        }
+        Wanted::Codes(WeightFormat::Int(_)) => Solved::Codes(QuantizedWeight::Int(round_linear(w, out, n, opts)?)),
         Wanted::Codes(format) => {
             Solved::Codes(QuantizedWeight::Float(quantize_float(w, out, n, format, set_max, None, opts)?))
         }

@@ -55,7 +55,7 @@ pub(crate) fn written_config(
                     scheme,
                     targets,
                     observer,
-                    static_act_order: !table && options.act_order && options.method.calibrated(),
+                    static_act_order: !table && options.act_order && options.method.by_hessian(),
                 })
                 .collect();
             if !tables.iter().any(|t| t.module == head_module) {
@@ -64,7 +64,7 @@ pub(crate) fn written_config(
             write_compressed_tensors(&groups, &ignore, options.kv)
         }
         _ => {
-            let damp = options.method.calibrated().then_some(options.damp_frac);
+            let damp = options.method.by_hessian().then_some(options.damp_frac);
             // The plan lets nothing else come here.
             options.scheme.int().map_or(Value::Null, |s| write_uniform(options.format, s, damp, false, &ignore))
         }

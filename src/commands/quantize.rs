@@ -74,6 +74,9 @@ fn common(q: &QuantOptions, group: GroupSize, base: QuantizeOptions) -> Result<Q
     if q.samples == 0 || q.seq_len == 0 {
         bail!("--samples and --seq-len must be at least 1");
     }
+    if q.learn_steps == 0 {
+        bail!("--learn-steps must be at least 1");
+    }
     budget::refuse_auto(q)?;
     let modules = q.module.iter().map(|m| module_rule(m, group, !q.asymmetric)).collect::<Result<_>>()?;
     Ok(QuantizeOptions {
@@ -81,9 +84,12 @@ fn common(q: &QuantOptions, group: GroupSize, base: QuantizeOptions) -> Result<Q
             MethodArg::Gptq => Method::Gptq,
             MethodArg::Best => Method::Best,
             MethodArg::Fast => Method::Fast,
+            MethodArg::Round => Method::Round,
+            MethodArg::Hqq => Method::Hqq,
             MethodArg::Rtn => Method::Rtn,
         },
         damp_frac: q.damp,
+        learn_steps: q.learn_steps,
         act_order: !q.no_act_order,
         scale_search: if q.minmax_scales { ScaleSearch::MinMax } else { ScaleSearch::Hessian },
         signed_scales: !q.unsigned_scales,

@@ -167,6 +167,7 @@ fn modules_may_have_schemes_of_their_own() {
         (&["--module", "re:.*nothing=w8a16"], "--module re:.*nothing matches no linear"),
         (&["--module", "down_proj"], "expected PATTERN=SCHEME"),
         (&["--scheme", "nvfp4a16", "--method", "best"], "works on integer codes"),
+        (&["--scheme", "fp8-dynamic", "--method", "hqq"], "works on integer codes"),
         (&["--scheme", "nvfp4a16", "--format", "gptq"], "GPTQ format"),
         (&["--scheme", "fp8-dynamic", "--group-size", "64"], "fixes its groups"),
         (&["--scheme", "w8a8", "--asymmetric"], "is symmetric"),
