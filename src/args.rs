@@ -184,6 +184,9 @@ pub struct QuantOptions {
     /// Scales from the extremes of each group instead of the Hessian-weighted search.
     #[arg(long)]
     pub minmax_scales: bool,
+    /// What weighs errors in the search for scales. [default: diagonal]
+    #[arg(long, value_enum, conflicts_with = "minmax_scales")]
+    pub scale_search: Option<ScaleSearchArg>,
     /// Never write a negative scale (for engines that refuse them).
     #[arg(long)]
     pub unsigned_scales: bool,
@@ -251,6 +254,16 @@ pub enum MethodArg {
     Hqq,
     /// Round to nearest, no data.
     Rtn,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum ScaleSearchArg {
+    /// The Hessian's diagonal: what an error costs where nothing makes up for it.
+    Diagonal,
+    /// GPTQ's pivots: what it costs once the columns solved later have made up for it; integers only.
+    Pivots,
+    /// The Hessian's block of the group, up to 256 columns and 6 bits (else the diagonal); integers only.
+    Blocks,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]

@@ -215,20 +215,22 @@ mod tests {
                     assert!(*found <= start * 1.0001, "{search:?} {bits} {symmetric} group {i}: {start} -> {found}");
                 }
                 let (found, start) = (found.iter().sum::<f64>(), start.iter().sum::<f64>());
-                assert!(found < start, "{search:?} {bits} {symmetric}: {start} -> {found}");
+                // A step of a bf16 scale is too wide to better eight bits.
+                let most = if bits == 8 { 1.0 } else { 0.995 };
+                assert!(found <= most * start, "{search:?} {bits} {symmetric}: {start} -> {found}");
             }
         }
     }
 
     #[test]
     fn weights_on_the_grid_stay() {
-        let (out, n) = (6, 80);
-        for (bits, symmetric) in [(3, true), (4, false)] {
-            let opts = options(bits, symmetric, ScaleSearch::MinMax);
-            let q = quantize_rtn(&weights(1, out * n), out, n, None, &opts).unwrap();
-            let on_grid = q.dequantize().unwrap();
-            let again = quantize_hqq(&on_grid, out, n, &opts).unwrap();
-            assert_eq!(again, quantize_rtn(&on_grid, out, n, None, &opts).unwrap());
+        // Multiples of ¼ that use the whole range: from −5 to 10 with a zero point of 5, and from −7 to 8 with a negative scale.
+        for (symmetric, lowest) in [(false, -5), (true, -7)] {
+            let w: Vec<f32> = (0..40).map(|i| 0.25 * (lowest + i % 16) as f32).collect();
+            let opts = options(4, symmetric, ScaleSearch::Hessian);
+            let q = quantize_hqq(&w, 1, 40, &opts).unwrap();
+            assert_eq!(q, quantize_rtn(&w, 1, 40, None, &opts).unwrap());
+            assert_eq!(q.dequantize().unwrap(), w, "{symmetric}");
         }
     }
 

@@ -56,9 +56,28 @@ pub enum ScaleSearch {
     MinMax,
     /// The candidate with the least squared error weighted by the diagonal of the Hessian.
     Hessian,
+    /// As [`Self::Hessian`], weighted by the pivots of GPTQ, [`crate::factor::Factor::pivots`], where it solves; elsewhere as it.
+    Pivots,
     /// The candidate with the least error under the group's block of the Hessian, [`crate::block_search`], where a whole Hessian is at
-    /// hand; elsewhere [`Self::Hessian`].
+    /// hand; elsewhere as [`Self::Hessian`].
     Blocks,
+}
+
+impl ScaleSearch {
+    /// Its name in records.
+    pub fn name(self) -> &'static str {
+        match self {
+            ScaleSearch::MinMax => "minmax",
+            ScaleSearch::Hessian => "hessian",
+            ScaleSearch::Pivots => "pivots",
+            ScaleSearch::Blocks => "blocks",
+        }
+    }
+
+    /// Whether it is a search of GPTQ's on integer codes alone.
+    pub fn integers_only(self) -> bool {
+        matches!(self, ScaleSearch::Pivots | ScaleSearch::Blocks)
+    }
 }
 
 /// What quantizes a matrix of integer codes where there is no Hessian.

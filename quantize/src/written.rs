@@ -48,7 +48,7 @@ pub(crate) fn written_config(
     let head_module = if ckpt.has_weight("model.embed_tokens") { "lm_head" } else { "language_model.lm_head" };
     let q = match options.format {
         PackFormat::CompressedTensors => {
-            let observer = if options.scale_search == ScaleSearch::Hessian { "mse" } else { "memoryless_minmax" };
+            let observer = if options.scale_search == ScaleSearch::MinMax { "memoryless_minmax" } else { "mse" };
             let groups: Vec<WrittenGroup> = rules(options, linears)
                 .into_iter()
                 .map(|(scheme, targets, table)| WrittenGroup {

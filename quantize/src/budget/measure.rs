@@ -26,7 +26,7 @@ use crate::factor::SolveError;
 use crate::loss::{proxy_loss, squared_error};
 use crate::plan::{Plan, PlannedLinear};
 use crate::rtn::quantize_rtn;
-use crate::scale_search::SolverOptions;
+use crate::scale_search::{ScaleSearch, SolverOptions};
 use crate::solve::{Shared, round_linear, solve_linear};
 use crate::target::Correction;
 
@@ -143,8 +143,9 @@ impl Measurement<'_> {
     fn solver(&self, scheme: Scheme) -> SolverOptions {
         let plan = self.outline;
         let opts = plan.options.solver(scheme.into(), plan.layout.scales);
-        // The search of the method that is the user's: one by blocks would be summed for every candidate.
-        let scale_search = plan.options.scale_search;
+        // One by blocks would be summed for every candidate.
+        let scale_search =
+            if opts.scale_search == ScaleSearch::Blocks { ScaleSearch::Hessian } else { opts.scale_search };
         SolverOptions { sweeps: 0, correction: Correction::default(), scale_search, ..opts }
     }
 

@@ -45,15 +45,11 @@ pub(crate) fn make(ckpt: &Checkpoint, options: &QuantizeOptions, choice: &GgufCh
             "leave --kv-scheme out, or use --format compressed-tensors",
         );
     }
-    if choice.kind.scheme().is_none() && options.method.integers_only() {
+    if let (None, Some(what)) = (choice.kind.scheme(), options.integers_only()) {
         return refuse(
-            format!(
-                "method {} moves scales, and those of {} are stored in steps",
-                options.method.name(),
-                choice.kind.name()
-            ),
+            format!("{what} moves scales, and those of {} are stored in steps", choice.kind.name()),
             vec![],
-            "use --method gptq, or rtn",
+            "use --method gptq, or rtn, and no --scale-search",
         );
     }
     refuse_learned(c, options, &[])?;

@@ -166,6 +166,15 @@ impl QuantizeOptions {
         }
     }
 
+    /// Whether something of this is for integer codes with scales of any value, and what: neither for float codes nor for scales stored
+    /// in steps.
+    pub fn integers_only(&self) -> Option<String> {
+        match self.method.integers_only() {
+            true => Some(format!("method {}", self.method.name())),
+            false => self.scale_search.integers_only().then(|| format!("--scale-search {}", self.scale_search.name())),
+        }
+    }
+
     /// What the linears of the blocks become: the full name of a scheme, or a type of GGUF.
     pub fn scheme_name(&self) -> String {
         self.gguf.map_or_else(|| self.scheme.full_name(), |g| scheme_name(g.kind))
@@ -230,10 +239,7 @@ impl QuantizeOptions {
         }
         m.insert("damp_frac".into(), self.damp_frac.into());
         m.insert("act_order".into(), self.act_order.into());
-        m.insert(
-            "scale_search".into(),
-            if self.scale_search == ScaleSearch::Hessian { "hessian" } else { "minmax" }.into(),
-        );
+        m.insert("scale_search".into(), self.scale_search.name().into());
         m.insert("signed_scales".into(), self.signed_scales.into());
         let table = |w8: bool, kind: fn(&GgufChoice) -> Option<GgmlType>| match self.gguf.as_ref().and_then(kind) {
             Some(kind) => scheme_name(kind),

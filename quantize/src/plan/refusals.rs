@@ -71,14 +71,12 @@ pub(super) fn refuse_mixed_sets(linears: &[PlannedLinear]) -> Result<()> {
 
 /// Sweeps, refits and searches of scales are of integer codes only.
 pub(super) fn refuse_methods(options: &QuantizeOptions, linears: &[PlannedLinear]) -> Result<()> {
-    if !options.method.integers_only() {
-        return Ok(());
-    }
+    let Some(what) = options.integers_only() else { return Ok(()) };
     let floats = linears.iter().filter(|l| l.scheme.int().is_none());
     refuse(
-        format!("method {} works on integer codes, and these are floats", options.method.name()),
+        format!("{what} works on integer codes, and these are floats"),
         floats.map(|l| format!("{}: {}", l.module, l.scheme.full_name())).collect(),
-        "use --method gptq, or rtn",
+        "use --method gptq, or rtn, and no --scale-search",
     )
 }
 
