@@ -164,7 +164,7 @@ pub struct QuantOptions {
     /// Store scales for keys and values in eight bits, from calibration data: one for a layer, or one for each head.
     #[arg(long, value_enum)]
     pub kv_scheme: Option<KvSchemeArg>,
-    /// best, fast, gptq or rtn.
+    /// best, fast, gptq, round, hqq or rtn.
     #[arg(long, value_enum, default_value_t = MethodArg::Gptq)]
     pub method: MethodArg,
     /// Change the float model so that it computes the same and is easier to round: `awq` (channel scales, searched on calibration data),
@@ -187,9 +187,15 @@ pub struct QuantOptions {
     /// Quantize columns left to right instead of by falling Hessian diagonal.
     #[arg(long)]
     pub no_act_order: bool,
+    /// Steps of --method round on each block.
+    #[arg(long, value_name = "N", default_value_t = lowbit_quantize::learned::STEPS)]
+    pub learn_steps: usize,
     /// Scales from the extremes of each group instead of the Hessian-weighted search.
     #[arg(long)]
     pub minmax_scales: bool,
+    /// What weighs errors in the search for scales. [default: diagonal]
+    #[arg(long, value_enum, conflicts_with = "minmax_scales")]
+    pub scale_search: Option<ScaleSearchArg>,
     /// Never write a negative scale (for engines that refuse them).
     #[arg(long)]
     pub unsigned_scales: bool,
@@ -251,8 +257,22 @@ pub enum MethodArg {
     Best,
     /// GPTQ with what is nearly free.
     Fast,
+    /// Rounding learned on each block's output by signed gradient descent (AutoRound), on the CPU: many times GPTQ's time; integers only.
+    Round,
+    /// Scales and zero points that let outliers go, no data; integers only.
+    Hqq,
     /// Round to nearest, no data.
     Rtn,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum ScaleSearchArg {
+    /// The Hessian's diagonal: what an error costs where nothing makes up for it.
+    Diagonal,
+    /// GPTQ's pivots: what it costs once the columns solved later have made up for it; integers only.
+    Pivots,
+    /// The Hessian's block of the group, up to 256 columns and 6 bits (else the diagonal); integers only.
+    Blocks,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]

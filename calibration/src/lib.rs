@@ -11,7 +11,7 @@ pub mod windows;
 
 pub use corpus::{Source, load_texts};
 pub use error::{CalibrationError, Result};
-pub use sequential::{KvRange, PassOptions, SequentialPass};
+pub use sequential::{KvRange, PassOptions, SequentialPass, WholeBlock};
 pub use stats::{Blend, Drift, InputStats};
 pub use survey::Channels;
 pub use windows::{WindowOrder, Windows, build_windows};

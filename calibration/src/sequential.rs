@@ -9,12 +9,15 @@
 //! calibrated, the MLP's activations (tokens · intermediate · 4 bytes), all of it once per stream; with an offload
 //! folder the activations are on disk and one chunk of them is resident.
 
+mod whole;
+
 use std::path::{Path, PathBuf};
 
 use lowbit_kernels::backend::{Backend, Buffer, Segment};
 use lowbit_model::block::{Block, LinearGroup};
 use lowbit_model::{Embedding, ModelError};
 
+pub use self::whole::WholeBlock;
 use crate::carried::Carried;
 use crate::error::{CalibrationError, Result};
 use crate::experts::HESSIAN_BYTES;

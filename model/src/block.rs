@@ -167,6 +167,16 @@ impl Block {
         self.config.head_dim
     }
 
+    /// How queries and keys turn.
+    pub fn rope(&self) -> &Rope {
+        &self.rope
+    }
+
+    /// Heads, scale and window of its attention.
+    pub fn attention_shape(&self) -> &AttentionShape {
+        &self.shape
+    }
+
     /// Width of the residual stream.
     pub fn hidden_size(&self) -> usize {
         self.config.hidden_size

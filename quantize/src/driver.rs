@@ -1,5 +1,7 @@
 //! Carries a plan out: block by block, streaming into a checkpoint that appears only when it is whole.
 
+mod learned;
+
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -25,7 +27,7 @@ use crate::loss::{proxy_loss, squared_error};
 use crate::plan::{Method, Plan, PlannedLinear};
 use crate::record::{CalibrationRecord, ExpertCoverage, LayerRecord};
 use crate::resume::{Chain, Resume, linears_of};
-use crate::scale_search::SolverOptions;
+use crate::scale_search::{DataFree, SolverOptions};
 use crate::solve::{Shared, Solved, round_any, solve_any};
 use crate::transform::{BlockFold, Folding, TransformRecord, scaling};
 
@@ -132,16 +134,16 @@ impl Run<'_> {
     ) -> Result<Option<CalibrationRecord>> {
         let (ckpt, plan, run) = (self.ckpt, self.plan, self);
         run.copy(progress)?;
-        let calibration = match (plan.options.method, windows) {
-            (Method::Rtn, _) if !plan.options.needs_data() => {
-                run.rtn(progress)?;
+        let calibration = match windows {
+            _ if !plan.options.needs_data() => {
+                run.data_free(progress)?;
                 None
             }
-            (_, Some(w)) => {
+            Some(w) => {
                 run.calibrated(backend, w, progress)?;
                 Some(CalibrationRecord::of(w))
             }
-            (_, None) => return Err(plan.options.no_data()),
+            None => return Err(plan.options.no_data()),
         };
         run.tables(progress)?;
         if plan.gguf.is_none() {
@@ -263,20 +265,34 @@ impl Run<'_> {
             }
             let before = self.layers.len();
             let mut routed = Vec::new();
-            pass.run_block(
-                &mut block,
-                original.as_ref(),
-                &mut |group, stats, block| {
-                    if matches!(group, LinearGroup::Expert(_)) {
-                        routed.push(stats.tokens);
-                    }
-                    let start = Instant::now();
-                    let done = self.solve_group(backend, index, group, &stats, block);
-                    solving += start.elapsed().as_secs_f64();
-                    done
-                },
-                &mut || tick(1),
-            )?;
+            if recipe.learned {
+                pass.run_whole_block(
+                    &mut block,
+                    original.as_ref(),
+                    &mut |data, block| {
+                        let start = Instant::now();
+                        let done = self.learn_block(backend, index, &data, block);
+                        solving += start.elapsed().as_secs_f64();
+                        done
+                    },
+                    &mut || tick(2),
+                )?;
+            } else {
+                pass.run_block(
+                    &mut block,
+                    original.as_ref(),
+                    &mut |group, stats, block| {
+                        if matches!(group, LinearGroup::Expert(_)) {
+                            routed.push(stats.tokens);
+                        }
+                        let start = Instant::now();
+                        let done = self.solve_group(backend, index, group, &stats, block);
+                        solving += start.elapsed().as_secs_f64();
+                        done
+                    },
+                    &mut || tick(1),
+                )?;
+            }
             if let Some(e) = self.ckpt.config.experts_of(index).filter(|_| self.plan.options.reads_inputs()) {
                 let needed = tokens_needed(self.ckpt.config.hidden_size, e.intermediate_size);
                 self.experts.push(ExpertCoverage::new(index, routed, needed));
@@ -408,7 +424,7 @@ impl Run<'_> {
         Ok(())
     }
 
-    fn rtn(&mut self, progress: &dyn Progress) -> Result<()> {
+    fn data_free(&mut self, progress: &dyn Progress) -> Result<()> {
         let start = Instant::now();
         let (plan, blocks) = (self.plan, self.ckpt.config.num_layers);
         let solved = self.take_solved(progress)?.len();
@@ -444,7 +460,13 @@ impl Run<'_> {
     fn round(&mut self, l: &PlannedLinear) -> Result<()> {
         let start = Instant::now();
         // Without data the Hessian is the identity: act-order and damping have no meaning.
-        let opts = SolverOptions { act_order: false, ..self.plan.options.solver(l.scheme, self.plan.layout.scales) };
+        let mut opts =
+            SolverOptions { act_order: false, ..self.plan.options.solver(l.scheme, self.plan.layout.scales) };
+        let mut method = self.plan.options.method;
+        if l.block.is_none() {
+            // Tables are rounded whatever the method.
+            (opts.data_free, method) = (DataFree::Nearest, Method::Rtn);
+        }
         let w = self.dense(l)?;
         let solve = |source| QuantizeError::Solve { module: l.module.clone(), source };
         let (out, n) = (l.out_features, l.in_features);
@@ -459,7 +481,7 @@ impl Run<'_> {
             out_features: l.out_features,
             in_features: l.in_features,
             scheme: l.scheme_name(),
-            method: "rtn".into(),
+            method: method.name().into(),
             proxy_loss: error,
             relative_error: if norm > 0.0 { error / norm } else { 0.0 },
             seconds: start.elapsed().as_secs_f64(),

@@ -106,6 +106,22 @@ impl Factor {
     }
 }
 
+impl Factor {
+    /// `1 / U_jj²` in original column order, zero at dead columns: what an error of column j costs once GPTQ has moved it into the columns
+    /// solved after j as well as it can. The loss of GPTQ is exactly `Σ_j (w_j − q_j)² / U_jj²` with w_j as column j is reached
+    /// (arXiv 2210.17323, section 3.1), where the diagonal of the Hessian is what the error costs while nothing else moves.
+    pub fn pivots(&self) -> Vec<f32> {
+        let mut weights = vec![0f32; self.n];
+        for (j, col) in self.perm.iter().enumerate() {
+            let u = self.u[j * self.n + j];
+            if self.diag[*col] != 0.0 {
+                weights[*col] = 1.0 / (u * u);
+            }
+        }
+        weights
+    }
+}
+
 /// Factorizes the Hessian `h`, symmetric `[n, n]` (only its upper triangle is read).
 ///
 /// Dead columns (zero diagonal) are isolated, with the mean of the diagonal in place of the zero. Tries f32, then
@@ -272,6 +288,23 @@ mod tests {
             }
             assert!(f.u[i * n..i * n + i].iter().all(|v| *v == 0.0));
         }
+    }
+
+    #[test]
+    fn pivots_are_what_a_column_costs_once_later_ones_make_up_for_it() {
+        // Of the last column solved nothing can take an error: its diagonal. Of the first all others can: 1 / (H⁻¹)_jj.
+        let h = [4.0, 1.0, 0.0, 1.0, 2.0, 0.5, 0.0, 0.5, 1.0];
+        let f = factorize(&h, 3, &SolverOptions { damp_frac: 0.0, ..options() }).unwrap();
+        assert_eq!(f.perm, [0, 1, 2]);
+        let p = f.pivots();
+        // det H = 6; the cofactor of the first column is 2 · 1 − 0.25.
+        assert!(
+            (p[0] - 6.0 / 1.75).abs() <= 1e-5 && (p[1] - 1.75).abs() <= 1e-5 && (p[2] - 1.0).abs() <= 1e-5,
+            "{p:?}"
+        );
+        let identity = [1.0, 0.0, 0.0, 0.0];
+        let f = factorize(&identity, 2, &SolverOptions { damp_frac: 0.0, ..options() }).unwrap();
+        assert_eq!((f.pivots(), f.dead), (vec![1.0, 0.0], vec![1]));
     }
 
     #[test]

@@ -81,7 +81,7 @@ fn choose(
     diag: Option<&[f32]>,
     opts: &SolverOptions,
 ) -> Result<FloatScales, SolveError> {
-    let search = opts.scale_search == ScaleSearch::Hessian;
+    let search = opts.scale_search != ScaleSearch::MinMax;
     match format {
         WeightFormat::Int(_) => Err(SolveError::BadOption { what: "float format of integer codes", value: 0.0 }),
         WeightFormat::Fp8(by) => {

@@ -49,7 +49,19 @@ pub fn gptq_codes(
     factor: &Factor,
     opts: &SolverOptions,
 ) -> Result<QuantizedMatrix, SolveError> {
-    let Scales { scales, zeros, .. } = search_scales(w, out, n, Some(&factor.diag), opts)?;
+    codes_on(w, out, n, factor, search_scales(w, out, n, Some(&factor.diag), opts)?, opts)
+}
+
+/// [`gptq_codes`] with scales that were chosen before.
+pub fn codes_on(
+    w: &[f32],
+    out: usize,
+    n: usize,
+    factor: &Factor,
+    scales: Scales,
+    opts: &SolverOptions,
+) -> Result<QuantizedMatrix, SolveError> {
+    let Scales { scales, zeros, .. } = scales;
     let on = GridScales {
         grid: Grid::Int { max: opts.scheme.max_code() },
         scales: &scales,

@@ -13,6 +13,7 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
+pub mod block_search;
 pub mod blocks;
 pub mod budget;
 pub mod descent;
@@ -23,7 +24,9 @@ pub mod factor;
 pub mod floats;
 pub mod gguf;
 pub mod gptq;
+pub mod hqq;
 pub mod inputs;
+pub mod learned;
 pub mod loss;
 pub mod plan;
 pub mod record;

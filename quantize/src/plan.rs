@@ -37,6 +37,7 @@ use crate::written::written_config;
 
 pub(crate) use self::linears::of_blocks;
 pub use self::options::{Method, QuantizeOptions, Recipe};
+pub(crate) use self::refusals::refuse_learned;
 pub(crate) use self::rules::Rules;
 
 /// One linear to quantize.
@@ -205,6 +206,7 @@ pub fn make(
     let hint = format!("modules are named like `{prefix}.layers.0.self_attn.q_proj`; `lowbit inspect` lists them");
     Rules::refuse_unused(&[&ignore, &modules], hint)?;
     refuse_methods(options, &linears)?;
+    refuse_learned(c, options, &linears)?;
     refuse_layout(options, &linears)?;
     refuse_transforms(ckpt, options, &linears)?;
     let plan = assemble(ckpt, options, linears, reasons, untie, calibration_tokens)?;
@@ -365,7 +367,7 @@ fn assemble(
         // Offloaded activations are resident one chunk at a time.
         peak_memory_bytes: peak_memory(
             ckpt,
-            if options.offload.is_some() { tokens.min(2048) } else { tokens },
+            resident_tokens(options, tokens),
             options.method.recipe(),
             experts.as_ref().map_or(0, |e| e.hessian_bytes_at_once),
         ) + transform_bytes(&ckpt.config, options),
@@ -394,6 +396,25 @@ pub(crate) fn component_sizes(tensors: &[PlannedTensor]) -> Vec<ComponentSize> {
     sizes.into_values().collect()
 }
 
+/// Tokens whose activations are in memory at once: offloaded, those of a chunk, unless a method looks at whole blocks.
+pub(crate) fn resident_tokens(options: &QuantizeOptions, tokens: usize) -> usize {
+    if options.offload.is_some() && !options.method.recipe().learned { tokens.min(2048) } else { tokens }
+}
+
+/// Tokens of a step of learned rounding: eight windows of the usual length.
+const LEARNED_TOKENS: u64 = 8 * 512;
+
+/// What learning a block takes beside the carried activations: inputs and targets of all tokens; weights, rounded weights, gradients and
+/// offsets; and a step's activations with their gradients.
+fn learning_memory(ckpt: &Checkpoint, tokens: u64) -> u64 {
+    let c = &ckpt.config;
+    let (h, m) = (c.hidden_size as u64, c.intermediate_size as u64);
+    let (q, kv) = ((c.num_heads * c.head_dim) as u64, (c.num_kv_heads * c.head_dim) as u64);
+    let weights = 2 * h * (q + kv) + 3 * h * m;
+    let activations = tokens.min(LEARNED_TOKENS) * (9 * h + 4 * q + 6 * kv + 6 * m);
+    4 * (2 * tokens * h + 4 * weights + activations)
+}
+
 /// Estimate: carried activations of each stream, the widest group's Hessian with its factors, and one block in f32.
 pub(crate) fn peak_memory(ckpt: &Checkpoint, tokens: usize, recipe: Recipe, experts: u64) -> u64 {
     let c = &ckpt.config;
@@ -414,6 +435,10 @@ pub(crate) fn peak_memory(ckpt: &Checkpoint, tokens: usize, recipe: Recipe, expe
         2048 * k * (h + 2 * e.intermediate_size as u64) * 4 + t * k * 8 + streams * block
     });
     let matrix = h * m * 4 * 6;
+    if recipe.learned {
+        let table = (c.vocab_size as u64) * h * FloatType::Bf16.size() as u64;
+        return carried + matrix + table + learning_memory(ckpt, t);
+    }
     let table = (c.vocab_size as u64) * h * FloatType::Bf16.size() as u64;
     carried + hessian + routed + matrix + table
 }

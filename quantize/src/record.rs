@@ -149,10 +149,11 @@ pub struct LayerRecord {
     pub in_features: usize,
     /// Full scheme name.
     pub scheme: String,
-    /// `best`, `fast`, `gptq` or `rtn`.
+    /// `best`, `fast`, `gptq`, `round`, `hqq` or `rtn`.
     pub method: String,
     /// `tr((W−Q) H (W−Q)ᵀ)` per calibration token (H = Σ t² x xᵀ / N, t the token weights where the method has them). A
-    /// method that corrects drift aims elsewhere than W, so its loss here is not to be compared with GPTQ's.
+    /// method that corrects drift aims elsewhere than W, so its loss here is not to be compared with GPTQ's. Without data, and of `round`,
+    /// which has no Hessian, `‖W−Q‖²`.
     pub proxy_loss: f64,
     /// Proxy loss over `tr(W H Wᵀ)`.
     pub relative_error: f64,
@@ -183,7 +184,7 @@ pub struct QuantizeRecord {
     pub provenance: Provenance,
     /// Full scheme name.
     pub scheme: String,
-    /// `best`, `fast`, `gptq` or `rtn`.
+    /// `best`, `fast`, `gptq`, `round`, `hqq` or `rtn`.
     pub method: String,
     /// `compressed-tensors`, `gptq`, `gptq_v2`, `awq` or `gguf`.
     pub format: String,

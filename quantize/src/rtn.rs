@@ -18,7 +18,19 @@ pub fn quantize_rtn(
     diag_h: Option<&[f32]>,
     opts: &SolverOptions,
 ) -> Result<QuantizedMatrix, SolveError> {
-    let Scales { scales, zeros, .. } = search_scales(w, out, n, diag_h, opts)?;
+    nearest(w, out, n, search_scales(w, out, n, diag_h, opts)?, diag_h, opts)
+}
+
+/// The nearest codes on scales and zero points that are chosen; columns where `diag_h` is zero become 0.
+pub(crate) fn nearest(
+    w: &[f32],
+    out: usize,
+    n: usize,
+    scales: Scales,
+    diag_h: Option<&[f32]>,
+    opts: &SolverOptions,
+) -> Result<QuantizedMatrix, SolveError> {
+    let Scales { scales, zeros, .. } = scales;
     let groups = opts.scheme.groups(n)?;
     let cols = opts.scheme.group_cols(n);
     let (mid, max) = (opts.scheme.mid_code(), opts.scheme.max_code());

@@ -56,6 +56,37 @@ pub enum ScaleSearch {
     MinMax,
     /// The candidate with the least squared error weighted by the diagonal of the Hessian.
     Hessian,
+    /// As [`Self::Hessian`], weighted by the pivots of GPTQ, [`crate::factor::Factor::pivots`], where it solves; elsewhere as it.
+    Pivots,
+    /// The candidate with the least error under the group's block of the Hessian, [`crate::block_search`], where a whole Hessian is at
+    /// hand; elsewhere as [`Self::Hessian`].
+    Blocks,
+}
+
+impl ScaleSearch {
+    /// Its name in records.
+    pub fn name(self) -> &'static str {
+        match self {
+            ScaleSearch::MinMax => "minmax",
+            ScaleSearch::Hessian => "hessian",
+            ScaleSearch::Pivots => "pivots",
+            ScaleSearch::Blocks => "blocks",
+        }
+    }
+
+    /// Whether it is a search of GPTQ's on integer codes alone.
+    pub fn integers_only(self) -> bool {
+        matches!(self, ScaleSearch::Pivots | ScaleSearch::Blocks)
+    }
+}
+
+/// What quantizes a matrix of integer codes where there is no Hessian.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DataFree {
+    /// Rounding to nearest, [`crate::rtn`].
+    Nearest,
+    /// [`crate::hqq`].
+    HalfQuadratic,
 }
 
 /// What a solver needs to know besides the matrices.
@@ -73,7 +104,7 @@ pub struct SolverOptions {
     pub scale_search: ScaleSearch,
     /// Columns between two lazy updates of the remaining matrix.
     pub block: usize,
-    /// Whether [`ScaleSearch::Hessian`] may pick negative scales (symmetric schemes only).
+    /// Whether a search may pick negative scales (symmetric schemes only).
     pub signed_scales: bool,
     /// Smallest zero point of an asymmetric scheme: 1 for GPTQ v1, which cannot store 0.
     pub min_zero: u8,
@@ -81,6 +112,8 @@ pub struct SolverOptions {
     pub correction: Correction,
     /// Sweeps of coordinate descent after the solve.
     pub sweeps: usize,
+    /// What is done without a Hessian.
+    pub data_free: DataFree,
 }
 
 impl SolverOptions {
@@ -97,6 +130,7 @@ impl SolverOptions {
             min_zero: 0,
             correction: Correction::default(),
             sweeps: 0,
+            data_free: DataFree::Nearest,
         }
     }
 
@@ -135,30 +169,38 @@ pub(crate) fn check_finite(what: &'static str, values: &[f32]) -> Result<(), Sol
 }
 
 /// Lanes of the error sum; groups are padded to a multiple of it.
-const LANES: usize = 16;
+pub(crate) const LANES: usize = 16;
 
 /// What is the same for every row.
-struct Search {
+pub(crate) struct Search {
     scheme: Scheme,
     scale_type: ScaleType,
     kind: ScaleSearch,
     signed: bool,
     min_zero: u8,
-    /// Clip factors tried by the Hessian search.
+    /// Clip factors tried by a search.
     shrink: Vec<f32>,
+    /// Groups of a row.
+    groups: usize,
     /// Columns of a group, and the same rounded up to [`LANES`].
-    cols: usize,
-    padded: usize,
+    pub(crate) cols: usize,
+    pub(crate) padded: usize,
     /// `[groups, padded]` weights of the squared error; zero at padding and dead columns.
     weight: Vec<f32>,
 }
 
 /// One group's answer.
 #[derive(Clone, Copy)]
-struct Choice {
+pub(crate) struct Choice {
     scale: f32,
     zero: u8,
     loss: f32,
+}
+
+/// How good a candidate is.
+pub(crate) trait Measure {
+    /// Error of rounding the group `w` `[padded]` to nearest with this scale and zero point.
+    fn loss(&mut self, search: &Search, w: &[f32], scale: f32, zero: u8) -> f32;
 }
 
 /// Chooses the scales of `w` `[out, n]`.
@@ -172,74 +214,119 @@ pub fn search_scales(
     diag: Option<&[f32]>,
     opts: &SolverOptions,
 ) -> Result<Scales, SolveError> {
-    opts.check()?;
-    check_len("weight", out * n, w.len())?;
-    check_finite("weight", w)?;
-    let groups = opts.scheme.groups(n)?;
-    let cols = opts.scheme.group_cols(n);
-    let padded = cols.next_multiple_of(LANES);
-    let mut weight = vec![0f32; groups * padded];
-    if let Some(diag) = diag {
-        check_len("Hessian diagonal", n, diag.len())?;
-        check_finite("Hessian diagonal", diag)?;
+    let search = Search::new(w, out, n, diag, opts)?;
+    search.rows(w, out, n, || vec![0f32; search.padded], |row, buf, choices| search_row(&search, row, buf, choices))
+}
+
+impl Search {
+    /// Checks the input of a search.
+    pub(crate) fn new(
+        w: &[f32],
+        out: usize,
+        n: usize,
+        diag: Option<&[f32]>,
+        opts: &SolverOptions,
+    ) -> Result<Self, SolveError> {
+        opts.check()?;
+        check_len("weight", out * n, w.len())?;
+        check_finite("weight", w)?;
+        let groups = opts.scheme.groups(n)?;
+        let cols = opts.scheme.group_cols(n);
+        let padded = cols.next_multiple_of(LANES);
+        let mut weight = vec![0f32; groups * padded];
+        if let Some(diag) = diag {
+            check_len("Hessian diagonal", n, diag.len())?;
+            check_finite("Hessian diagonal", diag)?;
+        }
+        for group in 0..groups {
+            for col in 0..cols {
+                weight[group * padded + col] = diag.map_or(1.0, |d| d[group * cols + col]);
+            }
+        }
+        // 0.50 to 1.07 (0.35 for 3 bits and fewer) in steps of 0.02.
+        let first: u16 = if opts.scheme.bits <= 3 { 35 } else { 50 };
+        Ok(Self {
+            scheme: opts.scheme,
+            scale_type: opts.scale_type,
+            kind: opts.scale_search,
+            signed: opts.signed_scales,
+            min_zero: opts.min_zero,
+            shrink: (first..=107).step_by(2).map(|p| f32::from(p) / 100.0).collect(),
+            groups,
+            cols,
+            padded,
+            weight,
+        })
     }
-    for group in 0..groups {
-        for col in 0..cols {
-            weight[group * padded + col] = diag.map_or(1.0, |d| d[group * cols + col]);
+
+    /// Lets `choose` answer for the groups of every row; `scratch` makes what a thread of it needs.
+    pub(crate) fn rows<S: Send>(
+        &self,
+        w: &[f32],
+        out: usize,
+        n: usize,
+        scratch: impl Fn() -> S + Sync + Send,
+        choose: impl Fn(&[f32], &mut S, &mut [Choice]) + Sync + Send,
+    ) -> Result<Scales, SolveError> {
+        let groups = self.groups;
+        let mut choices = vec![Choice { scale: 1.0, zero: 0, loss: 0.0 }; out * groups];
+        if n > 0 {
+            choices
+                .par_chunks_mut(groups)
+                .zip(w.par_chunks(n))
+                .for_each_init(scratch, |scratch, (choices, row)| choose(row, scratch, choices));
+        }
+        if let Some(i) = choices.iter().position(|c| !c.scale.is_finite()) {
+            return Err(SolveError::ScaleOverflow { row: i / groups, group: i % groups, value: choices[i].scale });
+        }
+        Ok(Scales {
+            scales: choices.iter().map(|c| c.scale).collect(),
+            zeros: (!self.scheme.symmetric).then(|| choices.iter().map(|c| c.zero).collect()),
+            losses: choices.iter().map(|c| c.loss).collect(),
+        })
+    }
+
+    /// Weights `[padded]` of a group's squared error.
+    #[inline(always)]
+    pub(crate) fn weight(&self, group: usize) -> &[f32] {
+        &self.weight[group * self.padded..][..self.padded]
+    }
+
+    /// The live weights of a group into `buf` `[padded]`.
+    #[inline(always)]
+    pub(crate) fn live(&self, row: &[f32], group: usize, buf: &mut [f32]) {
+        let values = &row[group * self.cols..][..self.cols];
+        for ((b, v), h) in buf.iter_mut().zip(values).zip(self.weight(group)) {
+            *b = if *h == 0.0 { 0.0 } else { *v };
         }
     }
-    // 0.50 to 1.07 (0.35 for 3 bits and fewer) in steps of 0.02.
-    let first: u16 = if opts.scheme.bits <= 3 { 35 } else { 50 };
-    let shrink = (first..=107).step_by(2).map(|p| f32::from(p) / 100.0).collect();
-    let search = Search {
-        scheme: opts.scheme,
-        scale_type: opts.scale_type,
-        kind: opts.scale_search,
-        signed: opts.signed_scales,
-        min_zero: opts.min_zero,
-        shrink,
-        cols,
-        padded,
-        weight,
-    };
 
-    let mut choices = vec![Choice { scale: 1.0, zero: 0, loss: 0.0 }; out * groups];
-    if n > 0 {
-        choices
-            .par_chunks_mut(groups)
-            .zip(w.par_chunks(n))
-            .for_each_init(|| vec![0f32; padded], |buf, (choices, row)| search_row(&search, row, buf, choices));
+    /// The best of a group's candidates.
+    #[inline(always)]
+    pub(crate) fn best(&self, w: &[f32], measure: &mut impl Measure) -> Choice {
+        if self.scheme.symmetric { symmetric(self, w, measure) } else { asymmetric(self, w, measure) }
     }
-    if let Some(i) = choices.iter().position(|c| !c.scale.is_finite()) {
-        return Err(SolveError::ScaleOverflow { row: i / groups, group: i % groups, value: choices[i].scale });
+
+    /// Smallest and largest `code − zero`.
+    #[inline(always)]
+    pub(crate) fn range(&self, zero: u8) -> (f32, f32) {
+        let lo = -f32::from(zero);
+        (lo, f32::from(self.scheme.max_code()) + lo)
     }
-    Ok(Scales {
-        scales: choices.iter().map(|c| c.scale).collect(),
-        zeros: (!opts.scheme.symmetric).then(|| choices.iter().map(|c| c.zero).collect()),
-        losses: choices.iter().map(|c| c.loss).collect(),
-    })
 }
 
 multiversion! {
     /// Chooses the scale of every group of a row.
     fn search_row(search: &Search, row: &[f32], buf: &mut [f32], choices: &mut [Choice]) {
         for (group, choice) in choices.iter_mut().enumerate() {
-            let weight = &search.weight[group * search.padded..][..search.padded];
-            let values = &row[group * search.cols..][..search.cols];
-            for ((b, v), h) in buf.iter_mut().zip(values).zip(weight) {
-                *b = if *h == 0.0 { 0.0 } else { *v };
-            }
-            *choice = if search.scheme.symmetric {
-                symmetric(search, buf, weight)
-            } else {
-                asymmetric(search, buf, weight)
-            };
+            search.live(row, group, buf);
+            *choice = search.best(buf, &mut Weighted { weight: search.weight(group) });
         }
     }
 }
 
 #[inline(always)]
-fn symmetric(search: &Search, w: &[f32], weight: &[f32]) -> Choice {
+fn symmetric(search: &Search, w: &[f32], measure: &mut impl Measure) -> Choice {
     let (min, max) = extremes(w);
     let absmax = max.max(-min);
     let zero = search.scheme.mid_code();
@@ -248,23 +335,23 @@ fn symmetric(search: &Search, w: &[f32], weight: &[f32]) -> Choice {
     if !usable(best.scale) {
         return fallback(best);
     }
-    best.loss = error(search, w, weight, best.scale, zero);
+    best.loss = measure.loss(search, w, best.scale, zero);
     if search.kind == ScaleSearch::MinMax {
         return best;
     }
     // Code 0 lies one step further out than the largest code: turn it towards the extreme element.
     let signed = if max >= -min { -absmax } else { absmax } / f32::from(zero);
     for &p in &search.shrink {
-        best = better(search, w, weight, best, p * absmax / half_range, zero);
+        best = better(search, w, measure, best, p * absmax / half_range, zero);
         if search.signed {
-            best = better(search, w, weight, best, p * signed, zero);
+            best = better(search, w, measure, best, p * signed, zero);
         }
     }
     best
 }
 
 #[inline(always)]
-fn asymmetric(search: &Search, w: &[f32], weight: &[f32]) -> Choice {
+fn asymmetric(search: &Search, w: &[f32], measure: &mut impl Measure) -> Choice {
     let (min, max) = extremes(w);
     let top = f32::from(search.scheme.max_code());
     // Divided one by one: the difference of two large finite weights may overflow.
@@ -276,14 +363,14 @@ fn asymmetric(search: &Search, w: &[f32], weight: &[f32]) -> Choice {
     }
     let lowest = f32::from(search.min_zero);
     best.zero = (-min / scale).round_ties_even().clamp(lowest, top) as u8;
-    best.loss = error(search, w, weight, scale, best.zero);
+    best.loss = measure.loss(search, w, scale, best.zero);
     if search.kind == ScaleSearch::MinMax {
         return best;
     }
     for &p in &search.shrink {
         let scale = search.scale_type.round(p * step);
         let zero = (-min * p / scale).round_ties_even().clamp(lowest, top) as u8;
-        best = better(search, w, weight, best, scale, zero);
+        best = better(search, w, measure, best, scale, zero);
     }
     best
 }
@@ -303,12 +390,12 @@ fn fallback(choice: Choice) -> Choice {
 
 /// The better of `best` and a new candidate.
 #[inline(always)]
-fn better(search: &Search, w: &[f32], weight: &[f32], best: Choice, scale: f32, zero: u8) -> Choice {
+fn better(search: &Search, w: &[f32], measure: &mut impl Measure, best: Choice, scale: f32, zero: u8) -> Choice {
     let scale = search.scale_type.round(scale);
     if !usable(scale) {
         return best;
     }
-    let loss = error(search, w, weight, scale, zero);
+    let loss = measure.loss(search, w, scale, zero);
     if loss < best.loss { Choice { scale, zero, loss } } else { best }
 }
 
@@ -329,22 +416,28 @@ fn extremes(w: &[f32]) -> (f32, f32) {
 ///
 /// Multiplies by the reciprocal where the solvers divide: this can only pick the other neighbour of a near tie, whose
 /// error is the same.
-#[inline(always)]
-fn error(search: &Search, w: &[f32], weight: &[f32], scale: f32, zero: u8) -> f32 {
-    let inverse = 1.0 / scale;
-    let lo = -f32::from(zero);
-    let hi = f32::from(search.scheme.max_code()) + lo;
-    let mut sums = [0f32; LANES];
-    for (w, weight) in w.as_chunks::<LANES>().0.iter().zip(weight.as_chunks::<LANES>().0) {
-        for l in 0..LANES {
-            let z = (w[l] * inverse).round_ties_even();
-            let z = if z < lo { lo } else { z };
-            let z = if z > hi { hi } else { z };
-            let e = w[l] - scale * z;
-            sums[l] += weight[l] * (e * e);
+struct Weighted<'a> {
+    /// `[padded]`.
+    weight: &'a [f32],
+}
+
+impl Measure for Weighted<'_> {
+    #[inline(always)]
+    fn loss(&mut self, search: &Search, w: &[f32], scale: f32, zero: u8) -> f32 {
+        let inverse = 1.0 / scale;
+        let (lo, hi) = search.range(zero);
+        let mut sums = [0f32; LANES];
+        for (w, weight) in w.as_chunks::<LANES>().0.iter().zip(self.weight.as_chunks::<LANES>().0) {
+            for l in 0..LANES {
+                let z = (w[l] * inverse).round_ties_even();
+                let z = if z < lo { lo } else { z };
+                let z = if z > hi { hi } else { z };
+                let e = w[l] - scale * z;
+                sums[l] += weight[l] * (e * e);
+            }
         }
+        sums.iter().sum()
     }
-    sums.iter().sum()
 }
 
 #[cfg(test)]

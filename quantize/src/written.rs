@@ -48,14 +48,14 @@ pub(crate) fn written_config(
     let head_module = if ckpt.has_weight("model.embed_tokens") { "lm_head" } else { "language_model.lm_head" };
     let q = match options.format {
         PackFormat::CompressedTensors => {
-            let observer = if options.scale_search == ScaleSearch::Hessian { "mse" } else { "memoryless_minmax" };
+            let observer = if options.scale_search == ScaleSearch::MinMax { "memoryless_minmax" } else { "mse" };
             let groups: Vec<WrittenGroup> = rules(options, linears)
                 .into_iter()
                 .map(|(scheme, targets, table)| WrittenGroup {
                     scheme,
                     targets,
                     observer,
-                    static_act_order: !table && options.act_order && options.method.calibrated(),
+                    static_act_order: !table && options.act_order && options.method.by_hessian(),
                 })
                 .collect();
             if !tables.iter().any(|t| t.module == head_module) {
@@ -64,7 +64,7 @@ pub(crate) fn written_config(
             write_compressed_tensors(&groups, &ignore, options.kv)
         }
         _ => {
-            let damp = options.method.calibrated().then_some(options.damp_frac);
+            let damp = options.method.by_hessian().then_some(options.damp_frac);
             // The plan lets nothing else come here.
             options.scheme.int().map_or(Value::Null, |s| write_uniform(options.format, s, damp, false, &ignore))
         }

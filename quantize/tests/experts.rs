@@ -329,6 +329,8 @@ fn the_plan_states_what_experts_cost_and_refuses_half_a_block() {
     let one = QuantizeOptions { ignore: vec![r"re:.*layers\.1\..*experts\.7\..*".into()], ..options(Method::Gptq) };
     let error = refused(&one);
     assert!(error.contains("block 1, experts: 3 of 48 ignored"), "{error}");
+    let error = refused(&options(Method::Round));
+    assert!(error.contains("gradient of a whole block") && error.contains("`qwen3_moe`: experts"), "{error}");
     let scheme = Scheme::parse("w4a16", GroupSize::Cols(32), true).unwrap();
     let error = refused(&QuantizeOptions { scheme: scheme.into(), ..options(Method::Gptq) });
     assert!(error.contains("mlp.experts.*.down_proj in 2 of 4 blocks: in = 16"), "{error}");

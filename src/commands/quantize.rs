@@ -21,7 +21,7 @@ use lowbit_quantize::record::{PlanRecord, QuantizeRecord};
 use lowbit_quantize::scale_search::ScaleSearch;
 use lowbit_quantize::{Method, Progress, QuantizeError, QuantizeOptions, Resume, Transform};
 
-use crate::args::{FormatArg, HeadArg, KvSchemeArg, MethodArg, PlanArgs, QuantOptions, QuantizeArgs};
+use crate::args::{FormatArg, HeadArg, KvSchemeArg, MethodArg, PlanArgs, QuantOptions, QuantizeArgs, ScaleSearchArg};
 use crate::commands::budget;
 use crate::commands::table::{megabytes, table};
 use crate::context::{Context, Purpose};
@@ -74,6 +74,9 @@ fn common(q: &QuantOptions, group: GroupSize, base: QuantizeOptions) -> Result<Q
     if q.samples == 0 || q.seq_len == 0 {
         bail!("--samples and --seq-len must be at least 1");
     }
+    if q.learn_steps == 0 {
+        bail!("--learn-steps must be at least 1");
+    }
     budget::refuse_auto(q)?;
     let modules = q.module.iter().map(|m| module_rule(m, group, !q.asymmetric)).collect::<Result<_>>()?;
     let transform = |name: &String| match Transform::parse(name) {
@@ -86,11 +89,14 @@ fn common(q: &QuantOptions, group: GroupSize, base: QuantizeOptions) -> Result<Q
             MethodArg::Gptq => Method::Gptq,
             MethodArg::Best => Method::Best,
             MethodArg::Fast => Method::Fast,
+            MethodArg::Round => Method::Round,
+            MethodArg::Hqq => Method::Hqq,
             MethodArg::Rtn => Method::Rtn,
         },
         damp_frac: q.damp,
+        learn_steps: q.learn_steps,
         act_order: !q.no_act_order,
-        scale_search: if q.minmax_scales { ScaleSearch::MinMax } else { ScaleSearch::Hessian },
+        scale_search: scale_search(q)?,
         signed_scales: !q.unsigned_scales,
         head_w8: q.head != HeadArg::Keep,
         embedding_w8: q.embedding != HeadArg::Keep,
@@ -107,6 +113,19 @@ fn common(q: &QuantOptions, group: GroupSize, base: QuantizeOptions) -> Result<Q
         }),
         shard_bytes: q.shard_mb.max(1).saturating_mul(1_000_000),
         ..base
+    })
+}
+
+fn scale_search(q: &QuantOptions) -> Result<ScaleSearch> {
+    let by_hessian = matches!(q.method, MethodArg::Gptq | MethodArg::Best | MethodArg::Fast);
+    Ok(match q.scale_search {
+        Some(_) if !by_hessian => {
+            bail!("--scale-search weighs errors by a Hessian\nhint: add --method gptq, fast or best, or leave it out")
+        }
+        _ if q.minmax_scales => ScaleSearch::MinMax,
+        None | Some(ScaleSearchArg::Diagonal) => ScaleSearch::Hessian,
+        Some(ScaleSearchArg::Pivots) => ScaleSearch::Pivots,
+        Some(ScaleSearchArg::Blocks) => ScaleSearch::Blocks,
     })
 }
 

@@ -86,7 +86,9 @@ fn codes_move_between_gptq_awq_and_compressed_tensors() {
 fn gguf_files_hold_the_solvers_codes() {
     let tmp = tempfile::tempdir().unwrap();
     let t = tmp.path();
-    for (kind, scheme, method) in [("q4_0", "w4a16", "gptq"), ("q8_0", "w8a16", "rtn"), ("q4_0", "w4a16", "best")] {
+    for (kind, scheme, method) in
+        [("q4_0", "w4a16", "gptq"), ("q8_0", "w8a16", "rtn"), ("q4_0", "w4a16", "best"), ("q4_0", "w4a16", "hqq")]
+    {
         let name = format!("{kind}-{method}");
         let gguf = quantize(t, &name, &["--format", "gguf", "--scheme", kind, "--method", method]);
         verify(t, &gguf);
@@ -148,6 +150,7 @@ fn the_plan_of_a_gguf_is_exact_and_says_what_falls_back() {
         (&["--scheme", "q4_0"][..], "--format gguf"),
         (&["--format", "gguf"], "--scheme q4_0"),
         (&["--format", "gguf", "--scheme", "q4_k", "--method", "best"], "--method gptq"),
+        (&["--format", "gguf", "--scheme", "q6_k", "--method", "hqq"], "--method gptq"),
         (&["--format", "gguf", "--scheme", "q4_0", "--group-size", "64"], "its own groups"),
         (&["--head", "q6_k"], "--format gguf"),
     ] {

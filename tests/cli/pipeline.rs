@@ -268,7 +268,13 @@ fn best_is_closer_than_gptq_at_every_width() {
 #[test]
 fn threads_do_not_change_the_bytes() {
     let tmp = tempfile::tempdir().unwrap();
-    for method in [&["--method", "gptq"][..], &["--method", "best"], &["--method", "fast", "--asymmetric"]] {
+    for method in [
+        &["--method", "gptq"][..],
+        &["--method", "best"],
+        &["--method", "fast", "--asymmetric"],
+        &["--method", "round", "--learn-steps", "3"],
+        &["--method", "hqq", "--asymmetric"],
+    ] {
         let on = |threads: &str| {
             let args = [method, &["--threads", threads]].concat();
             quantize(tmp.path(), &args.concat(), &args).join("model.safetensors")

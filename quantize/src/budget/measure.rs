@@ -24,10 +24,10 @@ use crate::driver::{Progress, read_dense};
 use crate::error::{QuantizeError, Result};
 use crate::factor::SolveError;
 use crate::loss::{proxy_loss, squared_error};
-use crate::plan::{Method, Plan, PlannedLinear};
+use crate::plan::{Plan, PlannedLinear};
 use crate::rtn::quantize_rtn;
-use crate::scale_search::SolverOptions;
-use crate::solve::{Shared, solve_linear};
+use crate::scale_search::{ScaleSearch, SolverOptions};
+use crate::solve::{Shared, round_linear, solve_linear};
 use crate::target::Correction;
 
 /// Calibration tokens for the Hessians: curves are ratios, which need fewer than the solve.
@@ -143,7 +143,10 @@ impl Measurement<'_> {
     fn solver(&self, scheme: Scheme) -> SolverOptions {
         let plan = self.outline;
         let opts = plan.options.solver(scheme.into(), plan.layout.scales);
-        SolverOptions { sweeps: 0, correction: Correction::default(), ..opts }
+        // One by blocks would be summed for every candidate.
+        let scale_search =
+            if opts.scale_search == ScaleSearch::Blocks { ScaleSearch::Hessian } else { opts.scale_search };
+        SolverOptions { sweeps: 0, correction: Correction::default(), scale_search, ..opts }
     }
 
     fn copy(&self, x: &Buffer) -> Result<Buffer> {
@@ -180,7 +183,7 @@ impl Measurement<'_> {
                 hint: Some("add a candidate such as w4-g32 or w4-channel".into()),
             });
         };
-        let rounding = self.outline.options.method == Method::Rtn;
+        let rounding = !self.outline.options.method.calibrated();
         let fail = |source: SolveError| QuantizeError::Solve { module: first.module.clone(), source };
         let shared = if rounding { None } else { Some(Shared::new(stats, &self.solver(probe)).map_err(fail)?) };
         let mut points: Vec<Point> =
@@ -193,7 +196,7 @@ impl Measurement<'_> {
                 let opts = self.solver(scheme);
                 let solved = match &shared {
                     Some(s) => solve_linear(w, rows, n, s, &opts).map(|(q, loss)| (q, loss.relative())),
-                    None => quantize_rtn(w, rows, n, None, &opts).and_then(|q| {
+                    None => round_linear(w, rows, n, &opts).and_then(|q| {
                         let loss = proxy_loss(w, &q.dequantize()?, &stats.hessian, rows, n);
                         Ok((q, loss.relative()))
                     }),

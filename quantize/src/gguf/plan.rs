@@ -12,7 +12,10 @@ use lowbit_kernels::{GroupSize, LinearScheme, Scheme};
 
 use super::GgufChoice;
 use crate::error::{QuantizeError, Result};
-use crate::plan::{Plan, PlannedLinear, QuantizeOptions, Rules, component, component_sizes, of_blocks, peak_memory};
+use crate::plan::{
+    Plan, PlannedLinear, QuantizeOptions, Rules, component, component_sizes, of_blocks, peak_memory, refuse_learned,
+    resident_tokens,
+};
 use crate::record::{PLAN_SCHEMA, PlanRecord, PlannedTensor};
 
 fn refuse<T>(summary: impl Into<String>, offenders: Vec<String>, hint: &str) -> Result<T> {
@@ -41,17 +44,14 @@ pub(crate) fn make(ckpt: &Checkpoint, options: &QuantizeOptions, choice: &GgufCh
             "leave --kv-scheme out, or use --format compressed-tensors",
         );
     }
-    if choice.kind.scheme().is_none() && options.method.recipe() != Default::default() {
+    if let (None, Some(what)) = (choice.kind.scheme(), options.integers_only()) {
         return refuse(
-            format!(
-                "method {} moves scales, and those of {} are stored in steps",
-                options.method.name(),
-                choice.kind.name()
-            ),
+            format!("{what} moves scales, and those of {} are stored in steps", choice.kind.name()),
             vec![],
-            "use --method gptq, or rtn",
+            "use --method gptq, or rtn, and no --scale-search",
         );
     }
+    refuse_learned(c, options, &[])?;
     let has_bias = c.family != "qwen2" && ckpt.store.find("model.layers.0.self_attn.q_proj.bias").is_some();
     let names = Names::new(c, &ckpt.dir, has_bias)?;
     let (linears, reasons) = choose(ckpt, options, choice)?;
@@ -133,12 +133,7 @@ pub(crate) fn make(ckpt: &Checkpoint, options: &QuantizeOptions, choice: &GgufCh
         provenance: Provenance::default(),
         before_bytes: tensors.iter().map(|t| t.before_bytes).sum(),
         after_bytes: layout.file_bytes(),
-        peak_memory_bytes: peak_memory(
-            ckpt,
-            if options.offload.is_some() { tokens.min(2048) } else { tokens },
-            options.method.recipe(),
-            0,
-        ),
+        peak_memory_bytes: peak_memory(ckpt, resident_tokens(options, tokens), options.method.recipe(), 0),
         quantized_linears: linears.len(),
         kept_linears: reasons.len(),
         sizes: component_sizes(&tensors),

@@ -12,7 +12,8 @@ use serde_json::Value;
 
 use crate::error::QuantizeError;
 use crate::gguf::{GgufChoice, scheme_name};
-use crate::scale_search::{ScaleSearch, SolverOptions};
+use crate::learned::STEPS;
+use crate::scale_search::{DataFree, ScaleSearch, SolverOptions};
 use crate::target::Correction;
 use crate::transform::Transform;
 
@@ -21,12 +22,16 @@ use crate::transform::Transform;
 pub enum Method {
     /// Round to nearest, no data.
     Rtn,
+    /// Half-quadratic quantization, [`crate::hqq`], no data.
+    Hqq,
     /// GPTQ (arXiv 2210.17323) on calibration data.
     Gptq,
     /// The most accurate composition: see [`Recipe`].
     Best,
     /// What is nearly free on top of GPTQ.
     Fast,
+    /// Rounding learned on the outputs of whole blocks, [`crate::learned`].
+    Round,
 }
 
 /// What a calibrated method does beside GPTQ.
@@ -38,12 +43,14 @@ pub struct Recipe {
     pub token_weights: bool,
     /// Sweeps of coordinate descent with scale refits.
     pub sweeps: usize,
+    /// No solver at all: rounding is learned, block by block.
+    pub learned: bool,
 }
 
 impl Recipe {
     /// Whether the float model runs beside the quantized one.
     pub fn float_stream(&self) -> bool {
-        self.correction != Correction::default()
+        self.correction != Correction::default() || self.learned
     }
 }
 
@@ -52,25 +59,41 @@ impl Method {
     pub fn name(self) -> &'static str {
         match self {
             Method::Rtn => "rtn",
+            Method::Hqq => "hqq",
             Method::Gptq => "gptq",
             Method::Best => "best",
             Method::Fast => "fast",
+            Method::Round => "round",
         }
     }
 
     /// Whether it needs calibration data.
     pub fn calibrated(self) -> bool {
-        self != Method::Rtn
+        !matches!(self, Method::Rtn | Method::Hqq)
     }
 
-    /// What it does beside GPTQ.
+    /// Whether it solves under a Hessian: damping and the order of columns mean nothing to the others.
+    pub fn by_hessian(self) -> bool {
+        matches!(self, Method::Gptq | Method::Best | Method::Fast)
+    }
+
+    /// Whether its scales may be any number and its codes are integers: it knows neither float codes nor scales stored in steps.
+    pub fn integers_only(self) -> bool {
+        !matches!(self, Method::Rtn | Method::Gptq)
+    }
+
+    /// What it does beside GPTQ, or in its place.
     pub fn recipe(self) -> Recipe {
         match self {
-            Method::Rtn | Method::Gptq => Recipe::default(),
+            Method::Rtn | Method::Hqq | Method::Gptq => Recipe::default(),
             Method::Fast => Recipe { token_weights: true, sweeps: 1, ..Recipe::default() },
-            Method::Best => {
-                Recipe { correction: Correction { input: 0.5, residual: 0.5 }, token_weights: true, sweeps: 3 }
-            }
+            Method::Best => Recipe {
+                correction: Correction { input: 0.5, residual: 0.5 },
+                token_weights: true,
+                sweeps: 3,
+                ..Recipe::default()
+            },
+            Method::Round => Recipe { learned: true, ..Recipe::default() },
         }
     }
 }
@@ -96,6 +119,8 @@ pub struct QuantizeOptions {
     pub act_order: bool,
     /// How scales are chosen.
     pub scale_search: ScaleSearch,
+    /// Steps of learned rounding on each block; at least 1.
+    pub learn_steps: usize,
     /// Let the extreme weight take the code −2^(b−1) by a negative scale.
     pub signed_scales: bool,
     /// Quantize lm_head to 8 bits by rounding (it is untied when it shares the embedding's matrix).
@@ -131,6 +156,7 @@ impl QuantizeOptions {
             damp_frac: 0.01,
             act_order: true,
             scale_search: ScaleSearch::Hessian,
+            learn_steps: STEPS,
             signed_scales: true,
             head_w8: false,
             embedding_w8: false,
@@ -141,6 +167,15 @@ impl QuantizeOptions {
             expert_bytes: HESSIAN_BYTES,
             chosen: BTreeMap::new(),
             gguf: None,
+        }
+    }
+
+    /// Whether something of this is for integer codes with scales of any value, and what: neither for float codes nor for scales stored
+    /// in steps.
+    pub fn integers_only(&self) -> Option<String> {
+        match self.method.integers_only() {
+            true => Some(format!("method {}", self.method.name())),
+            false => self.scale_search.integers_only().then(|| format!("--scale-search {}", self.scale_search.name())),
         }
     }
 
@@ -185,12 +220,13 @@ impl QuantizeOptions {
         let scheme = scheme.int().unwrap_or(Scheme { bits: 8, symmetric: true, group: GroupSize::PerChannel });
         SolverOptions {
             damp_frac: self.damp_frac,
-            act_order: self.act_order && self.method.calibrated(),
+            act_order: self.act_order && self.method.by_hessian(),
             scale_search: self.scale_search,
             signed_scales: self.signed_scales,
             min_zero: u8::from(self.format == PackFormat::GptqV1),
             correction: self.method.recipe().correction,
             sweeps: self.method.recipe().sweeps,
+            data_free: if self.method == Method::Hqq { DataFree::HalfQuadratic } else { DataFree::Nearest },
             ..SolverOptions::new(scheme, scale_type)
         }
     }
@@ -206,12 +242,12 @@ impl QuantizeOptions {
         m.insert("residual_correction".into(), f64::from(recipe.correction.residual).into());
         m.insert("token_weights".into(), recipe.token_weights.into());
         m.insert("sweeps".into(), recipe.sweeps.into());
+        if recipe.learned {
+            m.insert("learn_steps".into(), self.learn_steps.into());
+        }
         m.insert("damp_frac".into(), self.damp_frac.into());
         m.insert("act_order".into(), self.act_order.into());
-        m.insert(
-            "scale_search".into(),
-            if self.scale_search == ScaleSearch::Hessian { "hessian" } else { "minmax" }.into(),
-        );
+        m.insert("scale_search".into(), self.scale_search.name().into());
         m.insert("signed_scales".into(), self.signed_scales.into());
         let table = |w8: bool, kind: fn(&GgufChoice) -> Option<GgmlType>| match self.gguf.as_ref().and_then(kind) {
             Some(kind) => scheme_name(kind),

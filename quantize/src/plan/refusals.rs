@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 
 use lowbit_checkpoint::ModelConfig;
 use lowbit_checkpoint::quant_config::PackFormat;
+use lowbit_kernels::backend::Activation;
 use lowbit_kernels::{InputFormat, LinearScheme};
 use lowbit_model::block::{LinearGroup, linear_shapes};
 
@@ -68,16 +69,51 @@ pub(super) fn refuse_mixed_sets(linears: &[PlannedLinear]) -> Result<()> {
     )
 }
 
-/// Sweeps and refits move integer codes only.
+/// Sweeps, refits and searches of scales are of integer codes only.
 pub(super) fn refuse_methods(options: &QuantizeOptions, linears: &[PlannedLinear]) -> Result<()> {
-    if options.method.recipe().sweeps == 0 {
-        return Ok(());
-    }
+    let Some(what) = options.integers_only() else { return Ok(()) };
     let floats = linears.iter().filter(|l| l.scheme.int().is_none());
     refuse(
-        format!("method {} works on integer codes, and these are floats", options.method.name()),
+        format!("{what} works on integer codes, and these are floats"),
         floats.map(|l| format!("{}: {}", l.module, l.scheme.full_name())).collect(),
-        "use --method gptq, or rtn",
+        "use --method gptq, or rtn, and no --scale-search",
+    )
+}
+
+/// What learned rounding cannot go back through: parts of blocks whose gradient is not written, rounded inputs, and caches whose ranges
+/// its pass does not note.
+pub(crate) fn refuse_learned(c: &ModelConfig, options: &QuantizeOptions, linears: &[PlannedLinear]) -> Result<()> {
+    if !options.method.recipe().learned {
+        return Ok(());
+    }
+    let name = options.method.name();
+    let parts = [
+        (c.experts.is_some(), "experts"),
+        (c.latent.is_some(), "latent attention"),
+        (c.fused_projections, "fused projections"),
+        (c.post_norms, "norms after attention and MLP"),
+        (c.norm_offset != 0.0, "an offset on the weights of its norms"),
+        (c.activation != Activation::Silu, "another gate than SiLU"),
+        (c.attention_soft_cap.is_some(), "a cap on attention scores"),
+    ];
+    let offenders = parts.iter().filter(|p| p.0).map(|p| format!("`{}`: {}", c.family, p.1));
+    refuse(
+        format!("method {name} needs the gradient of a whole block, and parts of this model have none"),
+        offenders.collect(),
+        "use --method best",
+    )?;
+    let rounded = linears.iter().filter(|l| l.block.is_some() && l.scheme.input.is_some());
+    let rounded = rounded.map(|l| format!("{}: {}", l.module, l.scheme.full_name()));
+    refuse(
+        format!("method {name} learns weights alone, and these linears round their inputs, too"),
+        rounded.collect(),
+        "use --method gptq",
+    )?;
+    let cache = options.kv.map(|kv| format!("--kv-scheme {}", kv.name()));
+    refuse(
+        format!("method {name} notes no ranges of keys and values"),
+        cache.into_iter().collect(),
+        "leave --kv-scheme out, or use --method best",
     )
 }
 
