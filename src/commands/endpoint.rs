@@ -5,7 +5,6 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 use lowbit_bench::load::exchange::Exchange;
-use lowbit_checkpoint::hash::model_sha256;
 use lowbit_checkpoint::provenance::Provenance;
 use lowbit_checkpoint::tokenizer::Tokenizer;
 use lowbit_checkpoint::writer::write_atomic;
@@ -279,7 +278,7 @@ fn origin(
         (Some(server), Some(l)) => Provenance {
             model: server.name(),
             reference: Some(l.candidate.name.clone()),
-            reference_sha256: Some(model_sha256(&l.candidate.dir)?),
+            reference_sha256: Some(l.candidate.sha256()?),
             ..provenance::without_model(ctx, Purpose::Accuracy, 0, options)?
         },
         (None, Some(l)) => Provenance {

@@ -73,20 +73,20 @@ pub struct Models {
 impl Models {
     /// Opens and loads both; `kv` is how the candidate keeps keys and values.
     pub fn load(ctx: &Context, candidate: Located, reference: Option<Located>, kv: KvCacheArg) -> Result<Self> {
-        let (ckpt, model) = candidate.load_on(ctx.backend_with_kv(Purpose::Accuracy, kv)?)?;
-        let loaded = reference.as_ref().map(|r| r.load(ctx, Purpose::Accuracy)).transpose()?;
-        let tokenizer = Tokenizer::load(&candidate.dir)?;
-        if let Some(r) = &reference {
-            let theirs = Tokenizer::load(&r.dir)?;
-            if model.config().vocab_size != loaded.as_ref().map_or(0, |l| l.0.config.vocab_size)
-                || theirs.vocab_size() != tokenizer.vocab_size()
-            {
-                bail!(
-                    "{} and {} have different vocabularies: their distributions cannot be compared",
-                    candidate.name,
-                    r.name
-                );
-            }
+        // The record names the weights by their hash, which takes as long as loading them.
+        candidate.hash_ahead();
+        reference.iter().for_each(Located::hash_ahead);
+        let (ckpt, model, tokenizer) = candidate.load_with_tokenizer(ctx.backend_with_kv(Purpose::Accuracy, kv)?)?;
+        let usual = |r: &Located| r.load_with_tokenizer(ctx.backend_for(Purpose::Accuracy)?);
+        let loaded = reference.as_ref().map(usual).transpose()?;
+        if let (Some(r), Some((theirs, _, words))) = (&reference, &loaded)
+            && (model.config().vocab_size != theirs.config.vocab_size || words.vocab_size() != tokenizer.vocab_size())
+        {
+            bail!(
+                "{} and {} have different vocabularies: their distributions cannot be compared",
+                candidate.name,
+                r.name
+            );
         }
         let packed = ckpt.quantization.as_ref().and_then(|q| q.groups.iter().map(|g| g.scheme.code_bits()).min());
         // An imported GGUF file is dense here, and was not there.
@@ -96,7 +96,7 @@ impl Models {
             packed => packed,
         };
         let family = ckpt.config.family.clone();
-        let (second, other) = loaded.unzip();
+        let (second, other) = loaded.map(|(ckpt, model, _)| (ckpt, model)).unzip();
         let checkpoints = [ckpt].into_iter().chain(second).collect();
         Ok(Self { candidate, reference, model, other, checkpoints, tokenizer, family, bits })
     }

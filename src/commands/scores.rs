@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use anyhow::{Context as _, Result, bail};
 use lowbit_checkpoint::CheckpointError;
-use lowbit_checkpoint::hash::{model_sha256, sha256_file, sha256_hex};
+use lowbit_checkpoint::hash::{sha256_file, sha256_hex};
 use lowbit_checkpoint::writer::write_atomic;
 use lowbit_eval::cache::Cache;
 use lowbit_eval::drift::summary::{TaskDrift, task_drift};
@@ -183,8 +183,8 @@ impl Job {
         };
         let options = EngineOptions { bos, max_length: self.max_length, ..EngineOptions::default() };
         let engine = Engine::new(&models.model, models.other.as_ref(), &models.tokenizer, options)?;
-        let candidate = model_sha256(&models.candidate.dir)?;
-        let reference = models.reference.as_ref().map(|r| model_sha256(&r.dir)).transpose()?;
+        let candidate = models.candidate.sha256()?;
+        let reference = models.reference.as_ref().map(Located::sha256).transpose()?;
         let precision = ctx.precision()?;
         let identity = engine.identity(&Weights {
             candidate: &candidate,
