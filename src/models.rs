@@ -105,6 +105,9 @@ impl Located {
         std::thread::scope(|scope| {
             let beside = std::thread::Builder::new().spawn_scoped(scope, || Tokenizer::load(&self.dir));
             let (ckpt, model) = self.load_on(backend)?;
+            if let Ok(thread) = &beside {
+                ckpt.store.map_ahead(&|| !thread.is_finished());
+            }
             let tokenizer = match beside {
                 Ok(thread) => thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)),
                 // The system gives no thread.

@@ -241,6 +241,14 @@ pub trait Backend: Send + Sync {
     fn decode_phase(&self) -> Option<&dyn Backend> {
         None
     }
+    /// Most tokens of a prompt that the decode phase gets through sooner than prefill does; 0 where there are none.
+    fn short_prompt(&self) -> usize {
+        0
+    }
+    /// Whether weights are sooner there when several threads upload them: where that is work of the host's processors.
+    fn uploads_in_parallel(&self) -> bool {
+        false
+    }
     /// Decode steps that are recorded once and repeated, where the device gains by that: for `model`, which see.
     fn steps(&self) -> Result<Option<Box<dyn Steps>>> {
         Ok(None)

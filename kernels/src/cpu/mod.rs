@@ -57,6 +57,9 @@ use crate::error::{KernelError, Result, check_len};
 
 const NAME: &str = "cpu";
 
+/// Tokens of a prompt that decode's loops take. Making panels of all weights takes prefill as long as decode takes for a few dozen.
+const SHORT_PROMPT: usize = 16;
+
 /// Threads and SIMD: AVX-512, AVX2 or portable inner loops.
 pub struct CpuBackend {
     simd: Simd,
@@ -166,6 +169,14 @@ impl Backend for CpuBackend {
 
     fn decode_phase(&self) -> Option<&dyn Backend> {
         self.decode.as_deref().map(|b| b as &dyn Backend)
+    }
+
+    fn short_prompt(&self) -> usize {
+        SHORT_PROMPT
+    }
+
+    fn uploads_in_parallel(&self) -> bool {
+        true
     }
 
     fn upload(&self, data: &[f32]) -> Result<Buffer> {
