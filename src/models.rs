@@ -1,13 +1,16 @@
 //! MODEL on the command line → a checkpoint folder.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
 
 use anyhow::{Context as _, Result};
 use lowbit_checkpoint::converted::{self, ConvertRecord};
 use lowbit_checkpoint::gguf::{self, GgufModel};
+use lowbit_checkpoint::hash::model_sha256;
 use lowbit_checkpoint::hub::{self, HubOptions};
 use lowbit_checkpoint::quant_config::{Layout, PackFormat, WrittenGroup, by_scheme, write_compressed_tensors};
+use lowbit_checkpoint::tokenizer::Tokenizer;
 use lowbit_checkpoint::writer::{CheckpointWriter, DEFAULT_SHARD_BYTES, Declared};
 use lowbit_checkpoint::{Checkpoint, CheckpointError, Dtype, linear};
 use lowbit_kernels::backend::Backend;
@@ -36,9 +39,51 @@ pub struct Located {
     pub name: String,
     /// Folder.
     pub dir: PathBuf,
+    /// Shared by its clones.
+    identity: Arc<Mutex<Identity>>,
+}
+
+/// How far the hash of a model's files is.
+#[derive(Debug, Default)]
+enum Identity {
+    /// Nobody asked for it.
+    #[default]
+    Unknown,
+    /// A thread reads the files.
+    Wanted(JoinHandle<Result<String, CheckpointError>>),
+    /// Done.
+    Known(String),
 }
 
 impl Located {
+    /// Under a name, what lies in a folder.
+    pub fn new(name: impl Into<String>, dir: PathBuf) -> Self {
+        Self { name: name.into(), dir, identity: Arc::default() }
+    }
+
+    /// [`model_sha256`] of its folder. Every byte is read once for all clones, be it here or after [`Self::hash_ahead`].
+    pub fn sha256(&self) -> Result<String> {
+        let mut identity = self.identity.lock().unwrap_or_else(PoisonError::into_inner);
+        let sha = match std::mem::take(&mut *identity) {
+            Identity::Known(sha) => sha,
+            Identity::Wanted(thread) => thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?,
+            Identity::Unknown => model_sha256(&self.dir)?,
+        };
+        *identity = Identity::Known(sha.clone());
+        Ok(sha)
+    }
+
+    /// Starts reading for [`Self::sha256`] beside other work. Not for commands that measure time.
+    pub fn hash_ahead(&self) {
+        let mut identity = self.identity.lock().unwrap_or_else(PoisonError::into_inner);
+        if matches!(*identity, Identity::Unknown) {
+            let dir = self.dir.clone();
+            // Where the system gives no thread it is read when it is asked for.
+            let thread = std::thread::Builder::new().spawn(move || model_sha256(&dir)).ok();
+            *identity = thread.map_or(Identity::Unknown, Identity::Wanted);
+        }
+    }
+
     /// Opens it.
     pub fn open(&self) -> Result<Checkpoint> {
         Ok(Checkpoint::open(&self.dir)?)
@@ -54,6 +99,23 @@ impl Located {
         let ckpt = self.open()?;
         let model = Model::load(&ckpt, backend)?;
         Ok((ckpt, model))
+    }
+
+    /// [`Self::load_on`] and its tokenizer, which are read side by side: each takes a good part of the time to a first token.
+    pub fn load_with_tokenizer(&self, backend: Arc<dyn Backend>) -> Result<(Checkpoint, Model, Tokenizer)> {
+        std::thread::scope(|scope| {
+            let beside = std::thread::Builder::new().spawn_scoped(scope, || Tokenizer::load(&self.dir));
+            let (ckpt, model) = self.load_on(backend)?;
+            if let Ok(thread) = &beside {
+                ckpt.store.map_ahead(&|| !thread.is_finished());
+            }
+            let tokenizer = match beside {
+                Ok(thread) => thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)),
+                // The system gives no thread.
+                Err(_) => Tokenizer::load(&self.dir),
+            };
+            Ok((ckpt, model, tokenizer?))
+        })
     }
 }
 
@@ -85,7 +147,7 @@ fn locate_as(ctx: &Context, model: &str, codes: bool) -> Result<Located> {
         )
         .into());
     };
-    Ok(Located { name: model.to_string(), dir })
+    Ok(Located::new(model, dir))
 }
 
 /// The GGUF file that a path is, or that the folder it names holds in place of a checkpoint.

@@ -5,7 +5,6 @@ use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::Result;
-use lowbit_checkpoint::hash::model_sha256;
 use lowbit_checkpoint::provenance::Provenance;
 use serde_json::Value;
 
@@ -23,9 +22,9 @@ pub fn gather(
 ) -> Result<Provenance> {
     Ok(Provenance {
         model: model.name.clone(),
-        model_sha256: model_sha256(&model.dir)?,
+        model_sha256: model.sha256()?,
         reference: reference.map(|r| r.name.clone()),
-        reference_sha256: reference.map(|r| model_sha256(&r.dir)).transpose()?,
+        reference_sha256: reference.map(Located::sha256).transpose()?,
         ..without_model(ctx, purpose, seed, options)?
     })
 }

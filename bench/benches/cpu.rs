@@ -1,10 +1,16 @@
-//! Products of the CPU backend on real layer shapes: how long, and how near to what this machine can do.
+//! Products, attention and the solver of the CPU backend on real layer shapes: how long, and how near to what this machine can do.
 //!
 //! `cargo bench -p lowbit-bench --bench cpu [-- FILTER]`. The ceilings are measured first, in the same run: reading memory, multiplying
 //! in f32 and in sixteen-bit fixed point out of registers. Decode reads each weight once, so its rows count bytes; prefill and the
-//! Hessian multiply, so theirs count operations (two a product). After each of criterion's own lines comes the share of the ceiling.
+//! Hessian multiply, so theirs count operations (two a product); attention and the solver are in `cases/`. After each of criterion's
+//! own lines comes the share of the ceiling.
 
 #![expect(clippy::print_stdout, reason = "a benchmark's output is what it prints")]
+
+#[path = "cases/attention.rs"]
+mod attention;
+#[path = "cases/solver.rs"]
+mod solver;
 
 use std::cell::Cell;
 use std::hint::black_box;
@@ -142,5 +148,7 @@ fn main() {
             });
         }
     }
+    attention::cases(&mut criterion, &cpu, &ceilings);
+    solver::cases(&mut criterion, &cpu, &ceilings);
     criterion.final_summary();
 }

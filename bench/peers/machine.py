@@ -75,6 +75,20 @@ class Machine:
             raise Failed(f"{text}: exit {done.returncode}\n{done.stderr[-2000:]}")
         return json.loads(done.stdout)
 
+    def first_byte(self, *words):
+        """Milliseconds from starting lowbit to its first byte on stdout."""
+        command = [self.args.lowbit, "--quiet", *map(str, words)]
+        text = self.note(command)
+        env = {**os.environ, "LOWBIT_CACHE": os.path.join(self.work, "cache")}
+        start = time.perf_counter()
+        with subprocess.Popen(command, stdout=subprocess.PIPE, env=env, bufsize=0) as child:
+            byte = child.stdout.read(1)
+            seconds = time.perf_counter() - start
+            child.stdout.read()
+        if child.returncode != 0 or not byte:
+            raise Failed(f"{text}: exit {child.returncode}, {'no text' if not byte else 'text'}")
+        return 1e3 * seconds
+
     def peer(self, venv, script, *words, env=None):
         """The JSON lines that a script of this folder prints in a peer's environment."""
         command = [os.path.join(self.args.peers, venv, "bin", "python"), os.path.join(HERE, script), *map(str, words)]

@@ -3,6 +3,7 @@
 use std::fmt::Write as _;
 use std::io::Read;
 use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use sha2::{Digest, Sha256};
 
@@ -47,6 +48,32 @@ fn is_part_of_model(name: &str) -> bool {
     name == "config.json" || name == "tokenizer.json" || ends.iter().any(|e| name.ends_with(e))
 }
 
+/// SHA-256 of some files of a folder, several at a time: reading a file and hashing it each keep one core busy.
+fn sha256_files(dir: &Path, names: &[String]) -> Result<Vec<String>> {
+    let next = AtomicUsize::new(0);
+    let pull = || {
+        let mut done = Vec::new();
+        loop {
+            let i = next.fetch_add(1, Ordering::Relaxed);
+            let Some(name) = names.get(i) else { return done };
+            done.push((i, sha256_file(dir.join(name))));
+        }
+    };
+    let threads = std::thread::available_parallelism().map_or(1, usize::from).min(names.len());
+    let mut done = std::thread::scope(|scope| {
+        // Where the system has no thread to give, those that are there do the work.
+        let others: Vec<_> =
+            (1..threads).filter_map(|_| std::thread::Builder::new().spawn_scoped(scope, pull).ok()).collect();
+        let mut done = pull();
+        for other in others {
+            done.extend(other.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
+        }
+        done
+    });
+    done.sort_by_key(|(i, _)| *i);
+    done.into_iter().map(|(_, sha)| sha).collect()
+}
+
 /// The identity of a checkpoint folder: SHA-256 over one line `name NUL sha256 LF` for each of
 /// `config.json`, `tokenizer.json`, `*.safetensors`, `*.index.json` and `*.gguf`, sorted by name.
 pub fn model_sha256(dir: &Path) -> Result<String> {
@@ -71,8 +98,7 @@ pub fn model_sha256(dir: &Path) -> Result<String> {
     }
     names.sort();
     let mut all = Sha256::new();
-    for name in names {
-        let sha = sha256_file(dir.join(&name))?;
+    for (name, sha) in names.iter().zip(sha256_files(dir, &names)?) {
         all.update(name.as_bytes());
         all.update(b"\0");
         all.update(sha.as_bytes());
@@ -109,5 +135,21 @@ mod tests {
         assert_eq!(first, model_sha256(dir.path()).unwrap());
         std::fs::write(dir.path().join("model.safetensors"), "v").unwrap();
         assert_ne!(first, model_sha256(dir.path()).unwrap());
+    }
+
+    #[test]
+    fn files_hashed_at_once_keep_their_order() {
+        let dir = tempfile::tempdir().unwrap();
+        let names: Vec<String> = (0..40).map(|i| format!("model-{i:02}.safetensors")).collect();
+        let mut text = String::new();
+        for (i, name) in names.iter().enumerate() {
+            let data = vec![i as u8; 1 << (i % 17)];
+            std::fs::write(dir.path().join(name), &data).unwrap();
+            text += &format!("{name}\0{}\n", sha256_hex(&data));
+        }
+        assert_eq!(model_sha256(dir.path()).unwrap(), sha256_hex(text.as_bytes()));
+        let missing = ["none-b".to_string(), names[0].clone(), "none-a".to_string()];
+        let error = sha256_files(dir.path(), &missing).unwrap_err().to_string();
+        assert!(error.contains("none-b"), "the first of the list is told: {error}");
     }
 }

@@ -49,13 +49,27 @@ impl Mapped {
     /// Gives the memory of a part back to the system; reading it again reads the file again. A part that is not of this map, and
     /// a system that will not, change nothing.
     pub fn release(&self, part: &[u8]) {
-        let start = (part.as_ptr() as usize).wrapping_sub(self.map.as_ptr() as usize);
-        if part.is_empty() || start.checked_add(part.len()).is_none_or(|end| end > self.map.len()) {
-            return;
-        }
+        let Some(start) = self.place(part) else { return };
         // SAFETY: the map is read-only and backed by a file, so a page that is dropped is read from the file when it is next
         // touched: no value changes. Pages at the ends, shared with neighbours, are dropped and read again alike.
         let _ = unsafe { self.map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, start, part.len()) };
+    }
+
+    /// Reads the pages of a part and maps them, before they are touched. A part that is not of this map, and a system that does
+    /// not know how, change nothing; what cannot be read is noticed where it is used.
+    pub fn map_ahead(&self, part: &[u8]) {
+        let Some(start) = self.place(part) else { return };
+        #[cfg(target_os = "linux")]
+        let _ = self.map.advise_range(memmap2::Advice::PopulateRead, start, part.len());
+        #[cfg(not(target_os = "linux"))]
+        let _ = start;
+    }
+
+    /// Where a part begins; `None` of one that is empty or not of this map.
+    fn place(&self, part: &[u8]) -> Option<usize> {
+        let start = (part.as_ptr() as usize).wrapping_sub(self.map.as_ptr() as usize);
+        let inside = start.checked_add(part.len()).is_some_and(|end| end <= self.map.len());
+        (inside && !part.is_empty()).then_some(start)
     }
 
     /// Fails when the file has another length or time of modification than when it was mapped.
@@ -188,6 +202,25 @@ mod tests {
         std::fs::OpenOptions::new().append(true).open(&path).unwrap().set_len(3).unwrap();
         let error = map.unchanged().unwrap_err().to_string();
         assert!(error.contains("5 bytes then, 3 now"), "{error}");
+    }
+
+    #[test]
+    fn parts_are_mapped_ahead_and_released_and_hold_what_the_file_does() {
+        let tmp = tempfile::tempdir().unwrap();
+        let path = tmp.path().join("a");
+        let bytes: Vec<u8> = (0..40_000u32).map(|i| (i % 251) as u8).collect();
+        std::fs::write(&path, &bytes).unwrap();
+        let map = Mapped::open(&path).unwrap();
+        for part in [0..40_000, 5000..5001, 39_999..40_000] {
+            map.map_ahead(&map.as_ref()[part.clone()]);
+            map.release(&map.as_ref()[part]);
+        }
+        let held: &[u8] = map.as_ref();
+        assert!(held == bytes);
+        // Not of this map: left alone.
+        map.map_ahead(&bytes);
+        map.map_ahead(&[]);
+        assert_eq!((map.place(&bytes), map.place(&map.as_ref()[7..9])), (None, Some(7)));
     }
 
     #[test]

@@ -11,6 +11,9 @@ use crate::config::ExpertsConfig;
 use crate::error::{CheckpointError, Result};
 use crate::mapped::Mapped;
 
+/// Bytes that [`TensorStore::map_ahead`] asks for at a time: a millisecond of work where the file was read before.
+const AHEAD_BYTES: usize = 4 << 20;
+
 /// A tensor's place and type, and its bytes.
 #[derive(Clone)]
 pub struct StoredTensor {
@@ -170,6 +173,18 @@ impl TensorStore {
         let mut all = self.tensors.clone();
         all.extend(tensors);
         Self { dir: self.dir.clone(), tensors: all, files: self.files.clone(), maps: self.maps.clone() }
+    }
+
+    /// Has the system map the bytes of the float matrices, by name and a piece at a time, for as long as `go_on` says: whoever
+    /// multiplies with a mapped matrix for the first time otherwise stops at every few pages. Only time changes by it.
+    pub fn map_ahead(&self, go_on: &dyn Fn() -> bool) {
+        let matrices = self.tensors.values().filter(|t| t.shape.len() == 2 && t.float_type().is_some());
+        for piece in matrices.flat_map(|t| t.data.as_slice().chunks(AHEAD_BYTES)) {
+            if !go_on() {
+                return;
+            }
+            self.maps.iter().for_each(|m| m.map_ahead(piece));
+        }
     }
 
     /// A tensor that may be absent.

@@ -2,7 +2,10 @@
 
 use std::path::{Path, PathBuf};
 
+use serde::de::IgnoredAny;
 use serde_json::Value;
+use tokenizers::models::bpe::BPE;
+use tokenizers::{DecoderWrapper, NormalizerWrapper, PostProcessorWrapper, PreTokenizerWrapper, TokenizerImpl};
 
 use crate::chat_template::{read_json, special_token};
 use crate::error::{CheckpointError, Result};
@@ -44,30 +47,57 @@ fn ids_of(config: &Value, key: &str) -> Vec<u32> {
     }
 }
 
+/// A tokenizer whose model is known to be a BPE.
+type Bpe = TokenizerImpl<BPE, NormalizerWrapper, PreTokenizerWrapper, PostProcessorWrapper, DecoderWrapper>;
+
+/// The library's tokenizer of a file. The library's own way keeps a model of unknown kind in one form after another until it knows
+/// what it is, which takes five copies of the vocabulary and its merges. Nearly every file holds a BPE, and asked for that it reads
+/// each entry once.
+fn build(bytes: &[u8]) -> std::result::Result<tokenizers::Tokenizer, tokenizers::Error> {
+    match serde_json::from_slice::<Bpe>(bytes) {
+        Ok(bpe) => Ok(bpe.into()),
+        // Another kind of model; of a file that is none, the library says more.
+        Err(_) => tokenizers::Tokenizer::from_bytes(bytes),
+    }
+}
+
+/// The parts of a tokenizer beside its model, as `tokenizer.json` spells them; `null` for those that are not there.
+struct Parts {
+    normalizer: Value,
+    added_tokens: Value,
+    pre_tokenizer: Value,
+    decoder: Value,
+}
+
+impl Parts {
+    fn of(t: &tokenizers::Tokenizer) -> serde_json::Result<Self> {
+        Ok(Self {
+            normalizer: serde_json::to_value(t.get_normalizer())?,
+            added_tokens: serde_json::to_value(t.get_added_vocabulary())?,
+            pre_tokenizer: serde_json::to_value(t.get_pre_tokenizer())?,
+            decoder: serde_json::to_value(t.get_decoder())?,
+        })
+    }
+}
+
 /// Whether a text may be cut after a single newline between a non-space and an ASCII letter without
 /// changing the ids. True for the byte-level pre-tokenizers of GPT-2 and of the cl100k family, which
 /// always end a piece there; anything not known to do so says no.
-fn splittable(json: &Value) -> bool {
-    let normalizer_ok = match json.get("normalizer") {
-        None | Some(Value::Null) => true,
-        Some(value) => value.get("type").and_then(Value::as_str) == Some("NFC"),
-    };
-    let added_ok = json.get("added_tokens").and_then(Value::as_array).is_none_or(|tokens| {
+fn splittable(parts: &Parts) -> bool {
+    let kind = |value: &Value, name: &str| value.get("type").and_then(Value::as_str) == Some(name);
+    let normalizer_ok = parts.normalizer.is_null() || kind(&parts.normalizer, "NFC");
+    let added_ok = parts.added_tokens.as_array().is_none_or(|tokens| {
         tokens.iter().all(|token| {
             let flag = |key| token.get(key).and_then(Value::as_bool).unwrap_or(false);
             let content = token.get("content").and_then(Value::as_str).unwrap_or("\n");
             !flag("lstrip") && !flag("rstrip") && !content.contains('\n')
         })
     });
-    let kind = |value: &Value, name: &str| value.get("type").and_then(Value::as_str) == Some(name);
     let prefix = |value: &Value| value.get("add_prefix_space").and_then(Value::as_bool).unwrap_or(true);
-    let pre_ok = json.get("pre_tokenizer").is_some_and(|pre| {
-        if kind(pre, "ByteLevel") {
-            return !prefix(pre) && pre.get("use_regex").and_then(Value::as_bool).unwrap_or(true);
-        }
-        let Some([split, bytes]) = pre.get("pretokenizers").and_then(Value::as_array).map(Vec::as_slice) else {
-            return false;
-        };
+    let pre = &parts.pre_tokenizer;
+    let pre_ok = if kind(pre, "ByteLevel") {
+        !prefix(pre) && pre.get("use_regex").and_then(Value::as_bool).unwrap_or(true)
+    } else if let Some([split, bytes]) = pre.get("pretokenizers").and_then(Value::as_array).map(Vec::as_slice) {
         let regex = split.get("pattern").and_then(|pattern| pattern.get("Regex")).and_then(Value::as_str);
         kind(pre, "Sequence")
             && kind(split, "Split")
@@ -75,7 +105,9 @@ fn splittable(json: &Value) -> bool {
             && !prefix(bytes)
             && split.get("behavior").and_then(Value::as_str) == Some("Isolated")
             && regex.is_some_and(|regex| regex.contains(r"[^\r\n\p{L}\p{N}]?\p{L}+") && regex.contains(r"\s*[\r\n]+"))
-    });
+    } else {
+        false
+    };
     normalizer_ok && added_ok && pre_ok
 }
 
@@ -137,10 +169,11 @@ impl Tokenizer {
             }
             Err(source) => return Err(CheckpointError::Io { file, source }),
         };
-        let json: Value =
-            serde_json::from_slice(&bytes).map_err(|error| invalid(format!("not valid JSON: {error}")))?;
-        let mut inner = guarded(|| tokenizers::Tokenizer::from_bytes(&bytes))
-            .map_err(|error| invalid(format!("not a tokenizer: {error}")))?;
+        let mut inner =
+            guarded(|| build(&bytes)).map_err(|error| match serde_json::from_slice::<IgnoredAny>(&bytes) {
+                Err(error) => invalid(format!("not valid JSON: {error}")),
+                Ok(_) => invalid(format!("not a tokenizer: {error}")),
+            })?;
         // Files saved after training often carry a truncation length: nothing may be cut here.
         inner.with_truncation(None).map_err(|error| invalid(error.to_string()))?;
         inner.with_padding(None);
@@ -170,9 +203,10 @@ impl Tokenizer {
             }
         }
         let add_bos = settings.as_ref().and_then(|value| value.get("add_bos_token")?.as_bool());
+        let parts = Parts::of(&inner).map_err(|error| invalid(error.to_string()))?;
         Ok(Self {
-            splittable: splittable(&json),
-            byte_level: json.get("decoder").is_some_and(|d| d.to_string().contains("\"ByteLevel\"")),
+            splittable: splittable(&parts),
+            byte_level: parts.decoder.to_string().contains("\"ByteLevel\""),
             sha256: crate::hash::sha256_hex(&bytes),
             pad: pad.map(|(_, id)| id),
             inner,
@@ -313,7 +347,7 @@ mod tests {
       "model":{"type":"BPE","dropout":null,"unk_token":null,"fuse_unk":false,"byte_fallback":false,"vocab":VOCAB,
       "merges":["t h","th e","Ċ Ċ","Ġ a"]}}"#;
 
-    fn load(settings: &str) -> Tokenizer {
+    fn json() -> String {
         let mut shifted = 256u32;
         let mut vocab: serde_json::Map<String, Value> = (0..=255u8)
             .map(|byte| {
@@ -326,9 +360,12 @@ mod tests {
         for (id, token) in (256..).zip(["<s>", "</s>", "th", "the", "ĊĊ", "Ġa"]) {
             vocab.insert(token.into(), id.into());
         }
-        let json = JSON.replace("VOCAB", &serde_json::to_string(&vocab).unwrap());
+        JSON.replace("VOCAB", &serde_json::to_string(&vocab).unwrap())
+    }
+
+    fn load(settings: &str) -> Tokenizer {
         let dir = tempfile::tempdir().unwrap();
-        std::fs::write(dir.path().join("tokenizer.json"), json).unwrap();
+        std::fs::write(dir.path().join("tokenizer.json"), json()).unwrap();
         std::fs::write(dir.path().join("tokenizer_config.json"), settings).unwrap();
         let generation = r#"{"eos_token_id":[257,5]}"#;
         std::fs::write(dir.path().join("generation_config.json"), generation).unwrap();
@@ -356,11 +393,54 @@ mod tests {
     }
 
     #[test]
+    fn a_bpe_is_read_in_one_pass_and_as_the_library_reads_it() {
+        let legacy = json();
+        let pairs = legacy.replace(r#""t h","th e","Ċ Ċ","Ġ a""#, r#"["t","h"],["th","e"],["Ċ","Ċ"],["Ġ","a"]"#);
+        assert_ne!(legacy, pairs);
+        for json in [&legacy, &pairs] {
+            assert!(serde_json::from_str::<Bpe>(json).is_ok());
+            let ours = build(json.as_bytes()).unwrap().to_string(false).unwrap();
+            assert_eq!(ours, tokenizers::Tokenizer::from_bytes(json).unwrap().to_string(false).unwrap());
+        }
+        // Another kind takes the library's way.
+        let model = legacy.find("\"model\":").unwrap();
+        let words =
+            format!(r#"{}"model":{{"type":"WordLevel","vocab":{{"a":0,"?":1}},"unk_token":"?"}}}}"#, &legacy[..model]);
+        assert!(serde_json::from_str::<Bpe>(&words).is_err());
+        assert_eq!(build(words.as_bytes()).unwrap().token_to_id("a"), Some(0));
+    }
+
+    #[test]
+    fn llamas_pre_tokenizer_ends_pieces_at_newlines_and_sentencepieces_does_not() {
+        let plain = r#"{"type":"ByteLevel","add_prefix_space":false,"trim_offsets":true,"use_regex":true}"#;
+        let split = |pre: &str| {
+            let json = json().replacen(&format!(r#""pre_tokenizer":{plain}"#), &format!(r#""pre_tokenizer":{pre}"#), 1);
+            splittable(&Parts::of(&build(json.as_bytes()).unwrap()).unwrap())
+        };
+        let bytes = plain.replace(r#""use_regex":true"#, r#""use_regex":false"#);
+        let llama = |regex: &str| {
+            let pattern = serde_json::json!({"Regex": regex});
+            format!(
+                r#"{{"type":"Sequence","pretokenizers":[{{"type":"Split","pattern":{pattern},"behavior":"Isolated","invert":false}},{bytes}]}}"#
+            )
+        };
+        assert!(split(plain));
+        assert!(split(&llama(r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|\s*[\r\n]+|\s+")));
+        assert!(!split(&llama(r"\p{L}+|\s+")));
+        assert!(!split(&bytes));
+        assert!(!split(r#"{"type":"Metaspace","replacement":"▁","prepend_scheme":"first","split":false}"#));
+        assert!(!split("null"));
+    }
+
+    #[test]
     fn a_missing_or_broken_file_is_named() {
         let dir = tempfile::tempdir().unwrap();
-        let missing = Tokenizer::load(dir.path()).unwrap_err().to_string();
-        assert!(missing.contains("tokenizer.json"), "{missing}");
-        std::fs::write(dir.path().join("tokenizer.json"), "{\"model\":3}").unwrap();
-        assert!(Tokenizer::load(dir.path()).is_err());
+        let told = |json: Option<&str>| {
+            json.iter().for_each(|json| std::fs::write(dir.path().join("tokenizer.json"), json).unwrap());
+            Tokenizer::load(dir.path()).unwrap_err().to_string()
+        };
+        assert!(told(None).contains("tokenizer.json"));
+        assert!(told(Some(r#"{"model":3}"#)).contains("not a tokenizer"));
+        assert!(told(Some(r#"{"model":"#)).contains("not valid JSON"));
     }
 }

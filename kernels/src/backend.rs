@@ -9,7 +9,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use crate::activation::InputRule;
-use crate::cpu::{checks, rows};
+use crate::cpu::{checks, clamped_swiglu, rows};
 use crate::error::{KernelError, Result, check_len};
 use crate::floats::FloatWeight;
 use crate::random::RandomWeight;
@@ -41,6 +41,16 @@ impl Bytes {
     pub fn from_vec(v: Vec<u8>) -> Self {
         let range = 0..v.len();
         Self { owner: Arc::new(v), range }
+    }
+
+    /// All `len` bytes of an owner that makes them when they are first read: nothing asks for them here.
+    pub fn made_when_read(owner: Arc<dyn AsRef<[u8]> + Send + Sync>, len: usize) -> Self {
+        Self { owner, range: 0..len }
+    }
+
+    /// How many there are, without reading them.
+    pub fn size(&self) -> usize {
+        self.range.len()
     }
 
     /// A view of `range` of these bytes; `None` when the range is outside.
@@ -241,6 +251,14 @@ pub trait Backend: Send + Sync {
     fn decode_phase(&self) -> Option<&dyn Backend> {
         None
     }
+    /// Most tokens of a prompt that the decode phase gets through sooner than prefill does; 0 where there are none.
+    fn short_prompt(&self) -> usize {
+        0
+    }
+    /// Whether weights are sooner there when several threads upload them: where that is work of the host's processors.
+    fn uploads_in_parallel(&self) -> bool {
+        false
+    }
     /// Decode steps that are recorded once and repeated, where the device gains by that: for `model`, which see.
     fn steps(&self) -> Result<Option<Box<dyn Steps>>> {
         Ok(None)
@@ -324,6 +342,32 @@ pub trait Backend: Send + Sync {
     }
     /// Causal attention of q `[T, heads·head_dim]` over the cache (which already holds the new keys); result like q.
     fn attention(&self, q: &Buffer, cache: &KvBuffer, shape: &AttentionShape, segments: &[Segment]) -> Result<Buffer>;
+    /// Whether there is [`Self::attention_with_sinks`].
+    fn has_sinks(&self) -> bool {
+        false
+    }
+    /// [`Self::attention`] where each query head has a score beside those of its keys, its *sink*, that takes a share of the softmax and has
+    /// no value: the weight of key i is `exp(sᵢ) / (Σⱼ exp(sⱼ) + exp(sink))`. `sinks` `[heads]`; no scale and no cap is applied to them.
+    fn attention_with_sinks(
+        &self,
+        q: &Buffer,
+        cache: &KvBuffer,
+        shape: &AttentionShape,
+        sinks: &[f32],
+        segments: &[Segment],
+    ) -> Result<Buffer> {
+        let _ = (q, cache, shape, sinks, segments);
+        let why = "attention with sinks is computed on the CPU only".to_string();
+        Err(KernelError::Unsupported { backend: self.name(), op: "attention_with_sinks", why })
+    }
+    /// `g · sigmoid(alpha · g) · (u + 1)`, element by element, with g the gate, at most `limit`, and u the up, within ±`limit`: the
+    /// activation of gpt-oss. Default: on the host.
+    fn clamped_swiglu(&self, gate: &Buffer, up: &Buffer, alpha: f32, limit: f32) -> Result<Buffer> {
+        let (gate, up) = (self.download(gate)?, self.download(up)?);
+        check_len("up", gate.len(), up.len())?;
+        let y: Vec<f32> = gate.iter().zip(&up).map(|(g, u)| clamped_swiglu(*g, *u, alpha, limit)).collect();
+        self.upload(&y)
+    }
     /// `act(gate) · up`, element by element.
     fn activation_mul(&self, gate: &Buffer, up: &Buffer, act: Activation) -> Result<Buffer>;
     /// `x += y`.

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use lowbit_checkpoint::{Checkpoint, ModelConfig};
 use lowbit_kernels::backend::{Backend, Buffer, KvBuffer, KvUsage, Segment, WeightHandle};
 use lowbit_kernels::random::normals;
+use rayon::prelude::*;
 
 use crate::block::{Block, Linear, Tap};
 use crate::error::{At, ModelError, Result};
@@ -171,9 +172,14 @@ impl Model {
         let (p, config) = (from.prefix()?, from.config());
         let b = backend.as_ref();
         let embedding = Embedding::load(from, b)?;
-        let blocks = (0..config.num_layers)
-            .map(|i| Block::load(from, b, &format!("{p}.layers.{i}"), i))
-            .collect::<Result<Vec<_>>>()?;
+        let load = |i: usize| Block::load(from, b, &format!("{p}.layers.{i}"), i);
+        let blocks = if b.uploads_in_parallel() {
+            // Of several errors the first block's is told, whatever thread was first.
+            let all: Vec<Result<Block>> = (0..config.num_layers).into_par_iter().map(load).collect();
+            all.into_iter().collect::<Result<Vec<_>>>()?
+        } else {
+            (0..config.num_layers).map(load).collect::<Result<Vec<_>>>()?
+        };
         let head = Head::load(from, b)?;
         Ok(Self { id: ModelId::new(), config: config.clone(), backend, embedding, blocks, head })
     }
@@ -233,6 +239,16 @@ impl Model {
         tap: &mut Tap<'_>,
     ) -> Result<Buffer> {
         self.run(self.backend.as_ref(), ids, segments, cache, tap)
+    }
+
+    /// Runs a whole prompt, all of `ids`: [`Self::forward`], or [`Self::forward_decode`] where that is sooner done because reading
+    /// the weights is most of the work. Which of them depends on nothing but the prompt's length.
+    pub fn forward_prompt(&self, ids: &[u32], segments: &[Segment], cache: &mut KvCache) -> Result<Buffer> {
+        if ids.len() <= self.backend.short_prompt() {
+            self.forward_decode(ids, segments, cache)
+        } else {
+            self.forward(ids, segments, cache)
+        }
     }
 
     /// [`Self::forward`] in the arithmetic of decode steps: for the next token of running sequences, usually one token a segment.

@@ -53,7 +53,7 @@ pub fn generate(
     while out.tokens.len() < options.max_new_tokens {
         let segments = [Segment { slot: 0, row: 0, tokens: step.len(), past }];
         let logits = if past == 0 {
-            let hidden = model.forward(&step, &segments, &mut cache)?;
+            let hidden = model.forward_prompt(&step, &segments, &mut cache)?;
             Arc::new(model.next_logits(&model.gather_hidden(&hidden, &[step.len() - 1])?)?)
         } else {
             model.decode_step(&step, &segments, &mut cache)?

@@ -6,8 +6,8 @@ use lowbit_kernels::backend::{Backend, WeightHandle};
 
 use crate::error::{At, Result};
 
-/// Tensors by their module's name.
-pub trait Source {
+/// Tensors by their module's name; several blocks may be read at a time.
+pub trait Source: Sync {
     /// What the graph needs to know.
     fn config(&self) -> &ModelConfig;
     /// What the decoder's modules are named under: `model`, or `language_model.model`.

@@ -278,7 +278,7 @@ fn origin(
         (Some(server), Some(l)) => Provenance {
             model: server.name(),
             reference: Some(l.candidate.name.clone()),
-            reference_sha256: Some(l.sha256.clone()),
+            reference_sha256: Some(l.candidate.sha256()?),
             ..provenance::without_model(ctx, Purpose::Accuracy, 0, options)?
         },
         (None, Some(l)) => Provenance {

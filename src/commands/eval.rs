@@ -6,8 +6,6 @@ use std::time::Instant;
 
 use anyhow::{Result, bail};
 use lowbit_checkpoint::converted::ConvertRecord;
-use lowbit_checkpoint::hash::model_sha256;
-use lowbit_checkpoint::provenance::Provenance;
 use lowbit_checkpoint::tokenizer::Tokenizer;
 use lowbit_checkpoint::writer::write_atomic;
 use lowbit_checkpoint::{Checkpoint, CheckpointError};
@@ -63,10 +61,6 @@ pub struct Models {
     pub model: Model,
     /// The reference, of the same vocabulary.
     pub other: Option<Model>,
-    /// SHA-256 of the candidate's folder.
-    pub sha256: String,
-    /// The reference's.
-    pub reference_sha256: Option<String>,
     /// How the candidate keeps keys and values.
     pub kv: KvCacheArg,
     /// Their folders, open while they are read.
@@ -82,43 +76,29 @@ pub struct Models {
 impl Models {
     /// Opens and loads both; `kv` is how the candidate keeps keys and values.
     pub fn load(ctx: &Context, candidate: Located, reference: Option<Located>, kv: KvCacheArg) -> Result<Self> {
-        let (ckpt, model) = candidate.load_on(ctx.backend_with_kv(Purpose::Accuracy, kv)?)?;
-        let loaded = reference.as_ref().map(|r| r.load(ctx, Purpose::Accuracy)).transpose()?;
-        let tokenizer = Tokenizer::load(&candidate.dir)?;
-        if let Some(r) = &reference {
-            let theirs = Tokenizer::load(&r.dir)?;
-            if model.config().vocab_size != loaded.as_ref().map_or(0, |l| l.0.config.vocab_size)
-                || theirs.vocab_size() != tokenizer.vocab_size()
-            {
-                bail!(
-                    "{} and {} have different vocabularies: their distributions cannot be compared",
-                    candidate.name,
-                    r.name
-                );
-            }
+        // The record names the weights by their hash, which takes as long as loading them.
+        candidate.hash_ahead();
+        reference.iter().for_each(Located::hash_ahead);
+        let (ckpt, model, tokenizer) = candidate.load_with_tokenizer(ctx.backend_with_kv(Purpose::Accuracy, kv)?)?;
+        let usual = |r: &Located| r.load_with_tokenizer(ctx.backend_for(Purpose::Accuracy)?);
+        let loaded = reference.as_ref().map(usual).transpose()?;
+        if let (Some(r), Some((theirs, _, words))) = (&reference, &loaded)
+            && (model.config().vocab_size != theirs.config.vocab_size || words.vocab_size() != tokenizer.vocab_size())
+        {
+            bail!(
+                "{} and {} have different vocabularies: their distributions cannot be compared",
+                candidate.name,
+                r.name
+            );
         }
         // What was converted, as a GGUF file is on import, may be dense here and was not there.
         let before = ConvertRecord::read(&candidate.dir)?.and_then(|r| r.bits);
         let groups = ckpt.quantization.iter().flat_map(|q| &q.groups);
         let bits = groups.map(|g| g.scheme.code_bits()).chain(before).min();
         let family = ckpt.config.family.clone();
-        let (second, other) = loaded.unzip();
+        let (second, other) = loaded.map(|(ckpt, model, _)| (ckpt, model)).unzip();
         let checkpoints = [ckpt].into_iter().chain(second).collect();
-        let sha256 = model_sha256(&candidate.dir)?;
-        let reference_sha256 = reference.as_ref().map(|r| model_sha256(&r.dir)).transpose()?;
-        Ok(Self {
-            candidate,
-            reference,
-            model,
-            other,
-            sha256,
-            reference_sha256,
-            kv,
-            checkpoints,
-            tokenizer,
-            family,
-            bits,
-        })
+        Ok(Self { candidate, reference, model, other, kv, checkpoints, tokenizer, family, bits })
     }
 }
 
@@ -269,13 +249,14 @@ fn measure(ctx: &Context, models: &Models, request: &Request, journal: Option<&P
     ctx.check_stop()?;
     Ok(EvalRecord {
         schema: lowbit_eval::record::SCHEMA,
-        provenance: Provenance {
-            model: models.candidate.name.clone(),
-            model_sha256: models.sha256.clone(),
-            reference: models.reference.as_ref().map(|r| r.name.clone()),
-            reference_sha256: models.reference_sha256.clone(),
-            ..provenance::without_model(ctx, Purpose::Accuracy, 0, request.options())?
-        },
+        provenance: provenance::gather(
+            ctx,
+            Purpose::Accuracy,
+            &models.candidate,
+            models.reference.as_ref(),
+            0,
+            request.options(),
+        )?,
         perplexity: perplexities.first().map(|p| p.perplexity.value),
         perplexities,
         kl,

@@ -2,7 +2,6 @@
 
 use anyhow::{Result, bail};
 use lowbit_checkpoint::chat_template::{ChatTemplate, Message};
-use lowbit_checkpoint::tokenizer::Tokenizer;
 use lowbit_model::{GenerateOptions, Sampling};
 
 use crate::args::GenerateArgs;
@@ -12,8 +11,7 @@ use crate::models;
 /// Continues a prompt; text goes to stdout as it comes.
 pub fn generate(ctx: &Context, args: &GenerateArgs) -> Result<()> {
     let located = models::locate(ctx, &args.model)?;
-    let (_, model) = located.load(ctx, Purpose::Speed)?;
-    let tokenizer = Tokenizer::load(&located.dir)?;
+    let (_, model, tokenizer) = located.load_with_tokenizer(ctx.backend_for(Purpose::Speed)?)?;
     let prompt = if args.chat {
         match ChatTemplate::load(&located.dir)? {
             Some(t) => t.render(&[Message::new("user", args.prompt.as_str())], true)?,

@@ -6,7 +6,6 @@ use std::path::Path;
 use anyhow::{Result, bail};
 use lowbit_bench::{BenchOptions, BenchRecord};
 use lowbit_checkpoint::CheckpointError;
-use lowbit_checkpoint::hash::model_sha256;
 use lowbit_checkpoint::writer::write_atomic;
 use lowbit_kernels::LinearScheme;
 use lowbit_quantize::record::{PlanRecord, QuantizeRecord};
@@ -95,7 +94,7 @@ pub fn run(ctx: &Context, args: &RunArgs) -> Result<()> {
         // llama.cpp's file is scored as lowbit reads it.
         Some(f) => (models::locate(ctx, &name)?, gguf::verify(&f, Some(&record), Some(&ckpt))?),
         None => {
-            let quantized = Located { name, dir: model_dir.clone() };
+            let quantized = Located::new(name, model_dir.clone());
             let verified = verify::verify(&quantized.open()?, Some(&record), Some(&ckpt))?;
             (quantized, verified)
         }
@@ -105,7 +104,7 @@ pub fn run(ctx: &Context, args: &RunArgs) -> Result<()> {
         verified.packed_linears, verified.compared_with_original
     ));
     drop(ckpt);
-    let sha = model_sha256(&quantized.dir)?;
+    let sha = quantized.sha256()?;
 
     let pair = Pair { original: &located, quantized: &quantized, sha256: &sha };
     let verdict = match run_accuracy::evaluate(ctx, args, &pair, demo, resume)? {

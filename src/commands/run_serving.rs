@@ -9,7 +9,6 @@ use anyhow::{Context as _, Result, bail};
 use clap::{Args as _, FromArgMatches as _};
 use lowbit_bench::load::record::LoadRecord;
 use lowbit_bench::speculation::SpeculationRecord;
-use lowbit_checkpoint::hash::model_sha256;
 use lowbit_checkpoint::writer::write_atomic;
 use serde_json::Value;
 
@@ -86,7 +85,7 @@ fn words(args: &RunArgs, demo: bool, model: &Located, url: &str) -> Vec<String> 
 pub fn measure(ctx: &Context, args: &RunArgs, pair: &Pair, demo: bool, resume: bool) -> Result<()> {
     for (file, model) in FILES.iter().zip([pair.quantized, pair.original]) {
         let path = args.output.join(file);
-        let sha = if std::ptr::eq(model, pair.quantized) { pair.sha256.to_string() } else { model_sha256(&model.dir)? };
+        let sha = if std::ptr::eq(model, pair.quantized) { pair.sha256.to_string() } else { model.sha256()? };
         // The address is another every time.
         let wanted = words(args, demo, model, "").join(" ");
         if resume && kept(&path, &sha, &wanted) {
@@ -110,7 +109,7 @@ pub fn measure(ctx: &Context, args: &RunArgs, pair: &Pair, demo: bool, resume: b
 pub fn speculate(ctx: &Context, args: &RunArgs, pair: &Pair, resume: bool) -> Result<()> {
     let path = args.output.join(SPECULATION);
     let options = DraftOptions { draft_tokens: 4, output_tokens: 64, repetitions: args.repetitions.max(2) };
-    let sha = model_sha256(&pair.original.dir)?;
+    let sha = pair.original.sha256()?;
     let done = resume
         && read::<SpeculationRecord>(&path).is_some_and(|r| {
             let p = &r.provenance;

@@ -28,6 +28,7 @@ use crate::commands::looks::Looks;
 use crate::commands::table::table;
 use crate::commands::tasks;
 use crate::context::Context;
+use crate::models::Located;
 
 /// Where a record goes, and the files beside it.
 pub struct Output {
@@ -279,9 +280,11 @@ pub fn engine<'a>(ctx: &Context, models: &'a Models, options: EngineOptions) -> 
     if models.kv != KvCacheArg::Float {
         precision.push_str(&format!("; keys and values in {}", models.kv.name()));
     }
+    let candidate = models.candidate.sha256()?;
+    let reference = models.reference.as_ref().map(Located::sha256).transpose()?;
     let identity = engine.identity(&Weights {
-        candidate: &models.sha256,
-        reference: models.reference_sha256.as_deref(),
+        candidate: &candidate,
+        reference: reference.as_deref(),
         tokenizer: models.tokenizer.sha256(),
         precision: &precision,
     });

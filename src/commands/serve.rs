@@ -7,7 +7,6 @@ use std::time::Duration;
 use anyhow::{Result, anyhow, bail};
 use lowbit_bench::load::timer::raise_file_limit;
 use lowbit_checkpoint::chat_template::ChatTemplate;
-use lowbit_checkpoint::tokenizer::Tokenizer;
 use lowbit_serve::engine::Models;
 use lowbit_serve::{Engine, EngineOptions, Server, ServerOptions};
 
@@ -42,10 +41,10 @@ pub fn serve(ctx: &Context, args: &ServeArgs) -> Result<()> {
     // As many connections as the system lets one have.
     raise_file_limit();
     let backend = ctx.backend_with_kv(Purpose::Speed, args.kv_cache)?;
-    let (_, model) = located.load_on(backend.clone())?;
+    let (_, model, tokenizer) = located.load_with_tokenizer(backend.clone())?;
     let draft = draft.map(|d| d.load_on(backend)).transpose()?.map(|d| d.1);
     let vocab = model.config().vocab_size;
-    let models = Models { model, draft, tokenizer: Arc::new(Tokenizer::load(&located.dir)?) };
+    let models = Models { model, draft, tokenizer: Arc::new(tokenizer) };
     let (engine, thread) = Engine::start(
         models,
         EngineOptions {

@@ -14,7 +14,7 @@ use crate::models::{self, Located};
 pub fn verify(ctx: &Context, args: &VerifyArgs) -> Result<()> {
     let file = models::gguf_file(Path::new(&args.model));
     let located = match &file {
-        Some(f) => Located { name: args.model.clone(), dir: f.parent().unwrap_or(Path::new(".")).to_path_buf() },
+        Some(f) => Located::new(args.model.clone(), f.parent().unwrap_or(Path::new(".")).to_path_buf()),
         None => models::locate(ctx, &args.model)?,
     };
     // Beside the checkpoint (`quantize`) or one level up (`run`).

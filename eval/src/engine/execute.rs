@@ -6,7 +6,7 @@
 use std::collections::VecDeque;
 
 use lowbit_kernels::KernelError;
-use lowbit_kernels::backend::{Buffer, Segment, TokenScore};
+use lowbit_kernels::backend::{Backend, Buffer, Segment, TokenScore};
 use lowbit_model::{KvCache, Model, ModelError};
 use rayon::prelude::*;
 
@@ -311,16 +311,7 @@ impl<'m> Executor<'m> {
         }
         for (model, hidden) in self.models.iter().zip(hidden) {
             let logits = model.logits(&model.gather_hidden(hidden, &rows)?)?;
-            let found = if rows.len() == targets.len() {
-                model.backend().score(&logits, vocab, &targets)?
-            } else {
-                let spread = model.backend().gather_rows(&logits, vocab, &places)?;
-                model.backend().score(&spread, vocab, &targets)?
-            };
-            if found.len() != targets.len() {
-                return Err(EvalError::Scores { expected: targets.len(), found: found.len() });
-            }
-            scores.push(found);
+            scores.push(score_rows(model.backend(), &logits, vocab, &places, &targets)?);
             if self.models.len() > 1 {
                 on_host.push(model.backend().download(&logits)?);
             }
@@ -346,5 +337,62 @@ impl<'m> Executor<'m> {
             .zip(drifts)
             .map(|((candidate, reference), drift)| Scored { candidate, reference, drift })
             .collect())
+    }
+}
+
+/// Scores `targets[i]` in row `places[i]` of `logits` `[rows, vocab]`, every row being asked for one token at least and rows rising.
+/// The further tokens of a row (a question's choices begin after the same context) are scored in copies of these rows alone: logits
+/// are wide, and copying all of them took longer than scoring them.
+fn score_rows(
+    backend: &dyn Backend,
+    logits: &Buffer,
+    vocab: usize,
+    places: &[usize],
+    targets: &[u32],
+) -> Result<Vec<TokenScore>> {
+    let further: Vec<usize> = places.windows(2).zip(1..).filter(|(p, _)| p[0] == p[1]).map(|(_, i)| i).collect();
+    let firsts = (0..targets.len()).filter(|i| further.binary_search(i).is_err());
+    let mut first = backend.score(logits, vocab, &firsts.map(|i| targets[i]).collect::<Vec<u32>>())?.into_iter();
+    let mut again = Vec::new().into_iter();
+    if !further.is_empty() {
+        let rows: Vec<usize> = further.iter().map(|i| places[*i]).collect();
+        let copies = backend.gather_rows(logits, vocab, &rows)?;
+        again = backend.score(&copies, vocab, &further.iter().map(|i| targets[*i]).collect::<Vec<u32>>())?.into_iter();
+    }
+    let mut due = further.iter().peekable();
+    let in_order = (0..targets.len()).filter_map(|i| match due.next_if_eq(&&i) {
+        Some(_) => again.next(),
+        None => first.next(),
+    });
+    let found: Vec<TokenScore> = in_order.collect();
+    match found.len() == targets.len() {
+        true => Ok(found),
+        false => Err(EvalError::Scores { expected: targets.len(), found: found.len() }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use lowbit_kernels::cpu::CpuBackend;
+
+    use super::*;
+
+    #[test]
+    fn rows_asked_for_several_tokens_are_scored_as_rows_of_their_own() {
+        let (backend, vocab) = (CpuBackend::new(), 5);
+        let rows: Vec<f32> = (0..3 * vocab).map(|i| ((i * 7) % 11) as f32).collect();
+        let logits = backend.upload(&rows).unwrap();
+        for (places, targets) in [
+            (vec![0, 1, 2], vec![4, 0, 1]),
+            (vec![0, 0, 0, 1, 2, 2], vec![0, 3, 4, 1, 2, 2]),
+            (vec![0, 1, 1, 2], vec![0, 1, 2, 3]),
+        ] {
+            let found = score_rows(&backend, &logits, vocab, &places, &targets).unwrap();
+            let alone = |(p, t): (&usize, &u32)| {
+                let row = backend.upload(&rows[p * vocab..(p + 1) * vocab]).unwrap();
+                backend.score(&row, vocab, &[*t]).unwrap()[0]
+            };
+            assert_eq!(found, places.iter().zip(&targets).map(alone).collect::<Vec<_>>());
+        }
     }
 }

@@ -27,24 +27,29 @@ const VALUES: usize = 256;
 struct Task<'a> {
     segment: &'a Segment,
     head: usize,
+    sink: Option<f32>,
     first: usize,
     count: usize,
 }
 
-/// q `[T, heads · head_dim]`; segments checked to lie within q and the cache. `decode` is the pool of the decode phase.
+/// q `[T, heads · head_dim]`; segments checked to lie within q and the cache. `decode` is the pool of the decode phase; `sinks` `[heads]`,
+/// see [`crate::backend::Backend::attention_with_sinks`].
 pub fn attention(
     simd: Simd,
     decode: Option<&Pool>,
     q: &[f32],
     cache: &Cache,
     shape: &AttentionShape,
+    sinks: Option<&[f32]>,
     segments: &[Segment],
 ) -> Result<Vec<f32>> {
     let mut tasks = Vec::new();
     for segment in segments {
         for head in 0..shape.heads {
             let starts = (0..segment.tokens).step_by(BLOCK);
-            tasks.extend(starts.map(|first| Task { segment, head, first, count: BLOCK.min(segment.tokens - first) }));
+            let sink = sinks.map(|s| s[head]);
+            let count = |first: usize| BLOCK.min(segment.tokens - first);
+            tasks.extend(starts.map(|first| Task { segment, head, sink, first, count: count(first) }));
         }
     }
     let blocks: Vec<Vec<f32>> = if let Some(pool) = decode {
@@ -74,6 +79,16 @@ impl Task<'_> {
     fn queries<'a>(&self, q: &'a [f32], shape: &AttentionShape) -> &'a [f32] {
         let (d, width) = (shape.head_dim, shape.heads * shape.head_dim);
         &q[(self.segment.row + self.first) * width + self.head * d..]
+    }
+
+    /// The largest of the scores and the sink.
+    fn largest(&self, max: f32) -> f32 {
+        self.sink.map_or(max, |sink| max.max(sink))
+    }
+
+    /// The sum of the softmax with the sink's share.
+    fn with_sink(&self, sum: f32, max: f32) -> f32 {
+        self.sink.map_or(sum, |sink| sum + exp(sink - max))
     }
 
     fn kv_head(&self, shape: &AttentionShape) -> usize {
@@ -107,8 +122,8 @@ fn by_query(simd: Simd, q: &[f32], cache: &Cache, shape: &AttentionShape, t: &Ta
         if let Some(cap) = shape.soft_cap {
             weights.iter_mut().for_each(|s| *s = scalar::soft_cap(*s, cap));
         }
-        let max = simd.run(Max(&weights));
-        let inv = 1.0 / simd.run(ExpSum(&mut weights, max));
+        let max = t.largest(simd.run(Max(&weights)));
+        let inv = 1.0 / t.with_sink(simd.run(ExpSum(&mut weights, max)), max);
         weights.iter_mut().for_each(|v| *v *= inv);
         let mut at = 0;
         runs(Part::Values, &mut |values| {
@@ -151,9 +166,9 @@ fn by_block(simd: Simd, q: &[f32], cache: &Cache, shape: &AttentionShape, t: &Ta
         if let Some(cap) = shape.soft_cap {
             seen.iter_mut().for_each(|s| *s = scalar::soft_cap(*s, cap));
         }
-        let max = simd.run(Max(seen));
+        let max = t.largest(simd.run(Max(seen)));
         simd.run(Exp(seen, max));
-        sums.push(simd.run(LaneSum(row)));
+        sums.push(t.with_sink(simd.run(LaneSum(row)), max));
     }
     let padded = d.next_multiple_of(WIDTH);
     let mut mixed = vec![0f32; t.count * padded];

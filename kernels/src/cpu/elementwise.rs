@@ -98,6 +98,28 @@ pub fn activation_mul(simd: Simd, gate: &[f32], up: &[f32], act: Activation) -> 
     y
 }
 
+struct ClampedSwiglu<'a>(&'a mut [f32], &'a [f32], f32, f32);
+
+impl Kernel for ClampedSwiglu<'_> {
+    type Output = ();
+    #[inline(always)]
+    unsafe fn run<L: Lanes>(self) {
+        let Self(gate, up, alpha, limit) = self;
+        gate.iter_mut().zip(up).for_each(|(g, u)| {
+            let v = if *g > limit { limit } else { *g };
+            *g = v / (1.0 + exp(-alpha * v)) * (u.clamp(-limit, limit) + 1.0);
+        });
+    }
+}
+
+/// See [`crate::backend::Backend::clamped_swiglu`].
+pub fn clamped_swiglu(simd: Simd, gate: &[f32], up: &[f32], alpha: f32, limit: f32) -> Vec<f32> {
+    let mut y = gate.to_vec();
+    let chunks = y.par_chunks_mut(CHUNK).zip(up.par_chunks(CHUNK));
+    chunks.for_each(|(y, up)| simd.run(ClampedSwiglu(y, up, alpha, limit)));
+    y
+}
+
 struct NormRow<'a> {
     x: &'a [f32],
     weight: &'a [f32],

@@ -41,6 +41,7 @@ pub use memory::keep_freed_memory;
 pub use peak::{Peak, peak_products};
 use pool::Pool;
 pub use reference::ScalarBackend;
+pub(crate) use scalar::clamped_swiglu;
 pub use simd::Level;
 use simd::Simd;
 
@@ -56,6 +57,9 @@ use crate::backend::{
 use crate::error::{KernelError, Result, check_len};
 
 const NAME: &str = "cpu";
+
+/// Tokens of a prompt that decode's loops take. Making panels of all weights takes prefill as long as decode takes for a few dozen.
+const SHORT_PROMPT: usize = 16;
 
 /// Threads and SIMD: AVX-512, AVX2 or portable inner loops.
 pub struct CpuBackend {
@@ -143,6 +147,25 @@ impl CpuBackend {
         Ok(())
     }
 
+    fn attend(
+        &self,
+        q: &Buffer,
+        kv: &KvBuffer,
+        shape: &AttentionShape,
+        sinks: Option<&[f32]>,
+        segments: &[Segment],
+    ) -> Result<Buffer> {
+        let (q, memory) = (host(NAME, q)?, Cache::of(NAME, kv)?);
+        checks::shape(NAME, shape, kv.width)?;
+        check_len("cache heads", memory.kv_heads, shape.kv_heads)?;
+        let width = checks::product("query width", shape.heads, shape.head_dim)?;
+        checks::segments(NAME, "attention", segments, checks::rows("queries", q.len(), width)?)?;
+        checks::cached(NAME, "attention", segments, kv)?;
+        memory.check_held(NAME, segments)?;
+        let pool = self.decodes().then_some(&*self.pool);
+        Ok(buffer(attention::attention(self.simd, pool, q, memory, shape, sinks, segments)?))
+    }
+
     /// The instruction set in use.
     pub fn level(&self) -> Level {
         self.simd.level()
@@ -166,6 +189,14 @@ impl Backend for CpuBackend {
 
     fn decode_phase(&self) -> Option<&dyn Backend> {
         self.decode.as_deref().map(|b| b as &dyn Backend)
+    }
+
+    fn short_prompt(&self) -> usize {
+        SHORT_PROMPT
+    }
+
+    fn uploads_in_parallel(&self) -> bool {
+        true
     }
 
     fn upload(&self, data: &[f32]) -> Result<Buffer> {
@@ -314,14 +345,29 @@ impl Backend for CpuBackend {
     }
 
     fn attention(&self, q: &Buffer, kv: &KvBuffer, shape: &AttentionShape, segments: &[Segment]) -> Result<Buffer> {
-        let (q, memory) = (host(NAME, q)?, Cache::of(NAME, kv)?);
-        checks::shape(NAME, shape, kv.width)?;
-        check_len("cache heads", memory.kv_heads, shape.kv_heads)?;
-        let width = checks::product("query width", shape.heads, shape.head_dim)?;
-        checks::segments(NAME, "attention", segments, checks::rows("queries", q.len(), width)?)?;
-        checks::cached(NAME, "attention", segments, kv)?;
-        memory.check_held(NAME, segments)?;
-        Ok(buffer(attention::attention(self.simd, self.decodes().then_some(&*self.pool), q, memory, shape, segments)?))
+        self.attend(q, kv, shape, None, segments)
+    }
+
+    fn has_sinks(&self) -> bool {
+        true
+    }
+
+    fn attention_with_sinks(
+        &self,
+        q: &Buffer,
+        kv: &KvBuffer,
+        shape: &AttentionShape,
+        sinks: &[f32],
+        segments: &[Segment],
+    ) -> Result<Buffer> {
+        check_len("sinks", shape.heads, sinks.len())?;
+        self.attend(q, kv, shape, Some(sinks), segments)
+    }
+
+    fn clamped_swiglu(&self, gate: &Buffer, up: &Buffer, alpha: f32, limit: f32) -> Result<Buffer> {
+        let (gate, up) = (host(NAME, gate)?, host(NAME, up)?);
+        check_len("up", gate.len(), up.len())?;
+        Ok(buffer(elementwise::clamped_swiglu(self.simd, gate, up, alpha, limit)))
     }
 
     fn activation_mul(&self, gate: &Buffer, up: &Buffer, act: Activation) -> Result<Buffer> {

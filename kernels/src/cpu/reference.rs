@@ -162,19 +162,23 @@ impl Backend for ScalarBackend {
     }
 
     fn attention(&self, q: &Buffer, kv: &KvBuffer, shape: &AttentionShape, segments: &[Segment]) -> Result<Buffer> {
-        let q = host(NAME, q)?;
-        let memory = kv.memory.downcast_ref::<Cache>();
-        let memory = memory.ok_or(KernelError::ForeignHandle { backend: NAME, what: "cache" })?;
-        checks::shape(NAME, shape, kv.width)?;
-        let width = checks::product("query width", shape.heads, shape.head_dim)?;
-        checks::segments(NAME, "attention", segments, checks::rows("queries", q.len(), width)?)?;
-        checks::cached(NAME, "attention", segments, kv)?;
-        let mut out = vec![0f32; q.len()];
-        for s in segments {
-            let slot = s.slot * kv.capacity * kv.width..(s.slot + 1) * kv.capacity * kv.width;
-            scalar::attention(q, &memory.keys[slot.clone()], &memory.values[slot], shape, s, &mut out);
-        }
-        Ok(buffer(out))
+        attention(q, kv, shape, None, segments)
+    }
+
+    fn has_sinks(&self) -> bool {
+        true
+    }
+
+    fn attention_with_sinks(
+        &self,
+        q: &Buffer,
+        kv: &KvBuffer,
+        shape: &AttentionShape,
+        sinks: &[f32],
+        segments: &[Segment],
+    ) -> Result<Buffer> {
+        check_len("sinks", shape.heads, sinks.len())?;
+        attention(q, kv, shape, Some(sinks), segments)
     }
 
     fn activation_mul(&self, gate: &Buffer, up: &Buffer, act: Activation) -> Result<Buffer> {
@@ -233,4 +237,27 @@ impl Backend for ScalarBackend {
         }
         Ok(())
     }
+}
+
+fn attention(
+    q: &Buffer,
+    kv: &KvBuffer,
+    shape: &AttentionShape,
+    sinks: Option<&[f32]>,
+    segments: &[Segment],
+) -> Result<Buffer> {
+    let q = host(NAME, q)?;
+    let memory = kv.memory.downcast_ref::<Cache>();
+    let memory = memory.ok_or(KernelError::ForeignHandle { backend: NAME, what: "cache" })?;
+    checks::shape(NAME, shape, kv.width)?;
+    let width = checks::product("query width", shape.heads, shape.head_dim)?;
+    checks::segments(NAME, "attention", segments, checks::rows("queries", q.len(), width)?)?;
+    checks::cached(NAME, "attention", segments, kv)?;
+    let mut out = vec![0f32; q.len()];
+    for s in segments {
+        let slot = s.slot * kv.capacity * kv.width..(s.slot + 1) * kv.capacity * kv.width;
+        let held = (&memory.keys[slot.clone()], &memory.values[slot]);
+        scalar::attention(q, held, shape, sinks, s, &mut out);
+    }
+    Ok(buffer(out))
 }

@@ -102,6 +102,7 @@ fn attention_weights<'a>(
     first: usize,
     last: usize,
     shape: &AttentionShape,
+    sink: Option<f32>,
 ) -> Vec<f32> {
     let mut scores = Vec::with_capacity(last + 1 - first);
     for j in first..=last {
@@ -109,19 +110,27 @@ fn attention_weights<'a>(
         let s = dot * shape.scale;
         scores.push(shape.soft_cap.map_or(s, |cap| soft_cap(s, cap)));
     }
-    let max = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let max = scores.iter().copied().chain(sink).fold(f32::NEG_INFINITY, f32::max);
     for s in &mut scores {
         *s = (*s - max).exp();
     }
-    let sum: f32 = scores.iter().sum();
+    let sum: f32 = scores.iter().sum::<f32>() + sink.map_or(0.0, |s| (s - max).exp());
     for s in &mut scores {
         *s /= sum;
     }
     scores
 }
 
-/// Causal attention of one segment; k and v `[capacity, kv_heads · head_dim]` of its slot; q and out whole `[T, heads · head_dim]`.
-pub fn attention(q: &[f32], k: &[f32], v: &[f32], shape: &AttentionShape, seg: &Segment, out: &mut [f32]) {
+/// Causal attention of one segment; k and v `[capacity, kv_heads · head_dim]` of its slot; q and out whole `[T, heads · head_dim]`;
+/// sinks `[heads]`.
+pub fn attention(
+    q: &[f32],
+    (k, v): (&[f32], &[f32]),
+    shape: &AttentionShape,
+    sinks: Option<&[f32]>,
+    seg: &Segment,
+    out: &mut [f32],
+) {
     let d = shape.head_dim;
     let (width, kv_width) = (shape.heads * d, shape.kv_heads * d);
     for i in 0..seg.tokens {
@@ -130,13 +139,21 @@ pub fn attention(q: &[f32], k: &[f32], v: &[f32], shape: &AttentionShape, seg: &
         for h in 0..shape.heads {
             let g = h / (shape.heads / shape.kv_heads);
             let at = (seg.row + i) * width + h * d;
+            let sink = sinks.map(|s| s[h]);
             let weights =
-                attention_weights(&q[at..at + d], |j| &k[j * kv_width + g * d..][..d], first, position, shape);
+                attention_weights(&q[at..at + d], |j| &k[j * kv_width + g * d..][..d], first, position, shape, sink);
             for e in 0..d {
                 out[at + e] = (first..=position).zip(&weights).map(|(j, w)| w * v[j * kv_width + g * d + e]).sum();
             }
         }
     }
+}
+
+/// See [`crate::backend::Backend::clamped_swiglu`].
+pub fn clamped_swiglu(gate: f32, up: f32, alpha: f32, limit: f32) -> f32 {
+    // Comparisons that NaN fails: it stays.
+    let (g, u) = (if gate > limit { limit } else { gate }, up.clamp(-limit, limit));
+    g / (1.0 + (-alpha * g).exp()) * (u + 1.0)
 }
 
 /// First index of the largest value; 0 when there is none (all NaN).

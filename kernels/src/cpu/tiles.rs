@@ -59,13 +59,15 @@ impl Tiles {
         let per_tile = slabs * stored;
         let count = rows.div_ceil(TILE_ROWS).checked_mul(per_tile).ok_or(KernelError::Overflow("codes"))?;
         let mut lines = vec![Line([0; 64]); count];
-        // A whole word of eight 4-bit codes becomes a whole lane of a line.
-        let direct = bits == 4 && order.is_none() && cols.is_multiple_of(8);
+        // A whole word of four 8-bit or eight 4-bit codes becomes a whole lane of a line.
+        let whole_words = matches!(bits, 4 | 8) && order.is_none() && (cols * usize::from(bits)).is_multiple_of(32);
         lines.par_chunks_mut(per_tile.max(1)).enumerate().for_each(|(tile, lines)| {
             let mut codes = vec![0u8; cols];
             for r in 0..TILE_ROWS.min(rows - tile * TILE_ROWS) {
                 let row = &stream[(tile * TILE_ROWS + r) * stride..][..stride];
-                if direct {
+                if whole_words && bits == 8 {
+                    byte_words(lines, r, row);
+                } else if whole_words {
                     nibble_words(lines, r, row);
                 } else {
                     unpack(row, bits, order, &mut codes);
@@ -125,6 +127,13 @@ fn put(slab: &mut [Line], stored: usize, r: usize, col: usize, code: u8) {
             slab[2].0[at] |= (code >> 2) << q;
         }
         _ => slab[q / 4].0[at] |= code << (2 * (q % 4)),
+    }
+}
+
+/// A row of 8-bit codes: word `i` holds columns `4 i ..`, as line `i` of the tile does.
+fn byte_words(lines: &mut [Line], r: usize, row: &[u8]) {
+    for (line, word) in lines.iter_mut().zip(row.as_chunks::<4>().0) {
+        line.0[4 * r..4 * r + 4].copy_from_slice(word);
     }
 }
 
