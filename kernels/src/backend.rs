@@ -14,6 +14,7 @@ use crate::error::{KernelError, Result, check_len};
 use crate::floats::FloatWeight;
 use crate::random::RandomWeight;
 use crate::scheme::Scheme;
+use crate::solver::Solver;
 
 /// f32 memory on the backend's device.
 pub struct Buffer {
@@ -244,6 +245,10 @@ pub trait Backend: Send + Sync {
     /// Decode steps that are recorded once and repeated, where the device gains by that: for `model`, which see.
     fn steps(&self) -> Result<Option<Box<dyn Steps>>> {
         Ok(None)
+    }
+    /// The device's own solvers; without, matrices are solved on the host.
+    fn solver(&self) -> Option<&dyn Solver> {
+        None
     }
     /// Copies floats to the device.
     fn upload(&self, data: &[f32]) -> Result<Buffer>;

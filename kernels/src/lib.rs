@@ -27,6 +27,7 @@ pub mod qdq;
 pub mod quantized;
 pub mod random;
 pub mod scheme;
+pub mod solver;
 
 pub use error::{KernelError, Result};
 pub use qdq::ScaleType;

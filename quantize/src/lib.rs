@@ -25,6 +25,7 @@ pub mod gguf;
 pub mod gptq;
 pub mod inputs;
 pub mod loss;
+mod on_device;
 pub mod plan;
 pub mod record;
 pub mod resume;

@@ -189,7 +189,7 @@ pub fn search_scales(
         }
     }
     // 0.50 to 1.07 (0.35 for 3 bits and fewer) in steps of 0.02.
-    let first: u16 = if opts.scheme.bits <= 3 { 35 } else { 50 };
+    let first = first_percent(opts.scheme.bits);
     let shrink = (first..=107).step_by(2).map(|p| f32::from(p) / 100.0).collect();
     let search = Search {
         scheme: opts.scheme,
@@ -286,6 +286,11 @@ fn asymmetric(search: &Search, w: &[f32], weight: &[f32]) -> Choice {
         best = better(search, w, weight, best, scale, zero);
     }
     best
+}
+
+/// The smallest clip factor that the Hessian search tries, in hundredths.
+pub(crate) fn first_percent(bits: u8) -> u16 {
+    if bits <= 3 { 35 } else { 50 }
 }
 
 /// Whether a rounded scale can be divided by.

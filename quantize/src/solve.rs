@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use lowbit_calibration::InputStats;
 use lowbit_checkpoint::linear;
-use lowbit_kernels::backend::{Bytes, FloatType, HostWeight};
+use lowbit_kernels::backend::{Backend, Bytes, FloatType, HostWeight};
 use lowbit_kernels::ggml::GgmlType;
 use lowbit_kernels::{QuantizedMatrix, QuantizedWeight, WeightFormat};
 
@@ -14,6 +14,7 @@ use crate::factor::{Factor, SolveError, factorize};
 use crate::floats::quantize_float;
 use crate::gptq::gptq_codes;
 use crate::loss::{Loss, proxy_loss};
+use crate::on_device::OnDevice;
 use crate::rtn::quantize_rtn;
 use crate::scale_search::SolverOptions;
 use crate::target::corrected_target;
@@ -26,14 +27,49 @@ pub struct Shared<'a> {
     pub factor: Factor,
     /// The damped Hessian, where a sweep needs it.
     damped: Option<Vec<f32>>,
+    /// Where a device solves.
+    device: Option<OnDevice<'a>>,
 }
 
 impl<'a> Shared<'a> {
-    /// Factorizes.
+    /// Factorizes; everything on the host.
     pub fn new(stats: &'a InputStats, opts: &SolverOptions) -> Result<Self, SolveError> {
-        let factor = factorize(&stats.hessian, stats.n, opts)?;
+        Self::of(stats, factorize(&stats.hessian, stats.n, opts)?, None, opts)
+    }
+
+    /// [`Self::new`] with the solvers of `backend`, where it has any.
+    pub fn on(backend: &'a dyn Backend, stats: &'a InputStats, opts: &SolverOptions) -> Result<Self, SolveError> {
+        let Some(solver) = backend.solver() else { return Self::new(stats, opts) };
+        let (factor, device) = OnDevice::new(backend, solver, stats, opts)?;
+        Self::of(stats, factor, Some(device), opts)
+    }
+
+    fn of(
+        stats: &'a InputStats,
+        factor: Factor,
+        device: Option<OnDevice<'a>>,
+        opts: &SolverOptions,
+    ) -> Result<Self, SolveError> {
         let damped = (opts.sweeps > 0).then(|| factor.damped(&stats.hessian)).transpose()?;
-        Ok(Self { stats, factor, damped })
+        Ok(Self { stats, factor, damped, device })
+    }
+
+    /// GPTQ of `target` `[out, n]` onto integers.
+    fn codes(&self, target: &[f32], out: usize, n: usize, opts: &SolverOptions) -> Result<QuantizedMatrix, SolveError> {
+        match &self.device {
+            Some(d) => d.codes(target, out, n, &self.factor, opts),
+            None => gptq_codes(target, out, n, &self.factor, opts),
+        }
+    }
+
+    /// Loss of `q` against `w`, both `[out, n]`.
+    fn loss(&self, w: &[f32], q: &[f32], out: usize, n: usize) -> Result<Loss, SolveError> {
+        let on_device = self.device.as_ref().map(|d| d.loss(w, q, out, n)).transpose()?.flatten();
+        let loss = on_device.unwrap_or_else(|| proxy_loss(w, q, &self.stats.hessian, out, n));
+        if !(loss.proxy.is_finite() && loss.reference.is_finite()) {
+            return Err(SolveError::NonFinite { what: "proxy loss", index: 0 });
+        }
+        Ok(loss)
     }
 }
 
@@ -52,7 +88,7 @@ pub fn solve_linear(
         None => None,
     };
     let target = corrected.as_deref().unwrap_or(w);
-    let mut matrix = gptq_codes(target, out, n, factor, opts)?;
+    let mut matrix = shared.codes(target, out, n, opts)?;
     if let Some(h) = &shared.damped {
         if corrected.is_none() && !factor.dead.is_empty() {
             let mut live = w.to_vec();
@@ -62,10 +98,7 @@ pub fn solve_linear(
             descend(&mut matrix, target, h, opts.sweeps, opts)?;
         }
     }
-    let loss = proxy_loss(w, &matrix.dequantize()?, &stats.hessian, out, n);
-    if !(loss.proxy.is_finite() && loss.reference.is_finite()) {
-        return Err(SolveError::NonFinite { what: "proxy loss", index: 0 });
-    }
+    let loss = shared.loss(w, &matrix.dequantize()?, out, n)?;
     Ok((matrix, loss))
 }
 
@@ -137,10 +170,7 @@ pub fn solve_any(
         }
         Wanted::Blocks(kind) => Solved::Blocks(blocks_gptq(kind, w, n, &shared.factor, opts)?),
     };
-    let loss = proxy_loss(w, &solved.dequantize()?, &shared.stats.hessian, out, n);
-    if !(loss.proxy.is_finite() && loss.reference.is_finite()) {
-        return Err(SolveError::NonFinite { what: "proxy loss", index: 0 });
-    }
+    let loss = shared.loss(w, &solved.dequantize()?, out, n)?;
     Ok((solved, loss))
 }
 

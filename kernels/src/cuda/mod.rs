@@ -25,6 +25,8 @@ pub mod nvrtc;
 mod ops_attention;
 mod ops_elementwise;
 mod ops_embed;
+mod ops_factor;
+mod ops_gptq;
 mod ops_hessian;
 mod ops_linear;
 mod ops_narrow;
@@ -63,6 +65,7 @@ use crate::backend::{
 use crate::cpu::checks;
 use crate::error::{KernelError, Result, check_len};
 use crate::random::RandomWeight;
+use crate::solver::Solver;
 
 /// f32 elements on the device.
 pub struct GpuBuffer {
@@ -323,6 +326,10 @@ fn buffer(len: usize, memory: Memory) -> Buffer {
 impl Backend for GpuBackend {
     fn name(&self) -> &'static str {
         self.device.name()
+    }
+
+    fn solver(&self) -> Option<&dyn Solver> {
+        Some(self)
     }
 
     fn steps(&self) -> Result<Option<Box<dyn Steps>>> {
