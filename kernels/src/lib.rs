@@ -18,6 +18,7 @@ pub mod backend;
 pub mod cpu;
 #[cfg(any(feature = "emulated", feature = "cuda"))]
 pub mod cuda;
+pub mod draw;
 pub mod error;
 pub mod floats;
 pub mod ggml;

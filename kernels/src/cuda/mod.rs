@@ -63,6 +63,7 @@ use crate::backend::{
     WeightHandle,
 };
 use crate::cpu::checks;
+use crate::draw::{Draw, draw};
 use crate::error::{KernelError, Result, check_len};
 use crate::random::RandomWeight;
 use crate::solver::Solver;
@@ -596,6 +597,16 @@ impl Backend for GpuBackend {
     fn argmax(&self, logits: &Buffer, vocab: usize) -> Result<Vec<u32>> {
         let rows = checks::rows("logits", logits.len, vocab)?;
         ops_score::argmax(&self.device, self.mem(logits)?, rows, vocab)
+    }
+
+    fn draw(&self, logits: &Buffer, vocab: usize, draws: &[Draw]) -> Result<Vec<u32>> {
+        check_len("draws", checks::rows("logits", logits.len, vocab)?, draws.len())?;
+        if self.is_reproducible() {
+            // The host's exponentials and logarithms decide between arrivals.
+            let host = self.download(logits)?;
+            return Ok(host.chunks_exact(vocab).zip(draws).map(|(row, d)| draw(row, d)).collect());
+        }
+        ops_score::draw(&self.device, self.mem(logits)?, vocab, draws)
     }
 
     fn hessian_update(&self, h: &mut Buffer, x: &Buffer, n: usize) -> Result<()> {

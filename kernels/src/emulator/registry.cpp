@@ -20,6 +20,7 @@ namespace EMU_SIDE {
 #include "../cuda/src/rope.cu"
 #include "../cuda/src/rope_append.cu"
 #include "../cuda/src/score.cu"
+#include "../cuda/src/sample.cu"
 #include "../cuda/src/embed.cu"
 #include "../cuda/src/attention.cu"
 #include "../cuda/src/attention_decode.cu"
@@ -81,7 +82,7 @@ const emu::Kernel EMU_TABLE[] = {
     K(rope), K(kv_append), K(kv_append_half), K(rope_append), K(rope_append_half),
     K(attention_prefill), K(attention_decode), K(attention_decode_wide), K(attention_decode_half_64), K(attention_decode_half_128),
     K(attention_half_64), K(attention_half_128),
-    K(score), K(argmax),
+    K(score), K(argmax), K(draw_tokens),
     K(gemv_dense), K(gemv_w4), K(gemv_w8), K(gemm_dense), K(gemm_packed),
     K(narrow_x1), K(narrow_x2), K(narrow_x3), K(narrow_h1), K(narrow_h2), K(narrow_h4), K(narrow_meta),
     K(wide_half_bf16_128), K(wide_half_bf16_256), K(wide_half_w4_128), K(wide_half_w4_256), K(wide_half_w8_128),
