@@ -28,6 +28,7 @@ mod ops_embed;
 mod ops_factor;
 mod ops_gptq;
 mod ops_hessian;
+mod ops_input;
 mod ops_linear;
 mod ops_narrow;
 mod ops_norm;
@@ -58,6 +59,7 @@ use self::ops_rope::CacheView;
 use self::rows::{RowTable, bytes_of, floats_of};
 use self::steps::{GpuSteps, StepInputs};
 use self::weights::{DeviceWeight, Layout};
+use crate::activation::InputRule;
 use crate::backend::{
     Activation, AttentionShape, Backend, Buffer, FloatType, HostWeight, KvBuffer, Segment, Steps, TokenScore,
     WeightHandle,
@@ -615,6 +617,13 @@ impl Backend for GpuBackend {
         let fast = ops_hessian::hessian_update;
         let update = if self.is_reproducible() { ops_reproducible::hessian_update } else { fast };
         update(&self.device, self.mem(h)?, self.mem(x)?, tokens, n)
+    }
+
+    fn quantize_input(&self, x: &Buffer, width: usize, rule: &InputRule) -> Result<Buffer> {
+        let rows = checks::rows("quantized input", x.len, width)?;
+        let y = self.new_buffer(x.len)?;
+        ops_input::round_input(&self.device, self.mem(x)?, self.mem(&y)?, rows, width, rule)?;
+        Ok(y)
     }
 
     fn abs_max(&self, x: &Buffer) -> Result<f32> {

@@ -16,7 +16,7 @@ use sha2::{Digest, Sha256};
 use crate::error::{KernelError, Result};
 
 /// The device code, in the order it is compiled: one translation unit, as in `emulator/registry.cpp`.
-pub const SOURCES: [(&str, &str); 23] = [
+pub const SOURCES: [(&str, &str); 24] = [
     ("gpu.h", include_str!("src/gpu.h")),
     ("elementwise.cu", include_str!("src/elementwise.cu")),
     ("norm.cu", include_str!("src/norm.cu")),
@@ -40,6 +40,7 @@ pub const SOURCES: [(&str, &str); 23] = [
     ("reproducible_attention.cu", include_str!("src/reproducible_attention.cu")),
     ("solve_factor.cu", include_str!("src/solve_factor.cu")),
     ("solve_gptq.cu", include_str!("src/solve_gptq.cu")),
+    ("input.cu", include_str!("src/input.cu")),
 ];
 
 /// Where to look for NVRTC and where to keep what it made. This crate reads no environment: the caller fills it.

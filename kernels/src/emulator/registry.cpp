@@ -37,6 +37,7 @@ namespace EMU_SIDE {
 #include "../cuda/src/reproducible_attention.cu"
 #include "../cuda/src/solve_factor.cu"
 #include "../cuda/src/solve_gptq.cu"
+#include "../cuda/src/input.cu"
 
 #include "planted.cu"
 
@@ -91,7 +92,7 @@ const emu::Kernel EMU_TABLE[] = {
     K(linear_reproducible), K(hessian_reproducible), K(rms_norm_reproducible), K(rope_reproducible),
     K(activation_reproducible), K(scores_reproducible), K(weights_reproducible), K(mix_reproducible),
     K(factor_prepare), K(factor_diagonal), K(factor_panel), K(factor_update), K(factor_inverse), K(factor_check),
-    K(gptq_scales), K(gptq_gather), K(gptq_block), K(gptq_update), K(gptq_loss),
+    K(gptq_scales), K(gptq_gather), K(gptq_block), K(gptq_update), K(gptq_loss), K(round_input),
     K(planted_clean), K(planted_read_past_end), K(planted_write_past_end), K(planted_write_beside),
     K(planted_write_input), K(planted_race), K(planted_race_global), K(planted_race_of_blocks), K(planted_last_block), K(planted_missing_fence),
     K(planted_divergent_barrier), K(planted_two_barriers), K(planted_mask), K(planted_shared_overrun),

@@ -143,7 +143,9 @@ pub fn inputs_round_alike(backends: &[(String, &dyn Backend)]) {
     let rules = [
         (InputCode::Int8, InputScale::Token),
         (InputCode::Int8, InputScale::Stored(vec![0.01])),
+        (InputCode::Int8, InputScale::Group(16)),
         (InputCode::Fp8, InputScale::Token),
+        (InputCode::Fp4, InputScale::Token),
         (InputCode::Fp8, InputScale::Group(32)),
         (InputCode::Fp8, InputScale::Stored(vec![0.002, 0.001])),
         (InputCode::Fp4, InputScale::Local { global: 2688.0 }),
