@@ -63,7 +63,7 @@ impl InputCode {
 
 impl InputRule {
     /// Columns that share a scale in rows of `width`.
-    fn span(&self, width: usize) -> Result<usize> {
+    pub(crate) fn span(&self, width: usize) -> Result<usize> {
         let divided = |by: usize| {
             if by == 0 || !width.is_multiple_of(by) {
                 return Err(KernelError::NotDivisible { what: "width of quantized activations", value: width, by });

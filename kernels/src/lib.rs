@@ -18,6 +18,7 @@ pub mod backend;
 pub mod cpu;
 #[cfg(any(feature = "emulated", feature = "cuda"))]
 pub mod cuda;
+pub mod draw;
 pub mod error;
 pub mod floats;
 pub mod ggml;
@@ -27,6 +28,7 @@ pub mod qdq;
 pub mod quantized;
 pub mod random;
 pub mod scheme;
+pub mod solver;
 
 pub use error::{KernelError, Result};
 pub use qdq::ScaleType;

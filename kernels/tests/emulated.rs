@@ -109,6 +109,7 @@ fn checked_kernels_touch_only_their_own_memory() {
     cases::embedding_is_exact(&list);
     cases::rope_agrees(&list);
     cases::scores_agree(&list);
+    cases::draws_agree(&list);
     cases::hessian_adds_to_the_upper_triangle(&list, &[(70, 17)]);
 }
 
@@ -140,6 +141,11 @@ fn elementwise_operations_agree() {
 #[test]
 fn scores_agree_and_ties_take_the_first_index() {
     each(cases::scores_agree);
+}
+
+#[test]
+fn tokens_are_drawn_alike() {
+    each(cases::draws_agree);
 }
 
 #[test]

@@ -189,6 +189,11 @@ fn elementwise_operations_agree() {
 }
 
 #[test]
+fn tokens_are_drawn_alike() {
+    each(cases::draws_agree);
+}
+
+#[test]
 fn scores_agree_and_ties_take_the_first_index() {
     each(cases::scores_agree);
 }

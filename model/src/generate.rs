@@ -63,7 +63,9 @@ pub fn generate(
             let best = model.backend().argmax(&logits, model.config().vocab_size).at("argmax")?;
             best.first().copied().unwrap_or_default()
         } else {
-            sample(&model.backend().download(&logits).at("logits")?, &options.sampling, out.tokens.len() as u64)
+            let draw = options.sampling.draw(out.tokens.len() as u64);
+            let drawn = model.backend().draw(&logits, model.config().vocab_size, &[draw]).at("draw")?;
+            drawn.first().copied().unwrap_or_default()
         };
         if options.stop.contains(&next) {
             break;

@@ -376,7 +376,7 @@ impl Run<'_> {
             let opts = plan.options.solver(planned.scheme, plan.layout.scales);
             let solve = |source: SolveError| QuantizeError::Solve { module: module.clone(), source };
             if shared.is_none() && plan.options.method.calibrated() {
-                shared = Some(Shared::new(stats, &opts).map_err(solve)?);
+                shared = Some(Shared::on(backend, stats, &opts).map_err(solve)?);
             }
             let w = self.dense(planned)?;
             let (out, n, wanted) = (planned.out_features, planned.in_features, planned.wanted());

@@ -127,6 +127,29 @@ impl Factor {
 /// Dead columns (zero diagonal) are isolated, with the mean of the diagonal in place of the zero. Tries f32, then
 /// f64, then f64 with damping raised tenfold up to three times; every step beyond the first is an event.
 pub fn factorize(h: &[f32], n: usize, opts: &SolverOptions) -> Result<Factor, SolveError> {
+    factorize_with(h, n, opts, |_| Ok(None))
+}
+
+/// What a first attempt is given.
+pub(crate) struct First<'a> {
+    /// Position in solving order → column.
+    pub perm: &'a [usize],
+    /// The undamped diagonal in the order of columns; 0 at dead ones.
+    pub diag: &'a [f32],
+    /// What stands on the diagonal instead.
+    pub damped: Vec<f32>,
+}
+
+/// `U`, or the position of the pivot that failed; `None` where the host is to make the attempt.
+pub(crate) type Attempt = Option<Result<Vec<f32>, usize>>;
+
+/// [`factorize`] whose attempt in f32 may be made by `first`, on a device. All later ones are the host's.
+pub(crate) fn factorize_with(
+    h: &[f32],
+    n: usize,
+    opts: &SolverOptions,
+    first: impl FnOnce(&First<'_>) -> Result<Attempt, SolveError>,
+) -> Result<Factor, SolveError> {
     opts.check()?;
     check_len("Hessian", n.checked_mul(n).ok_or(KernelError::Overflow("Hessian"))?, h.len())?;
     for row in 0..n {
@@ -162,12 +185,15 @@ pub fn factorize(h: &[f32], n: usize, opts: &SolverOptions) -> Result<Factor, So
 
     let mut events = Vec::new();
     let mut damp = opts.damp_frac;
-    let mut failed = match inverse_factor::<f32>(n, |r, c| entry(perm[r], perm[c], damp) as f32) {
-        Ok(u) => {
-            return Ok(Factor { n, perm, u, dead, diag, damp_frac: damp, events });
-        }
-        Err(position) => position,
-    };
+    let damped = (0..n).map(|i| entry(i, i, damp) as f32).collect();
+    let attempt = first(&First { perm: &perm, diag: &diag, damped })?;
+    let mut failed =
+        match attempt.unwrap_or_else(|| inverse_factor::<f32>(n, |r, c| entry(perm[r], perm[c], damp) as f32)) {
+            Ok(u) => {
+                return Ok(Factor { n, perm, u, dead, diag, damp_frac: damp, events });
+            }
+            Err(position) => position,
+        };
     for attempt in 0..4 {
         if attempt > 0 {
             damp = if damp == 0.0 { 0.01 } else { damp * 10.0 };

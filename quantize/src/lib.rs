@@ -28,6 +28,7 @@ pub mod hqq;
 pub mod inputs;
 pub mod learned;
 pub mod loss;
+mod on_device;
 pub mod plan;
 pub mod record;
 pub mod resume;

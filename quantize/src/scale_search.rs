@@ -244,7 +244,7 @@ impl Search {
             }
         }
         // 0.50 to 1.07 (0.35 for 3 bits and fewer) in steps of 0.02.
-        let first: u16 = if opts.scheme.bits <= 3 { 35 } else { 50 };
+        let first = first_percent(opts.scheme.bits);
         Ok(Self {
             scheme: opts.scheme,
             scale_type: opts.scale_type,
@@ -373,6 +373,11 @@ fn asymmetric(search: &Search, w: &[f32], measure: &mut impl Measure) -> Choice 
         best = better(search, w, measure, best, scale, zero);
     }
     best
+}
+
+/// The smallest clip factor that the Hessian search tries, in hundredths.
+pub(crate) fn first_percent(bits: u8) -> u16 {
+    if bits <= 3 { 35 } else { 50 }
 }
 
 /// Whether a rounded scale can be divided by.

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use lowbit_calibration::InputStats;
 use lowbit_checkpoint::linear;
-use lowbit_kernels::backend::{Bytes, FloatType, HostWeight};
+use lowbit_kernels::backend::{Backend, Bytes, FloatType, HostWeight};
 use lowbit_kernels::ggml::GgmlType;
 use lowbit_kernels::{QuantizedMatrix, QuantizedWeight, WeightFormat};
 
@@ -16,6 +16,7 @@ use crate::floats::quantize_float;
 use crate::gptq::codes_on;
 use crate::hqq::quantize_hqq;
 use crate::loss::{Loss, proxy_loss};
+use crate::on_device::OnDevice;
 use crate::rtn::quantize_rtn;
 use crate::scale_search::{DataFree, ScaleSearch, SolverOptions, search_scales};
 use crate::target::corrected_target;
@@ -28,15 +29,57 @@ pub struct Shared<'a> {
     pub factor: Factor,
     /// The damped Hessian, where a sweep or a search needs it.
     damped: Option<Vec<f32>>,
+    /// Where a device solves.
+    device: Option<OnDevice<'a>>,
 }
 
 impl<'a> Shared<'a> {
-    /// Factorizes.
+    /// Factorizes; everything on the host.
     pub fn new(stats: &'a InputStats, opts: &SolverOptions) -> Result<Self, SolveError> {
-        let factor = factorize(&stats.hessian, stats.n, opts)?;
+        Self::of(stats, factorize(&stats.hessian, stats.n, opts)?, None, opts)
+    }
+
+    /// [`Self::new`] with the solvers of `backend`, where it has any.
+    pub fn on(backend: &'a dyn Backend, stats: &'a InputStats, opts: &SolverOptions) -> Result<Self, SolveError> {
+        let Some(solver) = backend.solver() else { return Self::new(stats, opts) };
+        let (factor, device) = OnDevice::new(backend, solver, stats, opts)?;
+        Self::of(stats, factor, Some(device), opts)
+    }
+
+    fn of(
+        stats: &'a InputStats,
+        factor: Factor,
+        device: Option<OnDevice<'a>>,
+        opts: &SolverOptions,
+    ) -> Result<Self, SolveError> {
         let whole = opts.sweeps > 0 || opts.scale_search == ScaleSearch::Blocks;
         let damped = whole.then(|| factor.damped(&stats.hessian)).transpose()?;
-        Ok(Self { stats, factor, damped })
+        Ok(Self { stats, factor, damped, device })
+    }
+
+    /// GPTQ of `target` `[out, n]` onto integers.
+    fn codes(&self, target: &[f32], out: usize, n: usize, opts: &SolverOptions) -> Result<QuantizedMatrix, SolveError> {
+        let factor = &self.factor;
+        // A device searches by the diagonal alone.
+        if let Some(d) = self.device.as_ref().filter(|_| !opts.scale_search.integers_only()) {
+            return d.codes(target, out, n, factor, opts);
+        }
+        let scales = match (opts.scale_search, &self.damped) {
+            (ScaleSearch::Blocks, Some(h)) => search_scales_by_blocks(target, out, n, h, &factor.diag, opts)?,
+            (ScaleSearch::Pivots, _) => search_scales(target, out, n, Some(&factor.pivots()), opts)?,
+            _ => search_scales(target, out, n, Some(&factor.diag), opts)?,
+        };
+        codes_on(target, out, n, factor, scales, opts)
+    }
+
+    /// Loss of `q` against `w`, both `[out, n]`.
+    fn loss(&self, w: &[f32], q: &[f32], out: usize, n: usize) -> Result<Loss, SolveError> {
+        let on_device = self.device.as_ref().map(|d| d.loss(w, q, out, n)).transpose()?.flatten();
+        let loss = on_device.unwrap_or_else(|| proxy_loss(w, q, &self.stats.hessian, out, n));
+        if !(loss.proxy.is_finite() && loss.reference.is_finite()) {
+            return Err(SolveError::NonFinite { what: "proxy loss", index: 0 });
+        }
+        Ok(loss)
     }
 }
 
@@ -55,12 +98,7 @@ pub fn solve_linear(
         None => None,
     };
     let target = corrected.as_deref().unwrap_or(w);
-    let scales = match (opts.scale_search, &shared.damped) {
-        (ScaleSearch::Blocks, Some(h)) => search_scales_by_blocks(target, out, n, h, &factor.diag, opts)?,
-        (ScaleSearch::Pivots, _) => search_scales(target, out, n, Some(&factor.pivots()), opts)?,
-        _ => search_scales(target, out, n, Some(&factor.diag), opts)?,
-    };
-    let mut matrix = codes_on(target, out, n, factor, scales, opts)?;
+    let mut matrix = shared.codes(target, out, n, opts)?;
     if let Some(h) = shared.damped.as_ref().filter(|_| opts.sweeps > 0) {
         if corrected.is_none() && !factor.dead.is_empty() {
             let mut live = w.to_vec();
@@ -70,10 +108,7 @@ pub fn solve_linear(
             descend(&mut matrix, target, h, opts.sweeps, opts)?;
         }
     }
-    let loss = proxy_loss(w, &matrix.dequantize()?, &stats.hessian, out, n);
-    if !(loss.proxy.is_finite() && loss.reference.is_finite()) {
-        return Err(SolveError::NonFinite { what: "proxy loss", index: 0 });
-    }
+    let loss = shared.loss(w, &matrix.dequantize()?, out, n)?;
     Ok((matrix, loss))
 }
 
@@ -145,10 +180,7 @@ pub fn solve_any(
         }
         Wanted::Blocks(kind) => Solved::Blocks(blocks_gptq(kind, w, n, &shared.factor, opts)?),
     };
-    let loss = proxy_loss(w, &solved.dequantize()?, &shared.stats.hessian, out, n);
-    if !(loss.proxy.is_finite() && loss.reference.is_finite()) {
-        return Err(SolveError::NonFinite { what: "proxy loss", index: 0 });
-    }
+    let loss = shared.loss(w, &solved.dequantize()?, out, n)?;
     Ok((solved, loss))
 }
 

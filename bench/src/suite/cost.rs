@@ -72,6 +72,10 @@ pub enum Kernel {
     AttentionPrefill { tokens: usize, heads: usize, kv_heads: usize, head_dim: usize, element: usize },
     /// `h += xᵀ x`, upper triangle, x `[tokens, n]`.
     Hessian { tokens: usize, n: usize },
+    /// The factor of a Hessian of `n` columns that GPTQ works with.
+    Factor { n: usize },
+    /// GPTQ of a matrix `[out, n]` onto four bits, groups of [`GROUP`]: scales, codes, and the way of both from and to the host.
+    Gptq { out: usize, n: usize },
     /// `x += y` on `n` elements.
     Add { n: usize },
     /// A copy of `n` elements.
@@ -87,6 +91,8 @@ impl Kernel {
             Kernel::AttentionDecode { .. } => "attention (decode)",
             Kernel::AttentionPrefill { .. } => "attention (prefill)",
             Kernel::Hessian { .. } => "hessian_update",
+            Kernel::Factor { .. } => "factor",
+            Kernel::Gptq { .. } => "gptq",
             Kernel::Add { .. } => "add_assign",
             Kernel::Copy { .. } => "slice_columns",
         }
@@ -103,7 +109,8 @@ impl Kernel {
             Kernel::AttentionPrefill { heads, kv_heads, head_dim, .. } => {
                 format!("{heads}/{kv_heads} heads of {head_dim}")
             }
-            Kernel::Hessian { n, .. } => format!("{n}x{n}"),
+            Kernel::Hessian { n, .. } | Kernel::Factor { n } => format!("{n}x{n}"),
+            Kernel::Gptq { out, n } => format!("{out}x{n}"),
             Kernel::Add { n } | Kernel::Copy { n } => format!("{n}"),
         }
     }
@@ -114,8 +121,13 @@ impl Kernel {
             Kernel::Linear { tokens, .. } | Kernel::RmsNorm { tokens, .. } | Kernel::Hessian { tokens, .. } => tokens,
             Kernel::AttentionDecode { batch, .. } => batch,
             Kernel::AttentionPrefill { tokens, .. } => tokens,
-            Kernel::Add { .. } | Kernel::Copy { .. } => 1,
+            Kernel::Factor { .. } | Kernel::Gptq { .. } | Kernel::Add { .. } | Kernel::Copy { .. } => 1,
         }
+    }
+
+    /// Whether it is work of a solver, which not every device has.
+    pub fn is_solver(&self) -> bool {
+        matches!(self, Kernel::Factor { .. } | Kernel::Gptq { .. })
     }
 
     /// Weight format of a linear.
@@ -142,6 +154,13 @@ impl Kernel {
                 2 * tokens as u64 * head_dim as u64 * (element * kv_heads + ACTIVATION as usize * heads) as u64
             }
             Kernel::Hessian { tokens, n } => ACTIVATION * n as u64 * (tokens + n + 1) as u64,
+            // Two triangles.
+            Kernel::Factor { n } => ACTIVATION * n as u64 * (n as u64 + 1),
+            // The matrix, the factor, a byte a code, and scales.
+            Kernel::Gptq { out, n } => {
+                let (out, n) = (out as u64, n as u64);
+                (ACTIVATION + 1) * out * n + ACTIVATION * (n * (n + 1) / 2 + out * n.div_ceil(GROUP as u64))
+            }
             Kernel::Add { n } => 3 * ACTIVATION * n as u64,
             Kernel::Copy { n } => 2 * ACTIVATION * n as u64,
         }
@@ -160,6 +179,10 @@ impl Kernel {
                 2 * tokens as u64 * (tokens as u64 + 1) * heads as u64 * head_dim as u64
             }
             Kernel::Hessian { tokens, n } => tokens as u64 * n as u64 * (n as u64 + 1),
+            // A third of n³ for the factorization, another for the triangular inverse.
+            Kernel::Factor { n } => 2 * (n as u64).pow(3) / 3,
+            // Every column's error moves into all later ones. The search for scales is not counted.
+            Kernel::Gptq { out, n } => out as u64 * n as u64 * (n as u64).saturating_sub(1),
             Kernel::Add { n } => n as u64,
             Kernel::Copy { .. } => 0,
         }
@@ -212,6 +235,11 @@ mod tests {
         // n = 3: 6 elements of the triangle read and written, x 2 · 3: 18 elements; 6 products and sums a token.
         let k = Kernel::Hessian { tokens: 2, n: 3 };
         assert_eq!((k.bytes(), k.flops()), (72, 24));
+        // Two triangles of 6; 2 · 27 / 3.
+        assert_eq!((Kernel::Factor { n: 3 }.bytes(), Kernel::Factor { n: 3 }.flops()), (48, 18));
+        // 6 weights of 4 bytes and 6 codes, a triangle of 6, 2 scales; 2 rows of 3 pairs of columns.
+        let k = Kernel::Gptq { out: 2, n: 3 };
+        assert_eq!((k.bytes(), k.flops()), (30 + 24 + 8, 12));
         assert_eq!((Kernel::Add { n: 10 }.bytes(), Kernel::Add { n: 10 }.flops()), (120, 10));
         assert_eq!((Kernel::Copy { n: 10 }.bytes(), Kernel::Copy { n: 10 }.flops()), (80, 0));
     }

@@ -125,9 +125,11 @@ fn finish(row: &Row, times: Times, ceilings: &Ceilings) -> Result<KernelRow> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
     use std::time::Duration;
 
     use lowbit_kernels::cpu::ScalarBackend;
+    use lowbit_kernels::cuda::{Device, GpuBackend};
 
     use super::*;
 
@@ -159,6 +161,23 @@ mod tests {
         }
         // 4096 bytes of bf16 are there already; 2080 of w8 take two; 1056 of w4 take four.
         assert_eq!(timed.rows.iter().take(3).map(|r| r.copies).collect::<Vec<_>>(), [1, 2, 4]);
+    }
+
+    #[test]
+    fn a_device_without_a_solver_says_so() {
+        let b = ScalarBackend::new();
+        let sizes = CeilingSizes { elements: 1000, linear: [2, 16, 16] };
+        let c = ceilings(&b, &sizes, &quick(), &|_| ()).unwrap();
+        let rows = [Kernel::Factor { n: 70 }, Kernel::Gptq { out: 3, n: 256 }].map(|kernel| Row {
+            model: "m",
+            layers: "l",
+            kernel,
+        });
+        let timed = run(&b, &rows, &c, &quick(), Instant::now(), &|_| ()).unwrap();
+        assert!(timed.left.len() == 2 && timed.left.iter().all(|l| l.failed), "{:?}", timed.left);
+        let device = GpuBackend::new(Arc::new(Device::emulated(1).unwrap()));
+        let timed = run(&device, &rows, &c, &quick(), Instant::now(), &|_| ()).unwrap();
+        assert_eq!((timed.rows.len(), timed.left.len()), (2, 0), "{:?}", timed.left);
     }
 
     #[test]

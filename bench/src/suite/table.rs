@@ -25,8 +25,8 @@ impl Row {
     pub fn name(&self) -> String {
         let k = &self.kernel;
         let format = k.format().map_or(String::new(), |f| format!("{} ", f.name()));
-        let (shape, tokens) = (k.shape(), tokens(k.tokens()));
-        format!("{} {}: {} {format}{shape}, {tokens}", self.model, self.layers, k.op())
+        let tokens = if k.is_solver() { String::new() } else { format!(", {}", tokens(k.tokens())) };
+        format!("{} {}: {} {format}{}{tokens}", self.model, self.layers, k.op(), k.shape())
     }
 }
 
@@ -106,6 +106,10 @@ pub fn rows(element: usize) -> Vec<Row> {
         let kernel = Kernel::AttentionPrefill { tokens: 4096, heads, kv_heads, head_dim, element };
         rows.push(Row { model: m.name, layers: "attention", kernel });
     }
+    for (layers, out, n) in [("gate, up", 14336, 4096), ("down", 4096, 14336)] {
+        let row = |kernel| Row { model: MODELS[0].name, layers, kernel };
+        rows.extend([row(Kernel::Factor { n }), row(Kernel::Gptq { out, n })]);
+    }
     rows.extend([("q, k, v, o, gate, up", 4096), ("down", 14336)].map(|(layers, n)| {
         let kernel = Kernel::Hessian { tokens: WINDOW, n };
         Row { model: MODELS[0].name, layers, kernel }
@@ -121,7 +125,7 @@ mod tests {
     fn every_shape_is_there_once() {
         let rows = rows(4);
         let linears = (5 + 6) * (3 * BATCHES.len() + 2 * PROMPTS.len()) - 2 * 2;
-        assert_eq!(rows.len(), linears + 2 * (4 + 6 + 1) + 2);
+        assert_eq!(rows.len(), linears + 2 * (4 + 6 + 1) + 4 + 2);
         for (i, r) in rows.iter().enumerate() {
             assert!(!rows[..i].contains(r), "{} twice", r.name());
         }
@@ -150,6 +154,7 @@ mod tests {
     fn names_say_what_runs() {
         let rows = rows(4);
         assert_eq!(rows[0].name(), "llama-3.1-8b q, o: linear bf16 4096x4096, 1 token");
+        assert!(rows.iter().any(|r| r.name() == "llama-3.1-8b down: gptq 4096x14336"));
         let last = rows.last().map(Row::name);
         assert_eq!(last.as_deref(), Some("llama-3.1-8b down: hessian_update 14336x14336, 2048 tokens"));
     }

@@ -3,9 +3,11 @@
 use std::time::{Duration, Instant};
 
 use lowbit_kernels::backend::{AttentionShape, Backend, Buffer, KvBuffer, Segment, WeightHandle};
+use lowbit_kernels::solver::{DampedHessian, GptqTask, Solver};
+use lowbit_kernels::{GroupSize, KernelError, ScaleType, Scheme};
 
 use super::SuiteOptions;
-use super::cost::Kernel;
+use super::cost::{GROUP, Kernel};
 use super::data;
 use crate::error::{BenchError, Result};
 
@@ -18,8 +20,60 @@ enum Operands {
     RmsNorm { x: Vec<Buffer>, gain: Buffer, width: usize },
     Attention { q: Buffer, caches: Vec<KvBuffer>, shape: AttentionShape, segments: Vec<Segment> },
     Hessian { h: Buffer, x: Buffer, n: usize },
+    Factor(Triangle),
+    Gptq { w: Vec<f32>, u: Buffer, of: Triangle },
     Add { x: Buffer, y: Buffer },
     Copy { x: Buffer, n: usize },
+}
+
+/// A Hessian without anything off its diagonal: a solver's time does not depend on the values.
+struct Triangle {
+    h: Buffer,
+    n: usize,
+    perm: Vec<usize>,
+    diag: Vec<f32>,
+}
+
+impl Triangle {
+    fn new(backend: &dyn Backend, n: usize) -> Result<Self> {
+        Ok(Self { h: backend.zeros(n * n)?, n, perm: (0..n).collect(), diag: vec![1.0; n] })
+    }
+
+    fn factor(&self, backend: &dyn Backend) -> Result<Buffer> {
+        let Self { h, n, perm, diag } = self;
+        let made = solver(backend)?.factor(&DampedHessian { h, n: *n, perm, diag, damped: diag })?;
+        match made {
+            Some(Ok(u)) => Ok(u),
+            _ => Err(unsupported(backend, "factor", "it is the host's in this arithmetic").into()),
+        }
+    }
+
+    fn solve(&self, backend: &dyn Backend, w: &[f32], u: &Buffer) -> Result<()> {
+        let (scheme, n) = (Scheme { bits: 4, symmetric: true, group: GroupSize::Cols(GROUP) }, self.n);
+        solver(backend)?.gptq(&GptqTask {
+            w,
+            out_features: w.len() / n.max(1),
+            n,
+            u,
+            perm: &self.perm,
+            diag: &self.diag,
+            scheme,
+            scale_type: ScaleType::Bf16,
+            first_percent: Some(50),
+            signed_scales: true,
+            min_zero: 0,
+            block: 128,
+        })?;
+        Ok(())
+    }
+}
+
+fn solver(backend: &dyn Backend) -> Result<&dyn Solver> {
+    Ok(backend.solver().ok_or_else(|| unsupported(backend, "gptq", "it has no solver of its own"))?)
+}
+
+fn unsupported(backend: &dyn Backend, op: &'static str, why: &str) -> KernelError {
+    KernelError::Unsupported { backend: backend.name(), op, why: why.into() }
 }
 
 /// Weights of the current linear: rows of the same weight share them.
@@ -103,6 +157,11 @@ impl<'a> Work<'a> {
                 Operands::Attention { q: up(tokens * heads * head_dim)?, caches, shape, segments }
             }
             Kernel::Hessian { tokens, n } => Operands::Hessian { h: backend.zeros(n * n)?, x: up(tokens * n)?, n },
+            Kernel::Factor { n } => Operands::Factor(Triangle::new(backend, n)?),
+            Kernel::Gptq { out, n } => {
+                let of = Triangle::new(backend, n)?;
+                Operands::Gptq { w: data::floats(out * n), u: of.factor(backend)?, of }
+            }
             Kernel::Add { n } => Operands::Add { x: up(n)?, y: up(n)? },
             Kernel::Copy { n } => Operands::Copy { x: up(n)?, n },
         };
@@ -115,7 +174,8 @@ impl<'a> Work<'a> {
             Operands::Linear { .. } => self.weights.handles.len(),
             Operands::RmsNorm { x, .. } => x.len(),
             Operands::Attention { caches, .. } => caches.len(),
-            Operands::Hessian { .. } | Operands::Add { .. } | Operands::Copy { .. } => 1,
+            Operands::Hessian { .. } | Operands::Factor(_) | Operands::Gptq { .. } => 1,
+            Operands::Add { .. } | Operands::Copy { .. } => 1,
         }
     }
 
@@ -131,6 +191,11 @@ impl<'a> Work<'a> {
             }
             Operands::Hessian { h, x, n } => {
                 b.hessian_update(h, x, *n)?;
+                None
+            }
+            Operands::Factor(of) => Some(of.factor(b)?),
+            Operands::Gptq { w, u, of } => {
+                of.solve(b, w, u)?;
                 None
             }
             Operands::Add { x, y } => {
@@ -150,7 +215,7 @@ impl<'a> Work<'a> {
         }
         let result = match (&last, &self.operands) {
             (Some(made), _) => made,
-            (None, Operands::Hessian { h: x, .. } | Operands::Add { x, .. }) => x,
+            (None, Operands::Hessian { h: x, .. } | Operands::Gptq { u: x, .. } | Operands::Add { x, .. }) => x,
             (None, _) => return Err(BenchError::Zero("the number of calls")),
         };
         std::hint::black_box(self.backend.download_range(result, 0..1)?);

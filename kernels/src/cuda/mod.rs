@@ -25,7 +25,10 @@ pub mod nvrtc;
 mod ops_attention;
 mod ops_elementwise;
 mod ops_embed;
+mod ops_factor;
+mod ops_gptq;
 mod ops_hessian;
+mod ops_input;
 mod ops_linear;
 mod ops_narrow;
 mod ops_norm;
@@ -56,13 +59,16 @@ use self::ops_rope::CacheView;
 use self::rows::{RowTable, bytes_of, floats_of};
 use self::steps::{GpuSteps, StepInputs};
 use self::weights::{DeviceWeight, Layout};
+use crate::activation::InputRule;
 use crate::backend::{
     Activation, AttentionShape, Backend, Buffer, FloatType, HostWeight, KvBuffer, Segment, Steps, TokenScore,
     WeightHandle,
 };
 use crate::cpu::checks;
+use crate::draw::{Draw, draw};
 use crate::error::{KernelError, Result, check_len};
 use crate::random::RandomWeight;
+use crate::solver::Solver;
 
 /// f32 elements on the device.
 pub struct GpuBuffer {
@@ -323,6 +329,10 @@ fn buffer(len: usize, memory: Memory) -> Buffer {
 impl Backend for GpuBackend {
     fn name(&self) -> &'static str {
         self.device.name()
+    }
+
+    fn solver(&self) -> Option<&dyn Solver> {
+        Some(self)
     }
 
     fn steps(&self) -> Result<Option<Box<dyn Steps>>> {
@@ -591,12 +601,29 @@ impl Backend for GpuBackend {
         ops_score::argmax(&self.device, self.mem(logits)?, rows, vocab)
     }
 
+    fn draw(&self, logits: &Buffer, vocab: usize, draws: &[Draw]) -> Result<Vec<u32>> {
+        check_len("draws", checks::rows("logits", logits.len, vocab)?, draws.len())?;
+        if self.is_reproducible() {
+            // The host's exponentials and logarithms decide between arrivals.
+            let host = self.download(logits)?;
+            return Ok(host.chunks_exact(vocab).zip(draws).map(|(row, d)| draw(row, d)).collect());
+        }
+        ops_score::draw(&self.device, self.mem(logits)?, vocab, draws)
+    }
+
     fn hessian_update(&self, h: &mut Buffer, x: &Buffer, n: usize) -> Result<()> {
         let tokens = checks::rows("hessian input", x.len, n)?;
         check_len("hessian", checks::product("hessian", n, n)?, h.len)?;
         let fast = ops_hessian::hessian_update;
         let update = if self.is_reproducible() { ops_reproducible::hessian_update } else { fast };
         update(&self.device, self.mem(h)?, self.mem(x)?, tokens, n)
+    }
+
+    fn quantize_input(&self, x: &Buffer, width: usize, rule: &InputRule) -> Result<Buffer> {
+        let rows = checks::rows("quantized input", x.len, width)?;
+        let y = self.new_buffer(x.len)?;
+        ops_input::round_input(&self.device, self.mem(x)?, self.mem(&y)?, rows, width, rule)?;
+        Ok(y)
     }
 
     fn abs_max(&self, x: &Buffer) -> Result<f32> {

@@ -16,13 +16,14 @@ use sha2::{Digest, Sha256};
 use crate::error::{KernelError, Result};
 
 /// The device code, in the order it is compiled: one translation unit, as in `emulator/registry.cpp`.
-pub const SOURCES: [(&str, &str); 20] = [
+pub const SOURCES: [(&str, &str); 24] = [
     ("gpu.h", include_str!("src/gpu.h")),
     ("elementwise.cu", include_str!("src/elementwise.cu")),
     ("norm.cu", include_str!("src/norm.cu")),
     ("rope.cu", include_str!("src/rope.cu")),
     ("rope_append.cu", include_str!("src/rope_append.cu")),
     ("score.cu", include_str!("src/score.cu")),
+    ("sample.cu", include_str!("src/sample.cu")),
     ("embed.cu", include_str!("src/embed.cu")),
     ("attention.cu", include_str!("src/attention.cu")),
     ("attention_decode.cu", include_str!("src/attention_decode.cu")),
@@ -37,6 +38,9 @@ pub const SOURCES: [(&str, &str); 20] = [
     ("random.cu", include_str!("src/random.cu")),
     ("reproducible.cu", include_str!("src/reproducible.cu")),
     ("reproducible_attention.cu", include_str!("src/reproducible_attention.cu")),
+    ("solve_factor.cu", include_str!("src/solve_factor.cu")),
+    ("solve_gptq.cu", include_str!("src/solve_gptq.cu")),
+    ("input.cu", include_str!("src/input.cu")),
 ];
 
 /// Where to look for NVRTC and where to keep what it made. This crate reads no environment: the caller fills it.

@@ -20,6 +20,7 @@ namespace EMU_SIDE {
 #include "../cuda/src/rope.cu"
 #include "../cuda/src/rope_append.cu"
 #include "../cuda/src/score.cu"
+#include "../cuda/src/sample.cu"
 #include "../cuda/src/embed.cu"
 #include "../cuda/src/attention.cu"
 #include "../cuda/src/attention_decode.cu"
@@ -34,6 +35,9 @@ namespace EMU_SIDE {
 #include "../cuda/src/random.cu"
 #include "../cuda/src/reproducible.cu"
 #include "../cuda/src/reproducible_attention.cu"
+#include "../cuda/src/solve_factor.cu"
+#include "../cuda/src/solve_gptq.cu"
+#include "../cuda/src/input.cu"
 
 #include "planted.cu"
 
@@ -79,7 +83,7 @@ const emu::Kernel EMU_TABLE[] = {
     K(rope), K(kv_append), K(kv_append_half), K(rope_append), K(rope_append_half),
     K(attention_prefill), K(attention_decode), K(attention_decode_wide), K(attention_decode_half_64), K(attention_decode_half_128),
     K(attention_half_64), K(attention_half_128),
-    K(score), K(argmax),
+    K(score), K(argmax), K(draw_tokens),
     K(gemv_dense), K(gemv_w4), K(gemv_w8), K(gemm_dense), K(gemm_packed),
     K(narrow_x1), K(narrow_x2), K(narrow_x3), K(narrow_h1), K(narrow_h2), K(narrow_h4), K(narrow_meta),
     K(wide_half_bf16_128), K(wide_half_bf16_256), K(wide_half_w4_128), K(wide_half_w4_256), K(wide_half_w8_128),
@@ -87,6 +91,8 @@ const emu::Kernel EMU_TABLE[] = {
     K(hessian_update), K(random_fill), K(hessian_wide), K(hessian_scales), K(hessian_split),
     K(linear_reproducible), K(hessian_reproducible), K(rms_norm_reproducible), K(rope_reproducible),
     K(activation_reproducible), K(scores_reproducible), K(weights_reproducible), K(mix_reproducible),
+    K(factor_prepare), K(factor_diagonal), K(factor_panel), K(factor_update), K(factor_inverse), K(factor_check),
+    K(gptq_scales), K(gptq_gather), K(gptq_block), K(gptq_update), K(gptq_loss), K(round_input),
     K(planted_clean), K(planted_read_past_end), K(planted_write_past_end), K(planted_write_beside),
     K(planted_write_input), K(planted_race), K(planted_race_global), K(planted_race_of_blocks), K(planted_last_block), K(planted_missing_fence),
     K(planted_divergent_barrier), K(planted_two_barriers), K(planted_mask), K(planted_shared_overrun),

@@ -8,6 +8,7 @@ use lowbit_kernels::backend::{
     Activation, AttentionShape, Backend, Bytes, FloatType, HostWeight, PackedWeight, Segment,
 };
 use lowbit_kernels::cpu::ScalarBackend;
+use lowbit_kernels::draw::{Draw, draw};
 use lowbit_kernels::floats::{FloatCode, FloatScales, FloatWeight};
 use lowbit_kernels::pack::pack_rows;
 use lowbit_kernels::{GroupSize, KernelError, Scheme};
@@ -142,7 +143,9 @@ pub fn inputs_round_alike(backends: &[(String, &dyn Backend)]) {
     let rules = [
         (InputCode::Int8, InputScale::Token),
         (InputCode::Int8, InputScale::Stored(vec![0.01])),
+        (InputCode::Int8, InputScale::Group(16)),
         (InputCode::Fp8, InputScale::Token),
+        (InputCode::Fp4, InputScale::Token),
         (InputCode::Fp8, InputScale::Group(32)),
         (InputCode::Fp8, InputScale::Stored(vec![0.002, 0.001])),
         (InputCode::Fp4, InputScale::Local { global: 2688.0 }),
@@ -462,4 +465,41 @@ pub fn foreign_handles_and_overlaps_are_refused(backends: &[(String, &dyn Backen
         assert!(b.rope(&mut q, 1, 8, &[1.0], 1.0, &twice).is_err(), "{label}");
         assert!(b.download_range(&q, 10..17).is_err(), "{label}");
     }
+}
+
+/// Tokens drawn where the logits are: those of the reference, but for arrivals that are equal to rounding.
+pub fn draws_agree(backends: &[(String, &dyn Backend)]) {
+    let (vocab, rows) = (1003, 24);
+    let mut logits: Vec<f32> = Noise(8).many(vocab * rows).iter().map(|v| (v * 8.0).round() / 2.0).collect();
+    // Rows with one candidate, with none, and with values no softmax has.
+    logits[vocab..2 * vocab].fill(f32::NEG_INFINITY);
+    logits[vocab + 700] = 3.0;
+    logits[2 * vocab..3 * vocab].fill(f32::NEG_INFINITY);
+    logits[3 * vocab + 5] = f32::INFINITY;
+    let kept = |temperature, top_k, top_p, min_p| Draw { temperature, top_k, top_p, min_p, key: 0 };
+    let (mut same, mut all) = (0, 0);
+    for rule in [
+        kept(0.0, 0, 1.0, 0.0),
+        kept(1.0, 0, 1.0, 0.0),
+        kept(0.7, 1, 1.0, 0.0),
+        kept(1.5, 40, 1.0, 0.0),
+        kept(1.0, 0, 0.3, 0.0),
+        kept(2.0, 300, 0.8, 0.0),
+        kept(1.0, 5000, 0.9, 0.2),
+        kept(0.8, usize::MAX, 0.999, 0.01),
+    ] {
+        let draws: Vec<Draw> = (0..rows as u64).map(|r| Draw { key: 77 * r + 1, ..rule }).collect();
+        let want: Vec<u32> = logits.chunks_exact(vocab).zip(&draws).map(|(row, d)| draw(row, d)).collect();
+        for (label, b) in backends {
+            let l = b.upload(&logits).unwrap();
+            let got = b.draw(&l, vocab, &draws).unwrap();
+            assert_eq!((got.len(), got[1], got[2], got[3]), (rows, 700, 0, 5), "{label} {rule:?}");
+            assert!(got.iter().all(|t| (*t as usize) < vocab), "{label} {rule:?}");
+            same += got.iter().zip(&want).filter(|(g, w)| g == w).count();
+            all += rows;
+            assert!(b.draw(&l, vocab, &draws[1..]).is_err(), "{label}");
+        }
+    }
+    // What differs by rounding is one draw in a million; a filter that kept too much or too little would show in many.
+    assert!(same + 1 >= all, "{same} of {all} draws");
 }
