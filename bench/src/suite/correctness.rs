@@ -4,8 +4,10 @@
 //! what a machine without the sources runs.
 
 use half::bf16;
+use lowbit_kernels::activation::{InputCode, InputRule, InputScale};
 use lowbit_kernels::backend::{Activation, AttentionShape, Backend, FloatType, HostWeight, Segment};
 use lowbit_kernels::cpu::ScalarBackend;
+use lowbit_kernels::draw::Draw;
 use lowbit_kernels::{GroupSize, KernelError, Scheme};
 
 use super::cost::tokens as token_count;
@@ -259,6 +261,16 @@ fn rows(list: &mut Vec<Case>) {
     add(list, "gather_rows", "4 of 5x192".into(), 0.0, |b| {
         b.download(&b.gather_rows(&b.upload(&Noise(8).many(5 * 192))?, 192, &[4, 0, 2, 0])?)
     });
+    for (code, scale) in [
+        (InputCode::Int8, InputScale::Token),
+        (InputCode::Fp8, InputScale::Group(64)),
+        (InputCode::Fp4, InputScale::Local { global: 2688.0 }),
+    ] {
+        let rule = InputRule { code, scale };
+        add(list, "quantize_input", format!("5x192, {code:?}"), 0.0, move |b| {
+            b.download(&b.quantize_input(&b.upload(&Noise(8).many(5 * 192))?, 192, &rule)?)
+        });
+    }
     add(list, "slice_columns", "64..192 of 5x192".into(), 0.0, |b| {
         b.download(&b.slice_columns(&b.upload(&Noise(8).many(5 * 192))?, 192, 64..192)?)
     });
@@ -320,6 +332,15 @@ fn scores(list: &mut Vec<Case>) {
     add(list, "score", format!("{ROWS}x{VOCAB}, top-1"), 0.0, move |b| {
         Ok(b.score(&b.upload(&logits())?, VOCAB, &targets)?.iter().map(|s| s.top1 as f32).collect())
     });
+    for (top_k, top_p) in [(0, 1.0), (40, 0.9)] {
+        // Arrivals that are equal to rounding are one pair in millions.
+        add(list, "draw", format!("{ROWS}x{VOCAB}, top-k {top_k}, top-p {top_p}"), 0.0, move |b| {
+            let draws: Vec<Draw> = (1..=ROWS as u64)
+                .map(|key| Draw { temperature: 8.0, top_k, top_p, min_p: 0.0, key: key << 30 })
+                .collect();
+            Ok(b.draw(&b.upload(&logits())?, VOCAB, &draws)?.iter().map(|i| *i as f32).collect())
+        });
+    }
     add(list, "argmax", format!("{ROWS}x{VOCAB}, a tie"), 0.0, move |b| {
         Ok(b.argmax(&b.upload(&logits())?, VOCAB)?.iter().map(|i| *i as f32).collect())
     });
@@ -337,7 +358,18 @@ mod tests {
         for r in rows.iter().chain(&half).chain(&half_attention) {
             assert!(r.passed && r.error == Some(0.0), "{} {}: {:?} {:?}", r.op, r.case, r.error, r.problem);
         }
-        let ops = ["linear", "embed", "rms_norm", "rope", "hessian_update", "score", "argmax", "add_assign", "abs_max"];
+        let ops = [
+            "linear",
+            "embed",
+            "rms_norm",
+            "rope",
+            "hessian_update",
+            "score",
+            "argmax",
+            "draw",
+            "add_assign",
+            "abs_max",
+        ];
         assert!(ops.iter().all(|op| rows.iter().any(|r| r.op == *op)));
     }
 
