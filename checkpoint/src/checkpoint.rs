@@ -48,8 +48,10 @@ impl Checkpoint {
             _ => external.map(|f| QuantConfig::parse(&f, &read_json(&f)?)).transpose()?,
         };
         let mut store = TensorStore::open(dir)?;
-        if let Some(experts) = &config.experts {
-            store.split_experts(experts, config.hidden_size)?;
+        match &config.experts {
+            Some(experts) if config.family == config::GPT_OSS => store.split_gpt_oss(experts, config.hidden_size)?,
+            Some(experts) => store.split_experts(experts, config.hidden_size)?,
+            None => {}
         }
         Ok(Self { dir: dir.to_path_buf(), config, raw_config, quantization, store })
     }

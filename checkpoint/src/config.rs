@@ -1,5 +1,5 @@
-//! `config.json` of the Llama, Mistral, Qwen2, Qwen3, Gemma 3 (text) and Phi-3 families, of Mixtral, Qwen2-MoE, Qwen3-MoE, DeepSeek-V2
-//! and DeepSeek-V3 as one description.
+//! `config.json` of the Llama, Mistral, Qwen2, Qwen3, Gemma 3 (text) and Phi-3 families, of Mixtral, Qwen2-MoE, Qwen3-MoE, DeepSeek-V2,
+//! DeepSeek-V3 and gpt-oss as one description.
 //!
 //! An unknown architecture is an error that names it, and so is a key that changes the maths and that the graph does not use.
 
@@ -8,7 +8,7 @@ mod latent;
 
 use std::path::Path;
 
-pub use experts::{ExpertGroups, ExpertNames, ExpertsConfig, GroupScore, Scoring};
+pub use experts::{ExpertGroups, ExpertNames, ExpertsConfig, GateClamp, GroupScore, Scoring};
 pub use latent::LatentConfig;
 use lowbit_kernels::backend::Activation;
 use serde_json::Value;
@@ -104,6 +104,8 @@ pub struct ModelConfig {
     pub experts: Option<ExpertsConfig>,
     /// Latent attention (DeepSeek), in place of q, k and v from the residual stream.
     pub latent: Option<LatentConfig>,
+    /// `self_attn.sinks`: each query head has a score that takes a share of the softmax and has no value (gpt-oss).
+    pub sinks: bool,
 }
 
 impl ModelConfig {
@@ -112,6 +114,9 @@ impl ModelConfig {
         self.experts.as_ref().filter(|e| e.sparse.get(layer) == Some(&true))
     }
 }
+
+/// The family of gpt-oss, whose experts are stored in a way of their own.
+pub(crate) const GPT_OSS: &str = "gpt_oss";
 
 /// Families the graph computes.
 const FAMILIES: &[&str] = &[
@@ -126,6 +131,7 @@ const FAMILIES: &[&str] = &[
     "qwen3_moe",
     "deepseek_v2",
     "deepseek_v3",
+    GPT_OSS,
 ];
 
 /// Keys that change the maths in some family and that this graph does not use: any value but null, false, 0 or 1.0 is refused, unless the
@@ -157,7 +163,7 @@ const REFUSED: &[&str] = &[
 /// Whether a family computes with a key that others may not have.
 fn read_by(family: &str, key: &str) -> bool {
     match family {
-        "mixtral" | "qwen2_moe" | "qwen3_moe" => matches!(key, "num_local_experts" | "num_experts"),
+        "mixtral" | "qwen2_moe" | "qwen3_moe" | GPT_OSS => matches!(key, "num_local_experts" | "num_experts"),
         "deepseek_v2" | "deepseek_v3" => {
             matches!(key, "num_local_experts" | "num_experts" | "n_routed_experts" | "kv_lora_rank" | "q_lora_rank")
         }
@@ -235,6 +241,7 @@ pub fn parse(path: &Path, root: &Value) -> Result<ModelConfig> {
         (Some(l), _) => l.cache_width(),
         (None, Some(d)) => d,
         (None, None) if gemma => 256,
+        (None, None) if family == GPT_OSS => 64,
         (None, None) => hidden_size / num_heads,
     };
     if num_kv_heads == 0 || !num_heads.is_multiple_of(num_kv_heads) {
@@ -268,7 +275,17 @@ pub fn parse(path: &Path, root: &Value) -> Result<ModelConfig> {
         "gelu" => Activation::Gelu,
         other => return Err(bad(format!("activation `{other}` is not supported"))),
     };
-    let rope = parse_rope(path, c, if gemma || family == "mixtral" { 1_000_000.0 } else { 10_000.0 })?;
+    let default_theta = match family.as_str() {
+        GPT_OSS => 150_000.0,
+        "mixtral" | "gemma3_text" => 1_000_000.0,
+        _ => 10_000.0,
+    };
+    let rope = parse_rope(path, c, default_theta)?;
+    // transformers puts a YaRN of its own there.
+    let scaled = ["rope_scaling", "rope_parameters"].iter().any(|k| c.get(*k).is_some_and(Value::is_object));
+    if family == GPT_OSS && !scaled {
+        return Err(bad("`rope_scaling` is missing".into()));
+    }
     let rope_local = if gemma { Some(parse_local_rope(path, c)?) } else { None };
     let partial_rotary_factor = float("partial_rotary_factor")
         .or_else(|| c.get("rope_parameters").and_then(|r| r.get("partial_rotary_factor")).and_then(Value::as_f64))
@@ -279,6 +296,7 @@ pub fn parse(path: &Path, root: &Value) -> Result<ModelConfig> {
             return Err(unsupported(path, format!("`use_sliding_window` of `{family}` is not supported")));
         }
         ("deepseek_v2" | "deepseek_v3", _) => None,
+        (GPT_OSS, _) if c.get("sliding_window").is_none() => Some(128),
         _ => int("sliding_window")?.filter(|w| *w > 0),
     };
     let layer_slides = layer_slides(
@@ -295,6 +313,7 @@ pub fn parse(path: &Path, root: &Value) -> Result<ModelConfig> {
         Some(l) => l.attention_scale(&rope.scaling),
         None => (1.0 / scalar.sqrt()) as f32,
     };
+    let default_eps = if matches!(family.as_str(), "mixtral" | GPT_OSS) { 1e-5 } else { 1e-6 };
     Ok(ModelConfig {
         qk_norm: matches!(family.as_str(), "qwen3" | "qwen3_moe" | "gemma3_text"),
         post_norms: gemma,
@@ -305,6 +324,7 @@ pub fn parse(path: &Path, root: &Value) -> Result<ModelConfig> {
         attention_scale,
         experts: experts::parse(path, c, &family, num_layers)?,
         latent,
+        sinks: family == GPT_OSS,
         hidden_size,
         intermediate_size: need("intermediate_size")?,
         num_layers,
@@ -313,7 +333,7 @@ pub fn parse(path: &Path, root: &Value) -> Result<ModelConfig> {
         head_dim,
         vocab_size: need("vocab_size")?,
         max_position_embeddings: int("max_position_embeddings")?.unwrap_or(2048),
-        rms_norm_eps: float("rms_norm_eps").unwrap_or(if family == "mixtral" { 1e-5 } else { 1e-6 }) as f32,
+        rms_norm_eps: float("rms_norm_eps").unwrap_or(default_eps) as f32,
         tie_word_embeddings: c
             .get("tie_word_embeddings")
             .or_else(|| root.get("tie_word_embeddings"))
@@ -361,6 +381,7 @@ fn layer_slides(
     }
     Ok(match family {
         "gemma3_text" => (0..layers).map(|i| !(i + 1).is_multiple_of(pattern.unwrap_or(6))).collect(),
+        GPT_OSS => (0..layers).map(|i| i.is_multiple_of(2)).collect(),
         "qwen2" | "qwen3" => (0..layers).map(|i| i >= max_window_layers.unwrap_or(28)).collect(),
         _ => vec![true; layers],
     })

@@ -1,4 +1,4 @@
-//! `quantization_config` in the dialects of compressed-tensors, GPTQ, AWQ, DeepSeek's FP8 and Model-Optimizer.
+//! `quantization_config` in the dialects of compressed-tensors, GPTQ, AWQ, DeepSeek's FP8, Model-Optimizer and gpt-oss.
 //!
 //! Formats whose scheme is not built yet are refused by name.
 
@@ -189,6 +189,7 @@ impl QuantConfig {
             Some("compressed-tensors") => compressed_tensors::parse(path, q),
             Some("fp8") => vendors::parse_fp8(path, q),
             Some("modelopt" | "modelopt_fp4") => vendors::parse_modelopt(path, q),
+            Some("mxfp4") => Ok(vendors::parse_mxfp4(q)),
             Some("gptq") => parse_gptq(path, q),
             Some("awq") => crate::awq::parse(path, q),
             None if q.get("quantization").is_some_and(|i| i.get("quant_algo").is_some()) => {
@@ -204,7 +205,7 @@ pub(crate) fn refused(path: &Path, what: &str) -> CheckpointError {
     CheckpointError::Unsupported {
         what: format!("{}: {what} is not supported", path.display()),
         hint: Some(
-            "supported: compressed-tensors (integers, FP8, NVFP4, MXFP4), GPTQ with 2, 3, 4 or 8 bits, AWQ GEMM with 4 bits, FP8 as DeepSeek stores it, FP8 and NVFP4 of Model-Optimizer"
+            "supported: compressed-tensors (integers, FP8, NVFP4, MXFP4), GPTQ with 2, 3, 4 or 8 bits, AWQ GEMM with 4 bits, FP8 as DeepSeek stores it, FP8 and NVFP4 of Model-Optimizer, MXFP4 experts of gpt-oss"
                 .into(),
         ),
     }

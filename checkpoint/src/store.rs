@@ -1,5 +1,7 @@
 //! Opening safetensors checkpoints: single file or shards with an index, memory-mapped, validated before use.
 
+mod gpt_oss;
+
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -162,7 +164,8 @@ impl TensorStore {
     /// Gives the memory of the tensors whose names start with `prefix` back to the system: pages of a mapped file that were read
     /// count as this process's until then. They can be read again.
     pub fn release(&self, prefix: &str) {
-        for (_, t) in self.tensors.range(prefix.to_string()..).take_while(|(n, _)| n.starts_with(prefix)) {
+        let named = self.tensors.range(prefix.to_string()..).take_while(|(n, _)| n.starts_with(prefix));
+        for (_, t) in named.filter(|(_, t)| !t.data.is_made_when_read()) {
             self.maps.iter().for_each(|m| m.release(t.data.as_slice()));
         }
     }
@@ -178,7 +181,8 @@ impl TensorStore {
     /// Has the system map the bytes of the float matrices, by name and a piece at a time, for as long as `go_on` says: whoever
     /// multiplies with a mapped matrix for the first time otherwise stops at every few pages. Only time changes by it.
     pub fn map_ahead(&self, go_on: &dyn Fn() -> bool) {
-        let matrices = self.tensors.values().filter(|t| t.shape.len() == 2 && t.float_type().is_some());
+        let mapped = self.tensors.values().filter(|t| !t.data.is_made_when_read());
+        let matrices = mapped.filter(|t| t.shape.len() == 2 && t.float_type().is_some());
         for piece in matrices.flat_map(|t| t.data.as_slice().chunks(AHEAD_BYTES)) {
             if !go_on() {
                 return;
@@ -222,7 +226,7 @@ impl TensorStore {
             };
             let parts: &[&str] = if both { &[e.names.gate, e.names.up] } else { &[e.names.down] };
             let rows = shape[1] / parts.len();
-            let size = t.data.as_slice().len() / (e.count * parts.len()).max(1);
+            let size = t.data.size() / (e.count * parts.len()).max(1);
             let block = name.split(".mlp.experts.").next().unwrap_or_default().to_string();
             let mut split = Vec::with_capacity(e.count * parts.len());
             for i in 0..e.count * parts.len() {

@@ -30,24 +30,30 @@ pub struct Buffer {
 pub struct Bytes {
     owner: Arc<dyn AsRef<[u8]> + Send + Sync>,
     range: Range<usize>,
+    made_when_read: bool,
 }
 
 impl Bytes {
     /// A view of `range` of `owner`; `None` when the range is outside.
     pub fn new(owner: Arc<dyn AsRef<[u8]> + Send + Sync>, range: Range<usize>) -> Option<Self> {
         (*owner).as_ref().get(range.clone())?;
-        Some(Self { owner, range })
+        Some(Self { owner, range, made_when_read: false })
     }
 
     /// Takes a vector.
     pub fn from_vec(v: Vec<u8>) -> Self {
         let range = 0..v.len();
-        Self { owner: Arc::new(v), range }
+        Self { owner: Arc::new(v), range, made_when_read: false }
     }
 
     /// All `len` bytes of an owner that makes them when they are first read: nothing asks for them here.
     pub fn made_when_read(owner: Arc<dyn AsRef<[u8]> + Send + Sync>, len: usize) -> Self {
-        Self { owner, range: 0..len }
+        Self { owner, range: 0..len, made_when_read: true }
+    }
+
+    /// Whether there may be none of them before they are read, in memory or in a file.
+    pub fn is_made_when_read(&self) -> bool {
+        self.made_when_read
     }
 
     /// How many there are, without reading them.
@@ -59,7 +65,8 @@ impl Bytes {
     pub fn part(&self, range: Range<usize>) -> Option<Self> {
         self.as_slice().get(range.clone())?;
         let start = self.range.start;
-        Some(Self { owner: self.owner.clone(), range: start + range.start..start + range.end })
+        let range = start + range.start..start + range.end;
+        Some(Self { owner: self.owner.clone(), range, made_when_read: self.made_when_read })
     }
 
     /// The bytes.

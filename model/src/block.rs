@@ -4,7 +4,7 @@
 //! (q/k/v → o → gate/up → down), so quantizing one group and going on costs no second pass. A sparse block has experts in
 //! place of the dense MLP, or beside a shared expert that takes the dense MLP's place; latent attention has two stages more.
 
-use lowbit_checkpoint::config::ModelConfig;
+use lowbit_checkpoint::config::{GateClamp, ModelConfig};
 use lowbit_kernels::activation::InputRule;
 use lowbit_kernels::backend::{
     AttentionShape, Backend, Buffer, HostWeight, KvBuffer, Segment, WeightHandle, WeightedRows,
@@ -93,6 +93,8 @@ pub struct Block {
     k_norm: Option<Buffer>,
     rope: Rope,
     shape: AttentionShape,
+    /// `[heads]`, where heads have them.
+    sinks: Option<Vec<f32>>,
     /// How keys (after their rotation) and values are rounded before they are cached.
     kv: Option<[InputRule; 2]>,
     config: ModelConfig,
@@ -102,6 +104,10 @@ impl Block {
     /// Loads block `index`; `prefix` is `model.layers.N`.
     pub fn load(from: &dyn Source, backend: &dyn Backend, prefix: &str, index: usize) -> Result<Self> {
         let c = from.config();
+        if c.sinks && !backend.has_sinks() {
+            let what = format!("{prefix}: attention sinks (`{}`) are computed on the CPU only", c.family);
+            return Err(ModelError::Argument(format!("{what}, not on {}\nhint: --device cpu", backend.name())));
+        }
         let shapes = linear_shapes(c, index);
         let linears = shapes
             .iter()
@@ -147,6 +153,7 @@ impl Block {
                 window: if slides { c.sliding_window } else { None },
                 soft_cap: c.attention_soft_cap,
             },
+            sinks: c.sinks.then(|| from.vector(&format!("{prefix}.self_attn.sinks"), c.num_heads)).transpose()?,
             kv: from.kv_rules(&format!("{prefix}.self_attn"))?,
             config: c.clone(),
         })
@@ -331,7 +338,11 @@ impl Block {
                 None => b.kv_append(cache, &k, &v, segments).at("kv_append")?,
             }
         }
-        let attended = b.attention(&q, cache, &self.shape, segments).at("attention")?;
+        let attended = match &self.sinks {
+            Some(sinks) => b.attention_with_sinks(&q, cache, &self.shape, sinks, segments),
+            None => b.attention(&q, cache, &self.shape, segments),
+        };
+        let attended = attended.at("attention")?;
         match &self.latent {
             Some(latent) => latent.output(b, &attended),
             None => Ok(attended),
@@ -370,10 +381,14 @@ impl Block {
         self.gated(b, at, input)
     }
 
-    /// `act(gate · x) ∘ (up · x)`, gate being linear `at` and up the next.
+    /// `act(gate · x) ∘ (up · x)`, gate being linear `at` and up the next; or gpt-oss's clamped form of it.
     fn gated(&self, b: &dyn Backend, at: usize, input: &Buffer) -> Result<Buffer> {
         let [gate, up] = self.apply_all(b, [self.linear_at(at)?, self.linear_at(at + 1)?], input)?;
-        b.activation_mul(&gate, &up, self.config.activation).at("activation")
+        match self.experts.as_ref().and_then(|e| e.config().clamp) {
+            Some(GateClamp { alpha, limit }) => b.clamped_swiglu(&gate, &up, alpha, limit),
+            None => b.activation_mul(&gate, &up, self.config.activation),
+        }
+        .at("activation")
     }
 
     /// gate, up, activation of expert `e` on some rows of stage 4's result: the input of its down.

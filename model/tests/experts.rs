@@ -14,7 +14,7 @@ use lowbit_model::Model;
 use serde_json::{Value, json};
 use weights::Tensor;
 
-const FAMILIES: [&str; 5] = ["mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3"];
+const FAMILIES: [&str; 6] = ["mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3", "gpt_oss"];
 
 /// Sums of 32 to 64 products in f32, through at most four layers, against torch's order of additions.
 const TOLERANCE: f32 = 1e-4;
@@ -92,7 +92,7 @@ fn the_emulated_gpu_computes_them_too() {
 #[test]
 fn a_sequence_does_not_depend_on_the_batch_or_the_threads() {
     let ids = ids();
-    for family in ["mixtral", "deepseek_v3"] {
+    for family in ["mixtral", "deepseek_v3", "gpt_oss"] {
         let model = model(family, Arc::new(CpuBackend::new()));
         let alone = model.logits_of(&ids).unwrap();
         let pool = rayon::ThreadPoolBuilder::new().num_threads(3).build().unwrap();
@@ -159,13 +159,104 @@ fn what_is_not_computed_is_refused_by_name() {
         ("mixtral", "num_local_experts", json!(0)),
         ("qwen2_moe", "shared_expert_intermediate_size", Value::Null),
         ("mixtral", "kv_lora_rank", json!(16)),
+        ("gpt_oss", "swiglu_limit", json!("seven")),
+        ("gpt_oss", "rope_scaling", Value::Null),
     ] {
         let error = refused(family, key, value);
         assert!(error.contains(key), "{family} {key}: {error}");
     }
-    let error = refused("mixtral", "model_type", json!("gpt_oss"));
-    assert!(error.contains("architecture `gpt_oss`"), "{error}");
+    let error = refused("mixtral", "model_type", json!("jamba"));
+    assert!(error.contains("architecture `jamba`"), "{error}");
     // Groups that cannot hold the experts a token needs.
     let error = refused("deepseek_v3", "num_experts_per_tok", json!(9));
     assert!(error.contains("9 experts a token out of 2 groups of 4"), "{error}");
+}
+
+/// Random codes of MXFP4 for a tensor `[experts, in, out]` of gpt-oss, and scales of 2⁻³ to 2⁻¹, by name and shape.
+fn mxfp4(name: &str, shape: &[usize]) -> [(String, Vec<usize>, Vec<u8>); 2] {
+    let [experts, inner, out] = shape[..] else { panic!("{name}: three dimensions, found {shape:?}") };
+    let bytes = |name: &str, count| weights::mixed(name, count).map(|x| (x >> 24) as u8).collect::<Vec<u8>>();
+    let (blocks, scales) = (format!("{name}_blocks"), format!("{name}_scales"));
+    let codes = bytes(&blocks, experts * inner * out / 2);
+    let powers = bytes(&scales, experts * inner * out / 32).into_iter().map(|b| 124 + b % 3).collect();
+    [(blocks, vec![experts, out, inner / 32, 16], codes), (scales, vec![experts, out, inner / 32], powers)]
+}
+
+/// A tensor of bytes.
+struct Codes(Vec<usize>, Vec<u8>);
+
+impl safetensors::View for &Codes {
+    fn dtype(&self) -> lowbit_checkpoint::Dtype {
+        lowbit_checkpoint::Dtype::U8
+    }
+    fn shape(&self) -> &[usize] {
+        &self.0
+    }
+    fn data(&self) -> std::borrow::Cow<'_, [u8]> {
+        (&self.1[..]).into()
+    }
+    fn data_len(&self) -> usize {
+        self.1.len()
+    }
+}
+
+/// gpt-oss as it is released: experts in MXFP4, the rest in floats; in two files, by the kind of their elements.
+fn write_released(dir: &Path) {
+    let mut json = weights::config_of("gpt_oss");
+    let (mut floats, mut codes) = (Vec::new(), Vec::new());
+    for (name, t) in weights::tensors(&json) {
+        if ["experts.gate_up_proj", "experts.down_proj"].iter().any(|n| name.ends_with(n)) {
+            codes.extend(mxfp4(&name, &t.shape).map(|(name, shape, bytes)| (name, Codes(shape, bytes))));
+        } else {
+            floats.push((name, t));
+        }
+    }
+    json["quantization_config"] = json!({"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn",
+        "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]});
+    weights::write(dir, &json, &floats);
+    let (first, second) = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors");
+    std::fs::rename(dir.join("model.safetensors"), dir.join(first)).unwrap();
+    let views = codes.iter().map(|(n, t)| (n.as_str(), t));
+    safetensors::serialize_to_file(views, None, &dir.join(second)).unwrap();
+    let places = floats.iter().map(|(n, _)| (n, first)).chain(codes.iter().map(|(n, _)| (n, second)));
+    let map: serde_json::Map<String, Value> = places.map(|(n, file)| (n.clone(), json!(file))).collect();
+    std::fs::write(dir.join("model.safetensors.index.json"), json!({"weight_map": map}).to_string()).unwrap();
+}
+
+#[test]
+fn released_gpt_oss_keeps_its_codes_and_gives_transformers_logits() {
+    let dir = tempfile::tempdir().unwrap();
+    write_released(dir.path());
+    let ids = ids();
+    for backend in [Arc::new(ScalarBackend::new()) as Arc<dyn Backend>, Arc::new(CpuBackend::new().exact(true))] {
+        let name = backend.name();
+        let model = load(dir.path(), backend);
+        for (phase, logits) in ["prefill", "decode"].iter().zip(both_phases(&model, &ids)) {
+            let d = difference("gpt_oss_mxfp4", &logits);
+            assert!(d <= TOLERANCE, "{name}, {phase}: {d}");
+        }
+        // Three layers of eight experts, each three matrices of 64 × 32: a byte for two codes, and one for 32.
+        let codes = 3 * 8 * 3 * 64 * 32 * 17 / 32;
+        let floats = 4 * (3 * (2 * 64 * 64 + 2 * 32 * 64 + 8 * 64) + 2 * 64 * 64);
+        assert_eq!(model.weight_bytes(), (codes + floats) as u64, "{name}");
+    }
+}
+
+#[test]
+fn gpt_oss_is_refused_where_it_is_not_computed() {
+    let (dir, json) = (tempfile::tempdir().unwrap(), weights::config_of("gpt_oss"));
+    let tensors = weights::tensors(&json);
+    weights::write(dir.path(), &json, &tensors);
+    let gpu: Arc<dyn Backend> = Arc::new(GpuBackend::new(Arc::new(Device::emulated(1).unwrap())));
+    let error = Model::load(&Checkpoint::open(dir.path()).unwrap(), gpu).err().map(|e| e.to_string());
+    assert!(error.as_ref().is_some_and(|e| e.contains("attention sinks") && e.contains("--device cpu")), "{error:?}");
+    // A tensor of experts that is not the config's, by name and with both shapes.
+    let part = "model.layers.1.mlp.experts.down_proj";
+    let cut = tensors.into_iter().map(|(name, t)| match name == part {
+        true => (name, Tensor { shape: vec![7, 32, 64], values: t.values[..7 * 32 * 64].to_vec() }),
+        false => (name, t),
+    });
+    weights::write(dir.path(), &json, &cut.collect::<Vec<_>>());
+    let error = Checkpoint::open(dir.path()).err().map(|e| e.to_string()).unwrap_or_default();
+    assert!([part, "[8, 32, 64]", "[7, 32, 64]"].iter().all(|t| error.contains(t)), "{error}");
 }

@@ -23,7 +23,8 @@ use lowbit_model::decoder;
 use serde_json::Value;
 
 use self::refusals::{
-    Misfit, refuse_cache, refuse_layout, refuse_methods, refuse_mixed_sets, refuse_split_sets, refuse_widths,
+    Misfit, refuse_cache, refuse_family, refuse_layout, refuse_methods, refuse_mixed_sets, refuse_split_sets,
+    refuse_widths,
 };
 use crate::budget::BudgetRecord;
 use crate::error::{QuantizeError, Result};
@@ -145,6 +146,7 @@ pub fn make(
     output: Option<&Path>,
     calibration_tokens: usize,
 ) -> Result<Plan> {
+    refuse_family(&ckpt.config)?;
     if ckpt.quantization.is_some() {
         return Err(QuantizeError::Plan {
             summary: format!("{} is quantized already", ckpt.dir.display()),
@@ -252,7 +254,7 @@ fn assemble(
         Ok((d, bytes))
     };
     for (name, t) in ckpt.store.iter() {
-        let before = t.data.as_slice().len() as u64;
+        let before = t.data.size() as u64;
         let mut row = PlannedTensor {
             name: name.to_string(),
             shape: t.shape.clone(),

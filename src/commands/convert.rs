@@ -58,6 +58,13 @@ fn repack(ctx: &Context, ckpt: &Checkpoint, args: &ConvertArgs) -> Result<()> {
     let Some(q) = &ckpt.quantization else {
         bail!("{} is not quantized: there is nothing to convert", ckpt.dir.display());
     };
+    if ckpt.config.sinks {
+        bail!(
+            "{}: the experts of `{}` are stored in tensors of their own order, which convert does not write",
+            ckpt.dir.display(),
+            ckpt.config.family
+        );
+    }
     let target = match args.format {
         FormatArg::Bf16 => None,
         FormatArg::CompressedTensors => Some(Layout::new(PackFormat::CompressedTensors, model_dtype(ckpt))),

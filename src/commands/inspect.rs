@@ -18,7 +18,7 @@ pub fn inspect(ctx: &Context, args: &InspectArgs) -> Result<()> {
     let mut dtypes: BTreeMap<String, (usize, u64)> = BTreeMap::new();
     let mut tensors = Vec::new();
     for (name, t) in ckpt.store.iter() {
-        let bytes = t.data.as_slice().len() as u64;
+        let bytes = t.data.size() as u64;
         let e = dtypes.entry(format!("{:?}", t.dtype)).or_default();
         e.0 += 1;
         e.1 += bytes;

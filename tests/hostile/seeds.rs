@@ -89,6 +89,12 @@ fn families(base: &Value) -> Vec<Vec<u8>> {
                 "topk_group": 2, "first_k_dense_replace": 1, "q_lora_rank": 64, "kv_lora_rank": 32, "qk_nope_head_dim": 32,
                 "qk_rope_head_dim": 16, "v_head_dim": 32, "routed_scaling_factor": 2.5}),
         ),
+        of(
+            "gpt_oss",
+            "GptOssForCausalLM",
+            json!({"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 16, "swiglu_limit": 7.0, "attention_bias": true,
+                "layer_types": ["sliding_attention"]}),
+        ),
         of("phi3", "Phi3ForCausalLM", json!({"rope_scaling": longrope, "original_max_position_embeddings": 64})),
     ]
 }

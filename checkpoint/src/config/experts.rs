@@ -60,6 +60,15 @@ const QWEN: ExpertNames =
     ExpertNames { mlp: "mlp", gate: "gate_proj", up: "up_proj", down: "down_proj", shared: "shared_expert" };
 const DEEPSEEK: ExpertNames = ExpertNames { shared: "shared_experts", ..QWEN };
 
+/// The activation of gpt-oss's experts: `g · sigmoid(alpha · g) · (u + 1)`, gate at most `limit` and up within ±`limit`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct GateClamp {
+    /// Steepness of the sigmoid.
+    pub alpha: f32,
+    /// Bound.
+    pub limit: f32,
+}
+
 /// The experts of a model's sparse layers.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ExpertsConfig {
@@ -85,6 +94,8 @@ pub struct ExpertsConfig {
     pub shared_size: Option<usize>,
     /// The shared expert's output is multiplied by `sigmoid(<mlp>.shared_expert_gate · x)`.
     pub shared_gate: bool,
+    /// In place of the model's activation.
+    pub clamp: Option<GateClamp>,
     /// Tensor names.
     pub names: ExpertNames,
 }
@@ -112,6 +123,7 @@ pub(super) fn parse(path: &Path, c: &Value, family: &str, layers: usize) -> Resu
         correction_bias: false,
         shared_size: None,
         shared_gate: false,
+        clamp: None,
         names: QWEN,
     };
     let mut config = match family {
@@ -119,6 +131,12 @@ pub(super) fn parse(path: &Path, c: &Value, family: &str, layers: usize) -> Resu
             count: needed(path, c, count_key("num_local_experts"), MOST)?,
             intermediate_size: intermediate("intermediate_size")?,
             names: MIXTRAL,
+            ..plain
+        },
+        super::GPT_OSS => ExpertsConfig {
+            count: needed(path, c, count_key("num_local_experts"), MOST)?,
+            intermediate_size: intermediate("intermediate_size")?,
+            clamp: Some(GateClamp { alpha: 1.702, limit: swiglu_limit(path, c)? }),
             ..plain
         },
         "qwen2_moe" | "qwen3_moe" => {
@@ -189,6 +207,16 @@ fn qwen_layers(path: &Path, c: &Value, layers: usize) -> Result<Vec<bool>> {
             .ok_or_else(|| CheckpointError::invalid(path, "`mlp_only_layers`: expected a list of layers"))?,
     };
     Ok((0..layers).map(|i| (i + 1).is_multiple_of(step) && !dense.contains(&(i as u64))).collect())
+}
+
+/// Of gpt-oss: 7 in the code that has no key for it.
+fn swiglu_limit(path: &Path, c: &Value) -> Result<f32> {
+    match c.get("swiglu_limit") {
+        None | Some(Value::Null) => Ok(7.0),
+        Some(v) => v.as_f64().filter(|v| v.is_finite() && *v > 0.0).map(|v| v as f32).ok_or_else(|| {
+            CheckpointError::invalid(path, format!("`swiglu_limit`: expected a positive number, found {v}"))
+        }),
+    }
 }
 
 fn scaling(path: &Path, c: &Value) -> Result<f32> {

@@ -1,4 +1,5 @@
-//! `quantization_config` of DeepSeek's FP8 (`quant_method: fp8`) and of Model-Optimizer (`quant_method: modelopt`).
+//! `quantization_config` of DeepSeek's FP8 (`quant_method: fp8`), of Model-Optimizer (`quant_method: modelopt`) and of gpt-oss
+//! (`quant_method: mxfp4`).
 
 use std::path::Path;
 
@@ -44,6 +45,12 @@ pub(super) fn parse_fp8(path: &Path, q: &Value) -> Result<QuantConfig> {
     Ok(whole(scheme, names(q, &["modules_to_not_convert", "ignored_layers"]), None))
 }
 
+/// Experts in MXFP4; what has a plain weight is read as that, whatever is listed. Which tensors hold the codes: `store/gpt_oss.rs`.
+pub(super) fn parse_mxfp4(q: &Value) -> QuantConfig {
+    let scheme = LinearScheme { weight: WeightFormat::Mxfp4, input: None };
+    whole(scheme, names(q, &["modules_to_not_convert"]), None)
+}
+
 /// The object in `config.json`, or `quantization` of `hf_quant_config.json`.
 pub(super) fn parse_modelopt(path: &Path, q: &Value) -> Result<QuantConfig> {
     let inner = q.get("quantization").unwrap_or(q);
@@ -77,6 +84,8 @@ mod tests {
         assert_eq!(parse(q), Ok(("fp8-block".into(), vec![], false)));
         let q = json!({"quant_method": "fp8", "activation_scheme": "static", "ignored_layers": ["lm_head"]});
         assert_eq!(parse(q), Ok(("fp8-static".into(), vec!["lm_head".into()], false)));
+        let q = json!({"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]});
+        assert_eq!(parse(q), Ok(("mxfp4a16".into(), vec!["model.layers.*.self_attn".into(), "lm_head".into()], false)));
         let q = json!({"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": ["lm_head"], "kv_cache_quant_algo": "FP8"});
         assert_eq!(parse(q), Ok(("nvfp4".into(), vec!["lm_head".into()], true)));
         let q = json!({"quant_method": "modelopt", "quantization": {"quant_algo": "FP8", "exclude_modules": []}});

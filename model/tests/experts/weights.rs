@@ -40,23 +40,29 @@ fn crc32(bytes: &[u8]) -> u32 {
     })
 }
 
-/// Element i: a 32-bit mix of CRC-32 of the name and i, its upper 24 bits as a number from −1 to 1, times the tensor's scale.
-fn values(name: &str, count: usize) -> Vec<f32> {
+/// Element i: a 32-bit mix of CRC-32 of the name and i.
+pub fn mixed(name: &str, count: usize) -> impl Iterator<Item = u32> {
     let seed = crc32(name.as_bytes());
-    let unit = |i: usize| {
+    (0..count).map(move |i| {
         let mut x = (i as u32).wrapping_mul(0x9E37_79B1).wrapping_add(seed);
         x = (x ^ (x >> 16)).wrapping_mul(0x7FEB_352D);
         x = (x ^ (x >> 15)).wrapping_mul(0x846C_A68B);
-        x ^= x >> 16;
-        (x >> 8) as f32 / 8_388_608.0 - 1.0
-    };
-    let scaled = |i: usize| match unit(i) {
+        x ^ (x >> 16)
+    })
+}
+
+/// The upper 24 bits as a number from −1 to 1, times the tensor's scale.
+fn values(name: &str, count: usize) -> Vec<f32> {
+    let own = ["gate.weight", "router.weight", "sinks"];
+    let scaled = |x: u32| match (x >> 8) as f32 / 8_388_608.0 - 1.0 {
         u if name.contains("norm") => 1.0 + 0.25 * u,
         u if name.ends_with("bias") => 0.125 * u,
-        u if name.contains("embed_tokens") || name.ends_with("gate.weight") => u,
+        u if name.contains("embed_tokens") || own.iter().any(|o| name.ends_with(o)) => u,
+        // A few activations beyond the clamp of gpt-oss.
+        u if name.ends_with("gate_up_proj") => 0.5 * u,
         u => 0.25 * u,
     };
-    (0..count).map(scaled).collect()
+    mixed(name, count).map(scaled).collect()
 }
 
 /// All tensors of a model, by name.
@@ -82,6 +88,10 @@ pub fn tensors(json: &Value) -> Vec<(String, Tensor)> {
                 put("self_attn.q_a_layernorm.weight", vec![rank]);
             }
         }
+        if c.sinks {
+            gpt_oss(&c, i, &mut put);
+            continue;
+        }
         for s in linear_shapes(&c, i) {
             put(&format!("{}.weight", s.suffix), vec![s.out_features, s.in_features]);
             if c.family == "qwen2_moe" && ["q_proj", "k_proj", "v_proj"].iter().any(|n| s.suffix.ends_with(n)) {
@@ -100,6 +110,23 @@ pub fn tensors(json: &Value) -> Vec<(String, Tensor)> {
         (name, Tensor { shape, values })
     };
     shapes.into_iter().map(fill).collect()
+}
+
+/// A layer of gpt-oss under the names it is stored by, norms aside.
+fn gpt_oss(c: &ModelConfig, layer: usize, put: &mut dyn FnMut(&str, Vec<usize>)) {
+    let e = c.experts.as_ref().unwrap();
+    let (h, width) = (c.hidden_size, e.intermediate_size);
+    for s in linear_shapes(c, layer).iter().filter(|s| s.suffix.starts_with("self_attn.")) {
+        put(&format!("{}.weight", s.suffix), vec![s.out_features, s.in_features]);
+        put(&format!("{}.bias", s.suffix), vec![s.out_features]);
+    }
+    put("self_attn.sinks", vec![c.num_heads]);
+    put("mlp.router.weight", vec![e.count, h]);
+    put("mlp.router.bias", vec![e.count]);
+    put("mlp.experts.gate_up_proj", vec![e.count, h, 2 * width]);
+    put("mlp.experts.gate_up_proj_bias", vec![e.count, 2 * width]);
+    put("mlp.experts.down_proj", vec![e.count, width, h]);
+    put("mlp.experts.down_proj_bias", vec![e.count, h]);
 }
 
 /// Writes a checkpoint.

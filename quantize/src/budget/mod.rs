@@ -231,8 +231,7 @@ pub fn describe(ask: Ask) -> String {
 
 /// Bytes all units may take.
 fn units_budget(ckpt: &Checkpoint, outline: &Plan, curves: &[Curve], ask: Ask) -> u64 {
-    let others: u64 =
-        outline.copies.iter().filter_map(|n| ckpt.store.find(n)).map(|t| t.data.as_slice().len() as u64).sum();
+    let others: u64 = outline.copies.iter().filter_map(|n| ckpt.store.find(n)).map(|t| t.data.size() as u64).sum();
     // Name, dtype, shape and place of each tensor in the headers.
     let headers = 192 * outline.declared.len() as u64;
     match ask {
@@ -292,7 +291,7 @@ pub fn parse_scheme(text: &str) -> Option<Scheme> {
 
 /// Bytes of the original tensor of a module.
 fn dense_bytes(ckpt: &Checkpoint, module: &str) -> Result<u64> {
-    Ok(ckpt.store.get(&format!("{module}.weight"))?.data.as_slice().len() as u64)
+    Ok(ckpt.store.get(&format!("{module}.weight"))?.data.size() as u64)
 }
 
 impl Curve {

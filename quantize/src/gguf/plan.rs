@@ -69,7 +69,7 @@ pub(crate) fn make(ckpt: &Checkpoint, options: &QuantizeOptions, choice: &GgufCh
             scheme: None,
             reason: String::new(),
             component: component(name).into(),
-            before_bytes: t.data.as_slice().len() as u64,
+            before_bytes: t.data.size() as u64,
             after_bytes: 0,
         };
         let tied_head = name == "lm_head.weight" && c.tie_word_embeddings;

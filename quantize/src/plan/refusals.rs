@@ -190,6 +190,16 @@ pub(super) fn refuse_layout(options: &QuantizeOptions, linears: &[PlannedLinear]
     )
 }
 
+/// Families whose quantized experts no engine would find: theirs are stored in tensors of their own order.
+pub(super) fn refuse_family(c: &ModelConfig) -> Result<()> {
+    let offenders = c.sinks.then(|| c.family.clone()).into_iter().collect();
+    refuse(
+        "this family is read and run, not quantized: engines know its experts in one form, which lowbit does not write",
+        offenders,
+        "its released weights are MXFP4 already; eval, generate and serve take them as they are",
+    )
+}
+
 /// Scales of keys and values where engines cache the latent vector in their place.
 pub(super) fn refuse_cache(c: &ModelConfig, options: &QuantizeOptions) -> Result<()> {
     let offenders = options.kv.filter(|_| c.latent.is_some()).map(|kv| format!("--kv-scheme {}", kv.name()));
