@@ -1,9 +1,9 @@
 //! Products, attention and the solver of the CPU backend on real layer shapes: how long, and how near to what this machine can do.
 //!
 //! `cargo bench -p lowbit-bench --bench cpu [-- FILTER]`. The ceilings are measured first, in the same run: reading memory, multiplying
-//! in f32 and in sixteen-bit fixed point out of registers. Decode reads each weight once, so its rows count bytes; prefill and the
-//! Hessian multiply, so theirs count operations (two a product); attention and the solver are in `cases/`. After each of criterion's
-//! own lines comes the share of the ceiling.
+//! in f32 and in sixteen-bit fixed point out of registers. Decode of one token reads each weight once, so its rows count bytes; that of a
+//! batch, prefill and the Hessian multiply, so theirs count operations (two a product); attention and the solver are in `cases/`. After
+//! each of criterion's own lines comes the share of the ceiling, and for a batch its time against one token's.
 
 #![expect(clippy::print_stdout, reason = "a benchmark's output is what it prints")]
 
@@ -34,6 +34,8 @@ const SHAPES: [(&str, usize, [Linear; 4]); 3] = [
 
 /// Tokens of a prompt's product.
 const PROMPT: usize = 128;
+/// Tokens of a decode step: streams that a server answers together.
+const BATCHES: [usize; 3] = [8, 16, 32];
 /// More than any last-level cache: copies of a weight are read in turn until they fill it.
 const COLD_BYTES: usize = 256 << 20;
 
@@ -43,8 +45,16 @@ struct Ceilings {
     fixed: f64,
 }
 
-/// Runs one case and prints its share of `ceiling`, both in units a second.
-fn case(c: &mut Criterion, name: &str, work: Throughput, units: f64, ceiling: (f64, &str), run: &mut dyn FnMut()) {
+/// Runs one case and prints its share of `ceiling`, both in units a second. Returns the best time in seconds, infinite where the case was
+/// not asked for.
+fn case(
+    c: &mut Criterion,
+    name: &str,
+    work: Throughput,
+    units: f64,
+    ceiling: (f64, &str),
+    run: &mut dyn FnMut(),
+) -> f64 {
     let best = Cell::new(f64::INFINITY);
     let mut group = c.benchmark_group(name);
     group
@@ -67,6 +77,7 @@ fn case(c: &mut Criterion, name: &str, work: Throughput, units: f64, ceiling: (f
     if best.get().is_finite() {
         println!("{name:<44} {:>5.1} % of {}", 100.0 * units / best.get() / ceiling.0, ceiling.1);
     }
+    best.get()
 }
 
 fn weights(cpu: &CpuBackend, format: RandomFormat, out: usize, n: usize, copies: usize) -> Vec<WeightHandle> {
@@ -108,7 +119,7 @@ fn main() {
                     black_box(decode.linear(&x, w, None).expect("a product"));
                 };
                 let name = format!("decode/{model}/{linear}/{format}");
-                case(
+                let one = case(
                     &mut criterion,
                     &name,
                     Throughput::Bytes(bytes as u64),
@@ -116,6 +127,24 @@ fn main() {
                     (ceilings.bytes, "read bandwidth"),
                     &mut run,
                 );
+                for t in BATCHES {
+                    let x = cpu.upload(&normals(t * n, 1.0, 4)).expect("rows");
+                    let operations = 2.0 * (t * out * n) as f64;
+                    // Dense weights meet activations in f32 there.
+                    let ceiling = match kind {
+                        RandomFormat::Dense(_) => (ceilings.f32, "f32"),
+                        _ => (ceilings.fixed, "fixed point"),
+                    };
+                    let name = format!("decode/{model}/{linear}/{format}/batch{t}");
+                    let work = Throughput::Elements(operations as u64);
+                    let batch = case(&mut criterion, &name, work, operations, ceiling, &mut || {
+                        let w = turn.next().expect("a cycle has no end");
+                        black_box(decode.linear(&x, w, None).expect("a product"));
+                    });
+                    if one.is_finite() && batch.is_finite() {
+                        println!("{name:<44} {:>5.2} times the time of one token", batch / one);
+                    }
+                }
             }
             let x = cpu.upload(&normals(PROMPT * n, 1.0, 2)).expect("rows");
             let operations = 2.0 * (PROMPT * out * n) as f64;

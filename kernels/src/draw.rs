@@ -56,8 +56,8 @@ pub fn draw(logits: &[f32], s: &Draw) -> u32 {
     let kept: Option<Vec<u32>> = (s.top_k > 0 || s.top_p < 1.0).then(|| nucleus(logits, s, weight));
     let mut race = Race { best: argmax(logits), time: f32::INFINITY, key: s.key };
     match kept {
-        Some(ids) => ids.into_iter().for_each(|id| race.enter(id, weight(id), s.min_p)),
-        None => (0..logits.len() as u32).for_each(|id| race.enter(id, weight(id), s.min_p)),
+        Some(ids) => ids.into_iter().for_each(|id| race.enter(id, weight, s.min_p)),
+        None => (0..logits.len() as u32).for_each(|id| race.enter(id, weight, s.min_p)),
     }
     race.best
 }
@@ -97,17 +97,28 @@ struct Race {
 }
 
 impl Race {
-    fn enter(&mut self, id: u32, weight: f32, min: f32) {
+    fn enter(&mut self, id: u32, weight: impl Fn(u32) -> f32, min: f32) {
+        let u = uniform(mix(self.key ^ u64::from(id)));
+        // −ln u is not below 1 − u and no weight is above 1: most tokens cannot come first any more, and need neither exponential nor
+        // logarithm.
+        if 1.0 - u > self.time * 1.000_01 {
+            return;
+        }
+        let weight = weight(id);
         if weight <= 0.0 || weight < min {
             return;
         }
-        // 24 bits, never 0 or 1.
-        let u = ((mix(self.key ^ u64::from(id)) >> 40) as f32 + 0.5) / 16_777_216.0;
         let time = -u.ln() / weight;
         if time < self.time {
             (self.best, self.time) = (id, time);
         }
     }
+}
+
+/// A number between 0 and 1, neither of them. Of 23 bits, so that adding a half is exact: with 24 the largest became 1, and its token
+/// won whatever its weight.
+fn uniform(hash: u64) -> f32 {
+    ((hash >> 41) as f32 + 0.5) / 8_388_608.0
 }
 
 /// SplitMix64's finalizer.
@@ -116,4 +127,26 @@ pub fn mix(x: u64) -> u64 {
     let x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     let x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
     x ^ (x >> 31)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn noise_is_never_none_nor_all() {
+        assert!(uniform(0) > 0.0 && uniform(u64::MAX) < 1.0);
+    }
+
+    #[test]
+    fn what_is_left_out_of_the_race_could_not_have_come_first() {
+        for key in 0..200 {
+            let logits: Vec<f32> = (0..500).map(|i| (mix(key * 977 + i) >> 40) as f32 / (1 << 21) as f32).collect();
+            let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+            let arrival = |i: usize| -uniform(mix(key ^ i as u64)).ln() / (logits[i] - max).exp();
+            let first = (0..logits.len()).min_by(|a, b| arrival(*a).total_cmp(&arrival(*b))).unwrap();
+            let s = Draw { temperature: 1.0, top_k: 0, top_p: 1.0, min_p: 0.0, key };
+            assert_eq!(draw(&logits, &s) as usize, first, "{key}");
+        }
+    }
 }

@@ -46,7 +46,7 @@ fn a_token_scores_the_same_alone_and_beside_others_in_both_phases() {
             let x = noise.many(19 * k);
             for b in [&cpu as &dyn Backend, decode] {
                 let together = cases::linear(b, &w, &x, None);
-                for t in [1, 2, 4, 5, 16] {
+                for t in [1, 2, 4, 5, 8, 11, 16] {
                     assert_eq!(cases::linear(b, &w, &x[..t * k], None), together[..t * n], "{name} t={t}");
                 }
             }

@@ -6,7 +6,7 @@ use std::sync::OnceLock;
 
 use super::Weight;
 use super::dense::{GEMV_ROWS, GEMV_TOKENS};
-use super::integer::TOKENS;
+use super::integer::{self, TOKENS};
 use super::pool::{Parts, Pool};
 use super::rounded::Rounded;
 use super::simd::Simd;
@@ -26,7 +26,7 @@ pub fn takes(exact: bool, weights: &[&Weight]) -> bool {
 pub fn gemv(simd: Simd, pool: &Pool, x: &[f32], t: usize, weights: &[&Weight], ys: &mut [Vec<f32>]) {
     let k = x.len() / t.max(1);
     let packed = weights.iter().all(|w| matches!(w, Weight::Packed(_)));
-    let most = if packed { TOKENS } else { GEMV_TOKENS };
+    let most = if packed { integer::tokens(simd) } else { GEMV_TOKENS };
     let tokens: Vec<&[f32]> = x.chunks((most * k).max(1)).collect();
     let prepared: Vec<OnceLock<Vec<Input>>> = tokens.iter().map(|_| OnceLock::new()).collect();
     // Before the products: a thread that found its input in the making would sleep for longer than the product takes. One chunk
@@ -34,10 +34,12 @@ pub fn gemv(simd: Simd, pool: &Pool, x: &[f32], t: usize, weights: &[&Weight], y
     pool.run(tokens.len(), &|i| {
         prepared[i].get_or_init(|| prepare(simd, tokens[i], weights));
     });
+    // A task of many tokens takes long: half the rows, so that no thread waits for another's last one.
+    let step = if t >= TOKENS { GEMV_ROWS / 2 } else { GEMV_ROWS };
     let mut tasks: Vec<(usize, Range<usize>)> = Vec::new();
     for (i, y) in ys.iter().enumerate() {
         let n = y.len() / t;
-        tasks.extend((0..n).step_by(GEMV_ROWS).map(|r| (i, r..(r + GEMV_ROWS).min(n))));
+        tasks.extend((0..n).step_by(step).map(|r| (i, r..(r + step).min(n))));
     }
     let widths: Vec<usize> = ys.iter().map(|y| y.len() / t).collect();
     let parts: Vec<Parts<f32>> = ys.iter_mut().map(|y| Parts::new(y)).collect();

@@ -123,14 +123,14 @@ impl PackedMatrix {
     /// Activations `[t, cols]` in the form [`Self::rows`] reads; only where [`Self::has_rows`].
     pub fn prepare(&self, simd: Simd, x: &[f32]) -> Rounded {
         let block = block_of(self.columns.group_cols().unwrap_or(SLAB));
-        let words = integer::wants_words(simd, &self.tiles);
+        let pairs = integer::wants_pairs(simd, &self.tiles, x.len() / self.cols.max(1));
         match &self.columns {
             Columns::Sorted { order, .. } => {
                 let rows = x.chunks_exact(self.cols);
                 let sorted: Vec<f32> = rows.flat_map(|x| order.iter().map(|c| x[*c as usize])).collect();
-                Rounded::new(simd, &sorted, self.cols, block, words)
+                Rounded::new(simd, &sorted, self.cols, block, pairs)
             }
-            _ => Rounded::new(simd, x, self.cols, block, words),
+            _ => Rounded::new(simd, x, self.cols, block, pairs),
         }
     }
 
@@ -139,7 +139,7 @@ impl PackedMatrix {
         let kind = |m: &Self| {
             let block = m.columns.group_cols().map(block_of);
             let plain = matches!(m.columns, Columns::Plain { .. });
-            plain.then_some((m.cols, block, integer::wants_words(simd, &m.tiles)))
+            plain.then_some((m.cols, block, integer::wants_pairs(simd, &m.tiles, 1)))
         };
         kind(self).is_some() && kind(self) == kind(other)
     }

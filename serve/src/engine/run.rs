@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use lowbit_kernels::backend::{Buffer, Segment};
+use lowbit_kernels::draw::Draw;
 use lowbit_model::{KvCache, Model};
 
 use crate::error::{Result, ServeError};
@@ -73,6 +74,12 @@ impl Runner {
     pub fn argmax(&self, logits: &Buffer) -> Result<Vec<u32>> {
         let best = self.model.backend().argmax(logits, self.model.config().vocab_size);
         best.map_err(|e| ServeError::Model(lowbit_model::ModelError::Kernel { place: "argmax".into(), source: e }))
+    }
+
+    /// A token of each row, as `draws` say.
+    pub fn draw(&self, logits: &Buffer, draws: &[Draw]) -> Result<Vec<u32>> {
+        let drawn = self.model.backend().draw(logits, self.model.config().vocab_size, draws);
+        drawn.map_err(|e| ServeError::Model(lowbit_model::ModelError::Kernel { place: "draw".into(), source: e }))
     }
 
     /// Slot `to` becomes the first `tokens` of slot `from`; the same slot is cut.

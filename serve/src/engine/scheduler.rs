@@ -343,6 +343,13 @@ impl Scheduler {
             }
             return Ok(());
         }
+        if ready.iter().all(|i| self.running[*i].is_drawn()) {
+            let draws: Vec<_> = ready.iter().map(|i| self.running[*i].draw()).collect();
+            for (i, id) in ready.iter().zip(self.runner.draw(&logits, &draws)?) {
+                self.take(*i, id, TokenLog { id, logprob: None, top: Vec::new() });
+            }
+            return Ok(());
+        }
         let mut host = self.runner.download(&logits)?;
         let vocab = self.runner.model.config().vocab_size;
         for (i, logits) in ready.iter().zip(host.chunks_exact_mut(vocab)) {

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use lowbit_checkpoint::tokenizer::Tokenizer;
+use lowbit_kernels::draw::Draw;
 use lowbit_model::sampling::{argmax, log_sum_exp, sample, top};
 
 use super::{Event, Finish, Job, TokenLog, Usage};
@@ -74,8 +75,17 @@ impl Sequence {
 
     /// Whether the most likely token is all it needs to know.
     pub fn is_plain(&self) -> bool {
-        let p = &self.job.params;
-        p.sampling.temperature <= 0.0 && p.logprobs.is_none() && !self.reshapes()
+        self.job.params.sampling.temperature <= 0.0 && self.is_drawn()
+    }
+
+    /// Whether its next token follows from its logits as they are, and is all it needs to know.
+    pub fn is_drawn(&self) -> bool {
+        self.job.params.logprobs.is_none() && !self.reshapes()
+    }
+
+    /// How its next token is drawn.
+    pub fn draw(&self) -> Draw {
+        self.job.params.sampling.draw(self.usage.completion as u64)
     }
 
     /// Whether its logits are changed before a token is chosen.

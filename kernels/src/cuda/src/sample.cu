@@ -130,7 +130,7 @@ KERNEL BOUNDS(256, 4) draw_tokens(const float* __restrict__ logits, const u32* _
     if (!keeps(i)) continue;
     const float w = weight(i);
     if (!(w > 0.0f) || w < min_p) continue;
-    const float u = __fdiv_rn((float)(u32)(sa_mix(key ^ (u64)i) >> 40) + 0.5f, 16777216.0f);
+    const float u = __fdiv_rn((float)(u32)(sa_mix(key ^ (u64)i) >> 41) + 0.5f, 8388608.0f);
     const float arrival = __fdiv_rn(-logf(u), w);
     if (arrival < time) time = arrival, winner = i;
   }
