@@ -157,34 +157,14 @@ impl Measure for Block<'_> {
 #[cfg(test)]
 mod tests {
     use lowbit_kernels::{GroupSize, ScaleType, Scheme, qdq};
-    use rand::rngs::StdRng;
-    use rand::{Rng, SeedableRng};
-
     use super::*;
+    use crate::descent::tests::problem;
     use crate::factor::factorize;
     use crate::scale_search::ScaleSearch;
 
     fn options(bits: u8, symmetric: bool, cols: usize) -> SolverOptions {
         let scheme = Scheme { bits, symmetric, group: GroupSize::Cols(cols) };
         SolverOptions { scale_search: ScaleSearch::Blocks, ..SolverOptions::new(scheme, ScaleType::Bf16) }
-    }
-
-    /// Weights, and the Gram matrix of correlated inputs.
-    fn problem(seed: u64, out: usize, n: usize) -> (Vec<f32>, Vec<f32>) {
-        let mut rng = StdRng::seed_from_u64(seed);
-        let w = (0..out * n).map(|_| rng.random_range(-1f32..1.0).powi(3)).collect();
-        let norms: Vec<f32> = (0..n).map(|_| rng.random_range(0.2f32..3.0)).collect();
-        let mut h = vec![0f32; n * n];
-        for _ in 0..2 * n {
-            let shared: f32 = rng.random_range(-1.0..1.0);
-            let x: Vec<f32> = norms.iter().map(|s| s * (shared + rng.random_range(-1f32..1.0))).collect();
-            for i in 0..n {
-                for j in 0..n {
-                    h[i * n + j] += x[i] * x[j];
-                }
-            }
-        }
-        (w, h)
     }
 
     fn diagonal(h: &[f32], n: usize) -> Vec<f32> {

@@ -345,7 +345,7 @@ multiversion! {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use lowbit_kernels::{GroupSize, ScaleType, Scheme};
     use rand::rngs::StdRng;
     use rand::{Rng, SeedableRng};
@@ -359,7 +359,8 @@ mod tests {
         SolverOptions::new(Scheme { bits, symmetric, group }, ScaleType::Bf16)
     }
 
-    fn problem(seed: u64, out: usize, n: usize) -> (Vec<f32>, Vec<f32>) {
+    /// Weights, and the Gram matrix of correlated inputs.
+    pub(crate) fn problem(seed: u64, out: usize, n: usize) -> (Vec<f32>, Vec<f32>) {
         let mut rng = StdRng::seed_from_u64(seed);
         let w = (0..out * n).map(|_| rng.random_range(-1f32..1.0).powi(3)).collect();
         let norms: Vec<f32> = (0..n).map(|_| rng.random_range(0.2f32..3.0)).collect();
