@@ -156,11 +156,11 @@ impl Measure for Block<'_> {
 
 #[cfg(test)]
 mod tests {
-    use lowbit_kernels::{GroupSize, ScaleType, Scheme, qdq};
     use super::*;
     use crate::descent::tests::problem;
     use crate::factor::factorize;
     use crate::scale_search::ScaleSearch;
+    use lowbit_kernels::{GroupSize, ScaleType, Scheme, qdq};
 
     fn options(bits: u8, symmetric: bool, cols: usize) -> SolverOptions {
         let scheme = Scheme { bits, symmetric, group: GroupSize::Cols(cols) };
