@@ -44,8 +44,8 @@ fn generated<'a>(page: &'a str, name: &str) -> &'a str {
 /// Pages and blocks that name a record (`Record: ...`) are what their script makes of it today.
 #[test]
 fn tables_of_measurements_are_those_of_their_records() {
-    if !Command::new("python3").arg("--version").output().is_ok_and(|o| o.status.success()) {
-        eprintln!("skipped: no python3");
+    if ["python3", "jq"].iter().any(|c| !Command::new(c).arg("--version").output().is_ok_and(|o| o.status.success())) {
+        eprintln!("skipped: no python3 or no jq");
         return;
     }
     let mut seen = 0;
@@ -54,6 +54,9 @@ fn tables_of_measurements_are_those_of_their_records() {
         ("docs/accuracy.md", None, "bench/peers/accuracy"),
         ("docs/formats.md", Some("narrow-formats"), "checkpoint/judges/narrow_formats.py"),
         ("docs/formats.md", Some("judges"), "checkpoint/judges/judge"),
+        ("docs/load.md", Some("load-check"), "bench/load-check"),
+        ("docs/serve.md", Some("measure"), "serve/measure"),
+        ("docs/serve.md", Some("clients-check"), "serve/clients-check"),
     ] {
         let Ok(text) = std::fs::read_to_string(root().join(page)) else { continue };
         let found = block.map_or(text.as_str(), |name| generated(&text, name));
