@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use crate::activation::InputRule;
 use crate::cpu::{checks, clamped_swiglu, rows};
-use crate::draw::{Draw, draw};
+use crate::draw::{Draw, draw_rows};
 use crate::error::{KernelError, Result, check_len};
 use crate::floats::FloatWeight;
 use crate::random::RandomWeight;
@@ -408,12 +408,11 @@ pub trait Backend: Send + Sync {
     fn score(&self, logits: &Buffer, vocab: usize, targets: &[u32]) -> Result<Vec<TokenScore>>;
     /// First index of the largest value of each row.
     fn argmax(&self, logits: &Buffer, vocab: usize) -> Result<Vec<u32>>;
-    /// A token of each row of logits `[T, vocab]`, as [`draw`] draws it (but for what is equal to rounding, where a device computes the
-    /// weights). Default: on the host.
+    /// A token of each row of logits `[T, vocab]`, as [`crate::draw::draw`] draws it (but for what is equal to rounding, where a device
+    /// computes the weights). Default: on the host.
     fn draw(&self, logits: &Buffer, vocab: usize, draws: &[Draw]) -> Result<Vec<u32>> {
         check_len("draws", checks::rows("logits", logits.len, vocab)?, draws.len())?;
-        let host = self.download(logits)?;
-        Ok(host.chunks_exact(vocab).zip(draws).map(|(row, d)| draw(row, d)).collect())
+        Ok(draw_rows(&self.download(logits)?, vocab, draws))
     }
     /// `h += xᵀ x` for x `[T, n]`, upper triangle and diagonal only (the lower is left as it was); h `[n, n]`.
     fn hessian_update(&self, h: &mut Buffer, x: &Buffer, n: usize) -> Result<()>;

@@ -2,6 +2,8 @@
 //!
 //! Draws carry no state: the noise of a token is a hash of a key and the token's id.
 
+use rayon::prelude::*;
+
 /// How a token is drawn: temperature, then top-k, then top-p, then min-p, as transformers orders them.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Draw {
@@ -60,6 +62,11 @@ pub fn draw(logits: &[f32], s: &Draw) -> u32 {
         None => (0..logits.len() as u32).for_each(|id| race.enter(id, weight, s.min_p)),
     }
     race.best
+}
+
+/// [`draw`] for each row of logits `[draws.len(), vocab]`, side by side.
+pub(crate) fn draw_rows(logits: &[f32], vocab: usize, draws: &[Draw]) -> Vec<u32> {
+    logits.par_chunks_exact(vocab).zip(draws).map(|(row, d)| draw(row, d)).collect()
 }
 
 /// The tokens that top-k and top-p keep.

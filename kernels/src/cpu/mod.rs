@@ -35,8 +35,6 @@ use std::cell::OnceCell;
 use std::ops::Range;
 use std::sync::Arc;
 
-use rayon::prelude::*;
-
 pub use bandwidth::read_bandwidth;
 use checks::{buffer, host, host_mut};
 pub use memory::keep_freed_memory;
@@ -56,7 +54,7 @@ use crate::backend::{
     Activation, AttentionShape, Backend, Buffer, Column, HostWeight, KvBuffer, KvFormat, KvUsage, Segment, TokenScore,
     WeightHandle, WeightedRows,
 };
-use crate::draw::{Draw, draw};
+use crate::draw::{Draw, draw_rows};
 use crate::error::{KernelError, Result, check_len};
 
 const NAME: &str = "cpu";
@@ -414,7 +412,7 @@ impl Backend for CpuBackend {
     fn draw(&self, logits: &Buffer, vocab: usize, draws: &[Draw]) -> Result<Vec<u32>> {
         let logits = host(NAME, logits)?;
         check_len("draws", checks::rows("logits", logits.len(), vocab)?, draws.len())?;
-        Ok(logits.par_chunks_exact(vocab).zip(draws).map(|(row, d)| draw(row, d)).collect())
+        Ok(draw_rows(logits, vocab, draws))
     }
 
     fn hessian_update(&self, h: &mut Buffer, x: &Buffer, n: usize) -> Result<()> {
