@@ -29,6 +29,8 @@ const CPU_LIMIT: f64 = 0.9;
 const DELAY_FLOOR_MS: f64 = 1.0;
 /// Beyond the floor, a delay may be this share of the median time to first token.
 const DELAY_SHARE: f64 = 0.05;
+/// A closed loop has no schedule but its own answers: a delay takes from its rate, at most this share of the median end-to-end time.
+const CLOSED_SHARE: f64 = 0.01;
 
 /// Everything a run needs to know.
 #[derive(Clone)]
@@ -306,7 +308,10 @@ pub(crate) fn stage_record(
     capped: bool,
 ) -> StageRecord {
     let metrics = metrics::measure(&traces.traces, window);
-    let median = metrics.percentile("ttft_ms", 0.5).or_else(|| metrics.percentile("e2e_ms", 0.5));
+    let end_to_end = metrics.percentile("e2e_ms", 0.5);
+    let share = |ms: Option<f64>, share: f64| ms.map_or(DELAY_FLOOR_MS, |ms| (ms * share).max(DELAY_FLOOR_MS));
+    let allowed = share(metrics.percentile("ttft_ms", 0.5).or(end_to_end), DELAY_SHARE);
+    let allowed = if streams.is_some() { allowed.max(share(end_to_end, CLOSED_SHARE)) } else { allowed };
     StageRecord {
         profile: profile.into(),
         rate,
@@ -315,15 +320,15 @@ pub(crate) fn stage_record(
         stopped_by: traces.stopped_by.clone(),
         rejected: traces.rejected,
         saturation: None,
-        client: check(&traces, median, capped),
+        client: check(&traces, allowed, capped),
         slo: slo.map(|s| judge(&traces.traces, window, metrics.rates.requests_per_second, s)),
         metrics,
         requests: traces.traces,
     }
 }
 
-/// Judges the client itself.
-fn check(traces: &StageTraces, median_ms: Option<f64>, capped: bool) -> ClientCheck {
+/// Judges the client itself: its p99 delay may be `allowed` ms.
+fn check(traces: &StageTraces, allowed: f64, capped: bool) -> ClientCheck {
     let mut delays: Vec<f64> =
         traces.traces.iter().map(|t| t.sent_ns.saturating_sub(t.scheduled_ns) as f64 * 1e-6).collect();
     delays.sort_unstable_by(f64::total_cmp);
@@ -331,7 +336,6 @@ fn check(traces: &StageTraces, median_ms: Option<f64>, capped: bool) -> ClientCh
     let rank = (0.99 * delays.len() as f64).ceil() as usize;
     let p99 = delays.get(rank.saturating_sub(1)).copied().unwrap_or(0.0);
     let mut invalid = Vec::new();
-    let allowed = median_ms.map_or(DELAY_FLOOR_MS, |m| (m * DELAY_SHARE).max(DELAY_FLOOR_MS));
     if p99 > allowed {
         let why = if capped {
             "the cap on concurrency, or a busy client, held requests back"

@@ -259,23 +259,53 @@ impl Kernel for Dots<'_> {
     type Output = ();
     #[inline(always)]
     unsafe fn run<L: Lanes>(self) {
-        let d = self.q.len();
-        let whole = d / L::N * L::N;
-        for (s, key) in self.scores.iter_mut().zip(self.keys.chunks_exact(d)) {
-            // SAFETY: `i + N ≤ d` elements exist in both; the caller vouches for the instruction set.
-            let mut sum = unsafe {
-                let mut acc = L::splat(0.0);
-                for i in (0..whole).step_by(L::N) {
-                    acc = L::fmadd(L::load(self.q.as_ptr().add(i)), L::load(key.as_ptr().add(i)), acc);
-                }
-                L::sum(acc)
-            };
-            for (a, b) in self.q[whole..].iter().zip(&key[whole..]) {
-                sum += a * b;
+        let Self { q, keys, scale, scores } = self;
+        let d = q.len();
+        let (fours, rest) = scores.as_chunks_mut::<4>();
+        let (many, few) = keys.split_at(fours.len() * 4 * d);
+        for (scores, keys) in fours.iter_mut().zip(many.chunks_exact(4 * d)) {
+            // SAFETY: four keys of `d` elements; the caller vouches for the instruction set.
+            let sums = unsafe { L::sums(dots::<L, 4>(q, keys)) };
+            for (j, (s, key)) in scores.iter_mut().zip(keys.chunks_exact(d)).enumerate() {
+                *s = tail::<L>(q, key, sums[j]) * scale;
             }
-            *s = sum * self.scale;
+        }
+        for (s, key) in rest.iter_mut().zip(few.chunks_exact(d)) {
+            // SAFETY: one key of `d` elements; the caller vouches for the instruction set.
+            let sum = unsafe { L::sum(dots::<L, 1>(q, key)[0]) };
+            *s = tail::<L>(q, key, sum) * scale;
         }
     }
+}
+
+/// q times K keys, over the whole registers of their width: the lanes still apart.
+///
+/// # Safety
+/// The instruction set of `L`; `keys` holds K of q's length.
+#[inline(always)]
+unsafe fn dots<L: Lanes, const K: usize>(q: &[f32], keys: &[f32]) -> [L::V; K] {
+    let d = q.len();
+    // SAFETY: `i + N ≤ d` elements exist in q and in every key.
+    unsafe {
+        let mut acc = [L::splat(0.0); K];
+        for i in (0..d / L::N * L::N).step_by(L::N) {
+            let q = L::load(q.as_ptr().add(i));
+            for (j, acc) in acc.iter_mut().enumerate() {
+                *acc = L::fmadd(q, L::load(keys.as_ptr().add(j * d + i)), *acc);
+            }
+        }
+        acc
+    }
+}
+
+/// `sum` and the products of what does not fill a register.
+#[inline(always)]
+fn tail<L: Lanes>(q: &[f32], key: &[f32], mut sum: f32) -> f32 {
+    let whole = q.len() / L::N * L::N;
+    for (a, b) in q[whole..].iter().zip(&key[whole..]) {
+        sum += a * b;
+    }
+    sum
 }
 
 /// `out = Σ weights[j] · values[j]`.

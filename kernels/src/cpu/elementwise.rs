@@ -2,6 +2,7 @@
 
 use rayon::prelude::*;
 
+use super::pool::{Parts, Pool};
 use super::scalar;
 use super::simd::{Kernel, Lanes, Simd};
 use crate::backend::{Activation, TokenScore};
@@ -86,9 +87,20 @@ impl Kernel for ActivationMul<'_> {
     }
 }
 
-/// `act(gate) · up`.
-pub fn activation_mul(simd: Simd, gate: &[f32], up: &[f32], act: Activation) -> Vec<f32> {
+/// `act(gate) · up`; `decode` is the pool of the decode phase.
+pub fn activation_mul(simd: Simd, decode: Option<&Pool>, gate: &[f32], up: &[f32], act: Activation) -> Vec<f32> {
+    /// Of a task in the decode phase: a few microseconds.
+    const STEP: usize = CHUNK / 4;
     let mut y = gate.to_vec();
+    if let Some(pool) = decode {
+        let parts = Parts::new(&mut y);
+        pool.run(up.len().div_ceil(STEP), &|i| {
+            let up = &up[i * STEP..up.len().min((i + 1) * STEP)];
+            // SAFETY: `y` is borrowed for the whole call, and a task has a part of its own.
+            simd.run(ActivationMul(unsafe { parts.part(i * STEP, up.len()) }, up, act));
+        });
+        return y;
+    }
     if y.len() <= CHUNK {
         // One chunk: handing it to another thread costs more than it takes.
         simd.run(ActivationMul(&mut y, up, act));
@@ -175,30 +187,54 @@ impl Kernel for RotateHead<'_> {
     }
 }
 
-/// Rotates rows of `width` whose position is known; `positions[row]`.
-pub fn rope(
-    simd: Simd,
-    x: &mut [f32],
-    width: usize,
-    head_dim: usize,
-    inv_freq: &[f32],
+/// Cosines and sines of positions: one table serves queries and keys of every layer of a step.
+pub struct Turns {
+    inv_freq: Vec<f32>,
     mscale: f32,
-    positions: &[Option<usize>],
-) {
-    let turn_row = |(row, position): (&mut [f32], &Option<usize>)| {
-        let Some(position) = position else { return };
-        // Computed once a row and shared by its heads.
-        let turn = |f: &f32| {
-            let angle = *position as f32 * f;
-            (angle.cos() * mscale, angle.sin() * mscale)
+    positions: Vec<Option<usize>>,
+    /// `[rows, inv_freq]`; rows without a position have zeros, which nobody reads.
+    table: Vec<(f32, f32)>,
+}
+
+impl Turns {
+    /// `positions[row]`, where it is known.
+    pub fn new(inv_freq: &[f32], mscale: f32, positions: Vec<Option<usize>>) -> Self {
+        let half = inv_freq.len();
+        let mut table = vec![(0f32, 0f32); positions.len() * half];
+        let turn_row = |(row, position): (&mut [(f32, f32)], &Option<usize>)| {
+            let Some(position) = position else { return };
+            for (turn, f) in row.iter_mut().zip(inv_freq) {
+                let angle = *position as f32 * f;
+                *turn = (angle.cos() * mscale, angle.sin() * mscale);
+            }
         };
-        let turns: Vec<(f32, f32)> = inv_freq.iter().map(turn).collect();
-        row.chunks_exact_mut(head_dim).for_each(|head| simd.run(RotateHead(head, &turns)));
+        if table.len() <= CHUNK / 8 {
+            table.chunks_mut(half.max(1)).zip(&positions).for_each(turn_row);
+        } else {
+            table.par_chunks_mut(half.max(1)).zip(&positions).with_min_len(CHUNK / 64 / half.max(1)).for_each(turn_row);
+        }
+        Self { inv_freq: inv_freq.to_vec(), mscale, positions, table }
+    }
+
+    /// Whether these are the turns of other arguments too.
+    pub fn are(&self, inv_freq: &[f32], mscale: f32, positions: &[Option<usize>]) -> bool {
+        self.positions == positions && self.inv_freq == inv_freq && self.mscale == mscale
+    }
+}
+
+/// Rotates rows of `width` whose position is known.
+pub fn rope(simd: Simd, x: &mut [f32], width: usize, head_dim: usize, turns: &Turns) {
+    let half = turns.inv_freq.len();
+    let rows = turns.table.par_chunks(half.max(1)).zip(&turns.positions);
+    let turn_row = |(row, (turns, position)): (&mut [f32], (&[(f32, f32)], &Option<usize>))| {
+        if position.is_some() {
+            row.chunks_exact_mut(head_dim).for_each(|head| simd.run(RotateHead(head, turns)));
+        }
     };
     if x.len() <= CHUNK {
-        x.chunks_mut(width).zip(positions).for_each(turn_row);
+        x.chunks_mut(width).zip(turns.table.chunks(half.max(1)).zip(&turns.positions)).for_each(turn_row);
     } else {
-        x.par_chunks_mut(width).zip(positions).with_min_len((CHUNK / 8 / width).max(1)).for_each(turn_row);
+        x.par_chunks_mut(width).zip(rows).with_min_len((CHUNK / 8 / width).max(1)).for_each(turn_row);
     }
 }
 

@@ -33,7 +33,7 @@ mod tiles;
 
 use std::cell::OnceCell;
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 pub use bandwidth::read_bandwidth;
 use checks::{buffer, host, host_mut};
@@ -46,6 +46,7 @@ pub use simd::Level;
 use simd::Simd;
 
 use self::dense::DenseWeight;
+use self::elementwise::Turns;
 use self::floats::FloatMatrix;
 use self::kv::Cache;
 use self::packed::PackedMatrix;
@@ -68,6 +69,7 @@ pub struct CpuBackend {
     pool: Arc<Pool>,
     exact: bool,
     kv: KvFormat,
+    turns: Mutex<Option<Arc<Turns>>>,
     /// The same backend in its decode phase; `None` inside that one.
     decode: Option<Box<CpuBackend>>,
 }
@@ -98,8 +100,8 @@ impl CpuBackend {
     pub fn with_level(most: Level) -> Self {
         let (simd, pool) = (Simd::up_to(most), Arc::new(Pool::new(rayon::current_num_threads())));
         let kv = KvFormat::Float;
-        let decode = Self { simd, pool: pool.clone(), exact: false, kv, decode: None };
-        Self { simd, pool, exact: false, kv, decode: Some(Box::new(decode)) }
+        let phase = |decode| Self { simd, pool: pool.clone(), exact: false, kv, turns: Mutex::new(None), decode };
+        phase(Some(Box::new(phase(None))))
     }
 
     /// Keeps f32, slower, where products would round: to fixed point in prefill and calibration, activations to fifteen bits in decode
@@ -125,6 +127,11 @@ impl CpuBackend {
 
     fn decodes(&self) -> bool {
         self.decode.is_none()
+    }
+
+    /// The threads of the decode phase, in it.
+    fn decode_pool(&self) -> Option<&Pool> {
+        self.decodes().then_some(&*self.pool)
     }
 
     /// Whether products with these weights read each weight once ([`gemv`]) instead of making panels.
@@ -163,8 +170,19 @@ impl CpuBackend {
         checks::segments(NAME, "attention", segments, checks::rows("queries", q.len(), width)?)?;
         checks::cached(NAME, "attention", segments, kv)?;
         memory.check_held(NAME, segments)?;
-        let pool = self.decodes().then_some(&*self.pool);
-        Ok(buffer(attention::attention(self.simd, pool, q, memory, shape, sinks, segments)?))
+        Ok(buffer(attention::attention(self.simd, self.decode_pool(), q, memory, shape, sinks, segments)?))
+    }
+
+    /// Cosines and sines of these positions: those of the last call where it asked for the same, as all layers of a step do.
+    fn turns(&self, inv_freq: &[f32], mscale: f32, positions: Vec<Option<usize>>) -> Arc<Turns> {
+        let last = || self.turns.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(turns) = last().as_ref().filter(|t| t.are(inv_freq, mscale, &positions)) {
+            return turns.clone();
+        }
+        // Not under the lock: the threads that share the work may come here with other work of theirs.
+        let turns = Arc::new(Turns::new(inv_freq, mscale, positions));
+        *last() = Some(turns.clone());
+        turns
     }
 
     /// The instruction set in use.
@@ -302,7 +320,7 @@ impl Backend for CpuBackend {
         let total = checks::rotary(NAME, x.len(), heads, head_dim, inv_freq.len())?;
         checks::segments(NAME, "rope", segments, total)?;
         let positions = checks::positions(segments, total);
-        elementwise::rope(self.simd, x, heads * head_dim, head_dim, inv_freq, mscale, &positions);
+        elementwise::rope(self.simd, x, heads * head_dim, head_dim, &self.turns(inv_freq, mscale, positions));
         Ok(())
     }
 
@@ -374,7 +392,7 @@ impl Backend for CpuBackend {
     fn activation_mul(&self, gate: &Buffer, up: &Buffer, act: Activation) -> Result<Buffer> {
         let (gate, up) = (host(NAME, gate)?, host(NAME, up)?);
         check_len("up", gate.len(), up.len())?;
-        Ok(buffer(elementwise::activation_mul(self.simd, gate, up, act)))
+        Ok(buffer(elementwise::activation_mul(self.simd, self.decode_pool(), gate, up, act)))
     }
 
     fn add_assign(&self, x: &mut Buffer, y: &Buffer) -> Result<()> {

@@ -162,6 +162,16 @@ pub unsafe trait Lanes {
         }
         lanes[0]
     }
+
+    /// [`Self::sum`] of four registers, each in the same order.
+    ///
+    /// # Safety
+    /// See the trait.
+    #[inline(always)]
+    unsafe fn sums(v: [Self::V; 4]) -> [f32; 4] {
+        // SAFETY: the caller's contract.
+        v.map(|v| unsafe { Self::sum(v) })
+    }
 }
 
 /// Eight lanes in an array; the compiler makes of it what the target has.
@@ -240,6 +250,22 @@ pub(super) mod x86 {
         let four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps::<1>(v));
         let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
         _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps::<1>(two, two)))
+    }
+
+    /// Four of [`sum_256`], their steps side by side.
+    ///
+    /// # Safety
+    /// AVX2 is available.
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn sums_256(v: [__m256; 4]) -> [f32; 4] {
+        let four = v.map(|v| _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps::<1>(v)));
+        let two = |a, b| _mm_add_ps(_mm_unpacklo_ps(a, b), _mm_unpackhi_ps(a, b));
+        let (ab, cd) = (two(four[0], four[1]), two(four[2], four[3]));
+        let mut sums = [0f32; 4];
+        // SAFETY: four writable f32.
+        unsafe { _mm_storeu_ps(sums.as_mut_ptr(), _mm_add_ps(_mm_movelh_ps(ab, cd), _mm_movehl_ps(cd, ab))) };
+        sums
     }
 
     /// [`Lanes::top`].
@@ -358,6 +384,12 @@ pub(super) mod x86 {
         }
         #[inline]
         #[target_feature(enable = "avx2,fma,f16c")]
+        unsafe fn sums(v: [__m256; 4]) -> [f32; 4] {
+            // SAFETY: the caller's contract.
+            unsafe { sums_256(v) }
+        }
+        #[inline]
+        #[target_feature(enable = "avx2,fma,f16c")]
         unsafe fn splat(x: f32) -> __m256 {
             _mm256_set1_ps(x)
         }
@@ -463,6 +495,16 @@ pub(super) mod x86 {
             let high = _mm256_castpd_ps(_mm512_extractf64x4_pd::<1>(_mm512_castps_pd(v)));
             // SAFETY: the caller's contract.
             unsafe { sum_256(_mm256_add_ps(_mm512_castps512_ps256(v), high)) }
+        }
+        #[inline]
+        #[target_feature(enable = "avx512f,avx2,fma,f16c")]
+        unsafe fn sums(v: [__m512; 4]) -> [f32; 4] {
+            let halves = v.map(|v| {
+                let high = _mm256_castpd_ps(_mm512_extractf64x4_pd::<1>(_mm512_castps_pd(v)));
+                _mm256_add_ps(_mm512_castps512_ps256(v), high)
+            });
+            // SAFETY: the caller's contract.
+            unsafe { sums_256(halves) }
         }
         #[inline]
         #[target_feature(enable = "avx512f,avx2,fma,f16c")]

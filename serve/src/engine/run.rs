@@ -35,10 +35,18 @@ impl Runner {
         self.cache.usage(self.model.backend()).pages
     }
 
-    /// Computes `ids` at `past` of a slot in prefill arithmetic: hidden states `[ids, hidden]`.
-    pub fn prefill(&mut self, slot: usize, past: usize, ids: &[u32]) -> Result<Buffer> {
-        let segment = Segment { slot, row: 0, tokens: ids.len(), past };
-        Ok(self.model.forward(ids, &[segment], &mut self.cache)?)
+    /// Computes parts of prompts, (slot, tokens before, tokens) each, in prefill arithmetic: hidden states `[tokens, hidden]`, one
+    /// part after the other.
+    pub fn prefill(&mut self, parts: &[(usize, usize, &[u32])]) -> Result<Buffer> {
+        let ids: Vec<u32> = parts.iter().flat_map(|p| p.2).copied().collect();
+        let mut row = 0;
+        let place = |(slot, past, ids): &(usize, usize, &[u32])| {
+            let segment = Segment { slot: *slot, row, tokens: ids.len(), past: *past };
+            row += ids.len();
+            segment
+        };
+        let segments: Vec<Segment> = parts.iter().map(place).collect();
+        Ok(self.model.forward(&ids, &segments, &mut self.cache)?)
     }
 
     /// Logits `[rows, vocab]` of some rows of hidden states of [`Self::prefill`].
@@ -48,9 +56,9 @@ impl Runner {
         self.download(&logits)
     }
 
-    /// Logits `[vocab]` of the row whose next token is to be chosen.
-    pub fn next_logits(&self, hidden: &Buffer, row: usize) -> Result<Vec<f32>> {
-        let last = self.model.gather_hidden(hidden, &[row])?;
+    /// Logits `[rows, vocab]` of the rows whose next token is to be chosen.
+    pub fn next_logits(&self, hidden: &Buffer, rows: &[usize]) -> Result<Vec<f32>> {
+        let last = self.model.gather_hidden(hidden, rows)?;
         let logits = self.model.next_logits(&last)?;
         self.download(&logits)
     }

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::Receiver;
 
 use lowbit_checkpoint::tokenizer::Tokenizer;
+use lowbit_kernels::backend::Buffer;
 
 use super::run::Runner;
 use super::sequence::{Sequence, log_of};
@@ -20,6 +21,12 @@ const SHARE_FROM: usize = 16;
 
 /// Rows of logits that travel to the host together.
 const LOGIT_ROWS: usize = 32;
+
+/// The next tokens of a running sequence's prompt.
+struct Chunk {
+    at: usize,
+    tokens: usize,
+}
 
 /// See the module.
 pub struct Scheduler {
@@ -179,6 +186,20 @@ impl Scheduler {
         self.running.iter().map(each).sum()
     }
 
+    /// The slot that holds most of a prompt's beginning, and how much.
+    fn held(&self, prompt: &[u32]) -> Option<(usize, usize)> {
+        let mut best = self.slots.longest(prompt);
+        for s in self.running.iter().filter(|s| !s.over) {
+            let done =
+                if self.draft.is_some() { s.computed.min(s.drafted) } else { s.computed }.min(s.job.prompt.len());
+            let n = common(&s.job.prompt[..done], prompt);
+            if best.is_none_or(|(_, b)| n > b) {
+                best = Some((s.slot, n));
+            }
+        }
+        best
+    }
+
     /// Gives the next job a slot, with what others have computed of its prompt; `None` while there is no room.
     fn admit(&mut self) -> Option<()> {
         if self.running.len() >= self.options.max_concurrent {
@@ -187,16 +208,7 @@ impl Scheduler {
         let job = self.queue.front()?;
         // At least the last token is computed: its logits choose the first answer token.
         let most = if job.params.prompt_logprobs { 0 } else { job.prompt.len() - 1 };
-        let mut best = self.slots.longest(&job.prompt);
-        for s in self.running.iter().filter(|s| !s.over) {
-            let done =
-                s.computed.min(s.job.prompt.len()).min(if self.draft.is_some() { s.drafted } else { usize::MAX });
-            let n = common(&s.job.prompt[..done.min(s.job.prompt.len())], &job.prompt);
-            if best.is_none_or(|(_, b)| n > b) {
-                best = Some((s.slot, n));
-            }
-        }
-        let mut best = best.map(|(slot, n)| (slot, n.min(most))).filter(|(_, n)| *n >= SHARE_FROM);
+        let mut best = self.held(&job.prompt).map(|(slot, n)| (slot, n.min(most))).filter(|(_, n)| *n >= SHARE_FROM);
         let (length, wants_lookup) = (job.prompt.len(), most > 0);
         let longest = length + job.params.max_tokens;
         if let Some(page) = self.runner.page {
@@ -251,47 +263,99 @@ impl Scheduler {
         Some(())
     }
 
-    /// Computes prompts, one after the other, up to the step's budget. The next job is admitted only then, so that it
-    /// finds what the one before it has computed.
+    /// Computes prompts, up to the step's budget: those that wait go through the model together, but for one that begins as
+    /// another of them does, which is admitted only after it, to find what that one will have computed.
     fn prefill(&mut self) {
         let mut budget = self.options.prefill_tokens;
         while budget > 0 {
-            let at = self.running.iter().position(|s| !s.over && s.computed < s.job.prompt.len());
-            let Some(at) = at else {
-                match self.admit() {
-                    Some(()) => continue,
-                    None => return,
+            let mut chunks: Vec<Chunk> = Vec::new();
+            let mut at = 0;
+            while budget > 0 {
+                let Some(s) = self.running.get(at) else {
+                    if self.follows(&chunks) || self.admit().is_none() {
+                        break;
+                    }
+                    continue;
+                };
+                if !s.over && s.computed < s.job.prompt.len() {
+                    let tokens = budget.min(s.job.prompt.len() - s.computed);
+                    budget -= tokens;
+                    chunks.push(Chunk { at, tokens });
                 }
-            };
-            let n = budget.min(self.running[at].job.prompt.len() - self.running[at].computed);
-            budget -= n;
-            if let Err(e) = self.chunk(at, n) {
-                self.running[at].fail(&e.to_string());
+                at += 1;
+            }
+            if chunks.is_empty() {
+                return;
+            }
+            if let Err(e) = self.compute(&chunks) {
+                for c in chunks {
+                    if !self.running[c.at].over {
+                        self.running[c.at].fail(&e.to_string());
+                    }
+                }
             }
         }
     }
 
-    /// Computes `n` prompt tokens of sequence `at`, and its first token when these were the last.
-    fn chunk(&mut self, at: usize, n: usize) -> Result<()> {
-        let s = &mut self.running[at];
-        let (from, to) = (s.computed, s.computed + n);
-        let hidden = self.runner.prefill(s.slot, from, &s.tokens[from..to])?;
+    /// Whether the next job finds more of its prompt once these are computed than there is now.
+    fn follows(&self, chunks: &[Chunk]) -> bool {
+        let Some(job) = self.queue.front() else { return false };
+        let found = self.held(&job.prompt).map_or(0, |(_, n)| n);
+        chunks.iter().any(|c| common(&self.running[c.at].job.prompt, &job.prompt) >= found + SHARE_FROM)
+    }
+
+    /// Computes parts of prompts, and the first token of those they complete. A sequence that fails by itself takes no other with it.
+    fn compute(&mut self, chunks: &[Chunk]) -> Result<()> {
+        let parts: Vec<_> = chunks.iter().map(|c| self.running[c.at].part(c.tokens)).collect();
+        let hidden = self.runner.prefill(&parts)?;
         if let Some(d) = &mut self.draft {
-            d.prefill(s.slot, from, &s.tokens[from..to])?;
+            d.prefill(&parts)?;
+        }
+        let (mut row, mut ends) = (0, Vec::new());
+        for c in chunks {
+            if let Err(e) = self.computed(c, &hidden, row) {
+                self.running[c.at].fail(&e.to_string());
+            }
+            let s = &self.running[c.at];
+            if !s.over && s.computed == s.job.prompt.len() {
+                ends.push((c.at, row + c.tokens - 1));
+            }
+            row += c.tokens;
+        }
+        let vocab = self.runner.model.config().vocab_size;
+        for ends in ends.chunks(LOGIT_ROWS) {
+            let rows: Vec<usize> = ends.iter().map(|e| e.1).collect();
+            let mut logits = self.runner.next_logits(&hidden, &rows)?;
+            for ((at, _), logits) in ends.iter().zip(logits.chunks_exact_mut(vocab)) {
+                let s = &mut self.running[*at];
+                let chosen = s.choose(logits);
+                if let Err(e) = chosen.and_then(|(id, log)| s.accept(id, log, &self.eos, &self.metrics)) {
+                    s.fail(&e.to_string());
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Notes what was computed of one sequence, from `row` of `hidden` on: its prompt's log-probabilities where they are asked for.
+    fn computed(&mut self, chunk: &Chunk, hidden: &Buffer, row: usize) -> Result<()> {
+        let s = &mut self.running[chunk.at];
+        let (from, to) = (s.computed, s.computed + chunk.tokens);
+        s.computed = to;
+        if self.draft.is_some() {
             s.drafted = to;
         }
-        s.computed = to;
         let alternatives = s.job.params.logprobs.unwrap_or(0);
         if s.job.params.prompt_logprobs {
             if from == 0 {
                 s.prompt_logs.push(TokenLog { id: s.tokens[0], logprob: None, top: Vec::new() });
             }
-            let rows: Vec<usize> = (0..to.min(s.job.prompt.len() - 1) - from).collect();
+            let rows: Vec<usize> = (row..row + to.min(s.job.prompt.len() - 1) - from).collect();
             let vocab = self.runner.model.config().vocab_size;
             for rows in rows.chunks(LOGIT_ROWS) {
-                let logits = self.runner.prefill_logits(&hidden, rows)?;
-                for (row, logits) in rows.iter().zip(logits.chunks_exact(vocab)) {
-                    s.prompt_logs.push(log_of(logits, s.tokens[from + row + 1], alternatives));
+                let logits = self.runner.prefill_logits(hidden, rows)?;
+                for (at, logits) in rows.iter().zip(logits.chunks_exact(vocab)) {
+                    s.prompt_logs.push(log_of(logits, s.tokens[from + at - row + 1], alternatives));
                 }
             }
         }
@@ -302,12 +366,7 @@ impl Scheduler {
             let logs = std::mem::take(&mut s.prompt_logs);
             s.send(Event::Prompt(logs));
         }
-        if s.job.params.max_tokens == 0 {
-            return s.end_empty(&self.metrics);
-        }
-        let mut logits = self.runner.next_logits(&hidden, n - 1)?;
-        let (id, log) = s.choose(&mut logits)?;
-        s.accept(id, log, &self.eos, &self.metrics)
+        if s.job.params.max_tokens == 0 { s.end_empty(&self.metrics) } else { Ok(()) }
     }
 
     /// One token (more with a draft model) for every sequence whose prompt is computed.

@@ -68,6 +68,11 @@ impl Sequence {
         })
     }
 
+    /// Its slot, how much of it is computed, and the next `tokens` of its prompt.
+    pub fn part(&self, tokens: usize) -> (usize, usize, &[u32]) {
+        (self.slot, self.computed, &self.tokens[self.computed..self.computed + tokens])
+    }
+
     /// Whether its prompt is computed and a token can follow.
     pub fn decodes(&self) -> bool {
         !self.over && self.computed >= self.job.prompt.len()

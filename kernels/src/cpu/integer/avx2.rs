@@ -3,6 +3,7 @@
 //! Pairs of words add up in 32 bits until the end of a block, and up to eight tokens share a pair of codes once it is unpacked. Bytes, high
 //! and low, take fewer instructions to unpack but must be widened every slab: the better form for one token.
 
+use std::arch::asm;
 use std::arch::x86_64::*;
 
 use super::*;
@@ -47,6 +48,18 @@ unsafe fn scales_256(scales: &Scales, at: usize) -> __m256 {
             }
         }
     }
+}
+
+/// `v`, of which the compiler knows nothing: sums that it regroups, as integers allow, take more registers than there are.
+///
+/// # Safety
+/// AVX2.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn as_is(mut v: __m256i) -> __m256i {
+    // SAFETY: no instruction at all.
+    unsafe { asm!("/* {0} */", inout(ymm_reg) v, options(pure, nomem, nostack, preserves_flags)) };
+    v
 }
 
 /// Activations beside codes: T tokens in the form of [`Values`].
@@ -130,6 +143,8 @@ unsafe impl Slabs for Pairs<'_> {
                         let pair = _mm256_set1_epi32(unsafe { *x.add(t) } as i32);
                         for h in 0..H {
                             sums[h][t] = _mm256_add_epi32(sums[h][t], _mm256_madd_epi16(codes[h], pair));
+                            // SAFETY: AVX2.
+                            sums[h][t] = unsafe { as_is(sums[h][t]) };
                         }
                     }
                     x = x.wrapping_add(self.stride);
@@ -197,24 +212,21 @@ pub unsafe fn rows_avx2<X: Slabs, const BITS: usize, const T: usize, const H: us
                     _mm_prefetch::<_MM_HINT_T0>(p.wrapping_add(AHEAD + line).cast());
                 }
                 let cell = b * x.t + token;
-                let total = |t: usize| (*x.sums.as_ptr().add(cell + t)).wrapping_neg();
+                let total = |t: usize| _mm256_set1_epi32(*x.sums.as_ptr().add(cell + t));
                 for half in (0..2).step_by(H) {
                     let at = |h: usize| (tile * m.groups + b * x.block / m.group_cols) * TILE_ROWS + 8 * (half + h);
                     // The sums start from what the zero points take off.
                     let mut sums = [[_mm256_setzero_si256(); T]; H];
                     for h in 0..H {
-                        match m.zeros {
-                            None => {
-                                for t in 0..T {
-                                    sums[h][t] = _mm256_set1_epi32(total(t).wrapping_mul(i32::from(m.mid)));
-                                }
-                            }
+                        let zeros = match m.zeros {
+                            None => _mm256_set1_epi32(-i32::from(m.mid)),
                             Some(z) => {
                                 let zeros = _mm256_cvtepu8_epi32(_mm_loadl_epi64(z.as_ptr().add(at(h)).cast()));
-                                for t in 0..T {
-                                    sums[h][t] = _mm256_mullo_epi32(zeros, _mm256_set1_epi32(total(t)));
-                                }
+                                _mm256_sub_epi32(_mm256_setzero_si256(), zeros)
                             }
+                        };
+                        for t in 0..T {
+                            sums[h][t] = _mm256_mullo_epi32(zeros, total(t));
                         }
                     }
                     for s in 0..slabs_of_block {
