@@ -30,9 +30,10 @@ pub struct Cli {
 
 #[derive(Args, Debug, Clone)]
 pub struct Global {
-    /// Where to compute: auto, cpu, cuda, cuda:N, emulated (the CUDA kernels on the host), scalar (the slow reference).
-    #[arg(long, global = true, default_value = "auto", value_parser = parse_device)]
-    pub device: Device,
+    /// Where to compute: auto, cpu, cuda, cuda:N, emulated (the CUDA kernels on the host), scalar (the slow reference); for quantize, plan and run also
+    /// several GPUs of one kind, as cuda:0,cuda:1.
+    #[arg(long, global = true, default_value = "auto", value_parser = parse_devices)]
+    pub device: Devices,
     /// Keep f32: on the CPU, where prompts and calibration would round factors to fixed point of 16 bits, and decode activations to 15 before packed
     /// weights (`bench` shows the KL); on a GPU as --arithmetic fast.
     #[arg(long, global = true)]
@@ -81,6 +82,42 @@ pub enum Device {
     Emulated,
     /// The slow reference, for checking.
     Scalar,
+}
+
+impl std::fmt::Display for Device {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Device::Auto => f.write_str("auto"),
+            Device::Cpu => f.write_str("cpu"),
+            Device::Cuda(n) => write!(f, "cuda:{n}"),
+            Device::Emulated => f.write_str("emulated"),
+            Device::Scalar => f.write_str("scalar"),
+        }
+    }
+}
+
+/// One device, or several that share the work.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Devices {
+    /// The one that commands of one device compute on.
+    pub first: Device,
+    /// The others.
+    pub others: Vec<Device>,
+}
+
+fn parse_devices(text: &str) -> Result<Devices, String> {
+    let mut all = text.split(',').map(parse_device).collect::<Result<Vec<_>, _>>()?;
+    let first = all.remove(0);
+    let others = all;
+    for (i, device) in others.iter().enumerate() {
+        match (first, device) {
+            (Device::Emulated, Device::Emulated) => {}
+            (Device::Cuda(a), Device::Cuda(b)) if a != *b && !others[..i].contains(device) => {}
+            (Device::Cuda(_), Device::Cuda(_)) => return Err(format!("{device} is named twice")),
+            _ => return Err("several devices are GPUs (cuda:0,cuda:1); the CPU takes all its cores by itself".into()),
+        }
+    }
+    Ok(Devices { first, others })
 }
 
 fn parse_device(text: &str) -> Result<Device, String> {

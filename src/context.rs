@@ -19,6 +19,8 @@ use crate::progress::Bars;
 /// Everything a command gets.
 pub struct Context {
     device: Device,
+    /// Devices beside it, for commands that take several.
+    others: Vec<Device>,
     exact: bool,
     arithmetic: Option<Arithmetic>,
     graphs: bool,
@@ -58,7 +60,8 @@ impl Context {
         })
         .context("cannot watch for Ctrl-C")?;
         Ok(Self {
-            device: global.device,
+            device: global.device.first,
+            others: global.device.others.clone(),
             exact: global.exact,
             arithmetic: chosen(global)?,
             graphs: !global.no_graph,
@@ -78,6 +81,38 @@ impl Context {
     /// The backend for accuracy, opened on first use: a command that computes nothing needs no device.
     pub fn backend(&self) -> Result<Arc<dyn Backend>> {
         self.backend_for(Purpose::Accuracy)
+    }
+
+    /// The backend for accuracy of every device that was named, the first one's first.
+    pub fn backends(&self) -> Result<Vec<Arc<dyn Backend>>> {
+        let first = self.opened(Purpose::Accuracy)?;
+        let mut all = vec![first.backend.clone()];
+        for device in &self.others {
+            let other = self.open(*device)?;
+            if other.gpu != first.gpu {
+                let name = |gpu: &Option<String>| gpu.clone().unwrap_or_default();
+                bail!(
+                    "{device} ({}) and {} ({}) are of different kinds: what comes out would depend on which of them computes what\nhint: name GPUs of one kind",
+                    name(&other.gpu),
+                    self.device,
+                    name(&first.gpu)
+                );
+            }
+            all.push(other.backend);
+        }
+        Ok(all)
+    }
+
+    /// Refuses several devices, of which a command would use one.
+    pub fn check_one_device(&self) -> Result<()> {
+        match self.others.len() {
+            0 => Ok(()),
+            n => bail!(
+                "--device names {} devices, and this command computes on one\nhint: --device {}; quantize, plan and run take several",
+                n + 1,
+                self.device
+            ),
+        }
     }
 
     /// The backend whose arithmetic suits a purpose; those of one context share the device and its memory.
@@ -120,7 +155,7 @@ impl Context {
         })
     }
 
-    /// The options that decide where and how is computed, for a process of our own.
+    /// The options that decide where and how is computed, for a process of our own, which takes one device.
     pub fn flags(&self) -> &[String] {
         &self.flags
     }
@@ -146,7 +181,7 @@ impl Context {
         let accurate = match self.opened.get() {
             Some(o) => o,
             None => {
-                let made = self.open()?;
+                let made = self.open(self.device)?;
                 self.opened.get_or_init(|| made)
             }
         };
@@ -182,7 +217,7 @@ impl Context {
         Opened { backend, device: accurate.device.clone(), gpu: accurate.gpu.clone(), kernels }
     }
 
-    fn open(&self) -> Result<Opened> {
+    fn open(&self, device: Device) -> Result<Opened> {
         let host = |backend: Arc<dyn Backend>| Ok(Opened { backend, device: None, gpu: None, kernels: None });
         let on = |device: gpu::Device, usual: Arithmetic| -> Result<Opened> {
             let arithmetic = self.arithmetic.unwrap_or(usual);
@@ -194,10 +229,14 @@ impl Context {
             Ok(Opened { backend, device: Some(device), gpu: product, kernels: Some((arithmetic, image)) })
         };
         let gpu = |ordinal: usize| on(gpu::Device::cuda(ordinal, &device_options())?, Arithmetic::Fast);
-        match self.device {
+        match device {
             Device::Cpu => host(Arc::new(self.on_cpu())),
             Device::Scalar => host(Arc::new(ScalarBackend::new())),
-            Device::Emulated => on(gpu::Device::emulated(self.threads)?, Arithmetic::Reproducible),
+            Device::Emulated => {
+                // Of one device, or shared by several.
+                let threads = (self.threads / (1 + self.others.len())).max(1);
+                on(gpu::Device::emulated(threads)?, Arithmetic::Reproducible)
+            }
             Device::Cuda(n) => gpu(n),
             Device::Auto => match gpu(0) {
                 Ok(found) => Ok(found),
@@ -254,13 +293,7 @@ pub fn write_out(bytes: &[u8]) -> Result<()> {
 }
 
 fn flags(global: &Global, threads: usize) -> Vec<String> {
-    let device = match global.device {
-        Device::Auto => "auto".to_string(),
-        Device::Cpu => "cpu".into(),
-        Device::Cuda(n) => format!("cuda:{n}"),
-        Device::Emulated => "emulated".into(),
-        Device::Scalar => "scalar".into(),
-    };
+    let device = global.device.first.to_string();
     let mut out = vec!["--device".into(), device, "--threads".into(), threads.to_string()];
     let arithmetic = global.arithmetic.as_ref().and_then(clap::ValueEnum::to_possible_value);
     out.extend(arithmetic.into_iter().flat_map(|v| ["--arithmetic".into(), v.get_name().to_string()]));
@@ -300,7 +333,7 @@ fn chosen(global: &Global) -> Result<Option<Arithmetic>> {
             )
         }
         // The emulator's usual arithmetic is exact already.
-        (true, None) if global.device != Device::Emulated => Ok(Some(Arithmetic::Fast)),
+        (true, None) if global.device.first != Device::Emulated => Ok(Some(Arithmetic::Fast)),
         (_, named) => Ok(named),
     }
 }

@@ -19,13 +19,22 @@ pub struct Carried<'a> {
 struct Files {
     dir: PathBuf,
     name: &'static str,
+    /// By chunk.
+    numbers: Vec<usize>,
 }
 
 impl<'a> Carried<'a> {
-    /// Room for `chunks` buffers; on disk as `offload/NAME-I.f32` when `offload` is given.
-    pub fn new(backend: &'a dyn Backend, chunks: usize, name: &'static str, offload: Option<&Path>) -> Self {
-        let files = offload.map(|dir| Files { dir: dir.to_path_buf(), name });
-        Self { backend, memory: (0..chunks).map(|_| None).collect(), files }
+    /// Room for a buffer for each of `numbers`; on disk as `offload/NAME-NUMBER.f32` when `offload` is given, so that devices that
+    /// carry different chunks share a folder.
+    pub fn new(backend: &'a dyn Backend, numbers: Vec<usize>, name: &'static str, offload: Option<&Path>) -> Self {
+        let memory = numbers.iter().map(|_| None).collect();
+        let files = offload.map(|dir| Files { dir: dir.to_path_buf(), name, numbers });
+        Self { backend, memory, files }
+    }
+
+    /// No room.
+    pub fn nothing(backend: &'a dyn Backend) -> Self {
+        Self { backend, memory: Vec::new(), files: None }
     }
 
     /// Takes chunk `i` out.
@@ -38,7 +47,7 @@ impl<'a> Carried<'a> {
         match &self.files {
             None => self.memory.get_mut(i).and_then(Option::take).ok_or_else(missing),
             Some(f) => {
-                let path = f.path(i);
+                let path = f.path(i).ok_or_else(missing)?;
                 let bytes = std::fs::read(&path).map_err(|source| CalibrationError::Io { path, source })?;
                 let values: Vec<f32> = bytes.as_chunks::<4>().0.iter().map(|c| f32::from_le_bytes(*c)).collect();
                 Ok(self.backend.upload(&values)?)
@@ -48,8 +57,7 @@ impl<'a> Carried<'a> {
 
     /// Puts a changed chunk back.
     pub fn store(&mut self, i: usize, x: Buffer) -> Result<()> {
-        let Some(f) = &self.files else { return self.restore(i, x) };
-        let path = f.path(i);
+        let Some(path) = self.files.as_ref().and_then(|f| f.path(i)) else { return self.restore(i, x) };
         let bytes: Vec<u8> = self.backend.download(&x)?.iter().flat_map(|v| v.to_le_bytes()).collect();
         std::fs::write(&path, bytes).map_err(|source| CalibrationError::Io { path, source })
     }
@@ -66,18 +74,16 @@ impl<'a> Carried<'a> {
 }
 
 impl Files {
-    fn path(&self, i: usize) -> PathBuf {
-        self.dir.join(format!("{}-{i}.f32", self.name))
+    fn path(&self, i: usize) -> Option<PathBuf> {
+        self.numbers.get(i).map(|number| self.dir.join(format!("{}-{number}.f32", self.name)))
     }
 }
 
 impl Drop for Files {
     fn drop(&mut self) {
         // Only files of this name were written here; a file that never came to be is no loss.
-        for i in 0.. {
-            if std::fs::remove_file(self.path(i)).is_err() {
-                break;
-            }
+        for path in (0..self.numbers.len()).filter_map(|i| self.path(i)) {
+            let _ = std::fs::remove_file(path);
         }
     }
 }

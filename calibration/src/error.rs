@@ -67,6 +67,14 @@ pub enum CalibrationError {
         /// Block.
         block: usize,
     },
+    /// A block that is not on every device.
+    #[error("a block is on {found} devices, and {expected} calibrate")]
+    Replicas {
+        /// Devices that have it.
+        found: usize,
+        /// Devices of the pass.
+        expected: usize,
+    },
     /// A file or directory holds no text.
     #[error("{} holds no text", .0.display())]
     NoText(PathBuf),

@@ -15,7 +15,8 @@ use lowbit_model::block::{Block, LinearGroup};
 use lowbit_model::experts::{Routed, Routing};
 
 use crate::error::{CalibrationError, Result};
-use crate::sequential::{SequentialPass, wrap};
+use crate::lanes::{Chunk, Seen, nothing};
+use crate::sequential::{OnGroups, SequentialPass, token_weights};
 use crate::stats::{Accumulator, FloatSide, InputStats};
 
 /// Most bytes of experts' sums that are held at once by default, unless one expert alone needs more.
@@ -37,174 +38,227 @@ pub fn tokens_needed(hidden: usize, intermediate: usize) -> u64 {
 }
 
 /// A chunk at the MLP: its input, that of the float stream, and token weights.
-struct Chunk {
+struct AtMlp {
     input: Buffer,
     float: Option<Buffer>,
     weights: Option<Vec<f32>>,
 }
 
-impl<'a> SequentialPass<'a> {
-    /// The MLP of a sparse block; `all` are the statistics of its input over all tokens. On return the residual stream has the
-    /// outputs of the quantized experts, and the float stream those of the original ones, each routed by its own router.
-    pub(crate) fn run_experts<E: From<CalibrationError>>(
-        &mut self,
-        block: &mut Block,
-        original: Option<&Block>,
-        all: InputStats,
-        on_group: &mut dyn FnMut(LinearGroup, InputStats, &mut Block) -> std::result::Result<(), E>,
-        tick: &mut dyn FnMut() -> std::result::Result<(), E>,
-    ) -> std::result::Result<(), E> {
-        let b = self.backend;
-        if block.has_mlp() {
-            on_group(LinearGroup::Mlp, all.clone(), block)?;
-            let mut sums = self.sums(block, LinearGroup::Down)?;
-            for i in 0..self.chunks() {
-                let c = self.chunk(i, block, original)?;
-                let y = block.mlp_activation(b, &c.input).map_err(wrap)?;
-                let yf = float_side(original, &c, |o, x| Ok(o.mlp_activation(b, x)?))?;
-                let side = yf.as_ref().map(|input| FloatSide { input, residuals: None });
-                sums.update(&y, side.as_ref(), c.weights.as_deref())?;
-            }
-            on_group(LinearGroup::Down, sums.finish()?, block)?;
-        }
-        let routing = self.routing(block)?;
-        let Some(config) = block.experts().map(|e| e.config().clone()) else { return Ok(()) };
-        let mut tokens = vec![0u64; config.count];
-        for r in &routing {
-            tokens.iter_mut().zip(&r.experts).for_each(|(sum, e)| *sum += e.rows.len() as u64);
-        }
-        let needed = tokens_needed(block.hidden_size(), config.intermediate_size);
-        let (float, bytes) = (self.options.float_stream, self.options.expert_bytes);
-        let size = experts_at_once(config.count, block.hidden_size(), config.intermediate_size, float, bytes);
-        for start in (0..config.count).step_by(size) {
-            let batch = start..(start + size).min(config.count);
-            let sums = self.gate_and_up(block, original, &routing, batch.clone())?;
-            for (e, s) in batch.clone().zip(sums) {
-                on_group(LinearGroup::Expert(e), s.finish()?.blended(&all, needed), block)?;
-            }
-            let starved: Vec<bool> = batch.clone().map(|e| tokens[e] < needed).collect();
-            let sums = self.down(block, original, &routing, batch.clone(), &starved)?;
-            for (e, (own, wide)) in batch.zip(sums) {
-                let stats = match wide {
-                    Some(wide) => own.finish()?.blended(&wide.finish()?, needed),
-                    None => own.finish()?,
-                };
-                on_group(LinearGroup::ExpertDown(e), stats, block)?;
-            }
-        }
-        for (i, routing) in routing.iter().enumerate() {
-            let mut x = self.x.load(i)?;
-            let input = block.mlp_input(b, &x).map_err(wrap)?;
-            add(b, &mut x, &block.experts_output(b, &input, routing).map_err(wrap)?)?;
-            self.x.store(i, x)?;
-            if let Some(o) = original {
-                let mut xf = self.float.load(i)?;
-                let input = o.mlp_input(b, &xf).map_err(wrap)?;
-                let own = route(b, o, &input)?;
-                add(b, &mut xf, &o.experts_output(b, &input, &own).map_err(wrap)?)?;
-                self.float.store(i, xf)?;
-            }
-            tick()?;
-        }
-        Ok(())
-    }
-
-    /// Who goes where, chunk by chunk. The router is never quantized, so this holds for the whole block.
-    fn routing(&mut self, block: &Block) -> Result<Vec<Routing>> {
-        let b = self.backend;
-        (0..self.chunks())
-            .map(|i| {
-                let x = self.x.load(i)?;
-                let routing = route(b, block, &block.mlp_input(b, &x)?)?;
-                self.x.restore(i, x)?;
-                Ok(routing)
-            })
-            .collect()
-    }
-
-    fn chunk(&mut self, i: usize, block: &Block, original: Option<&Block>) -> Result<Chunk> {
-        let b = self.backend;
-        let x = self.x.load(i)?;
+impl AtMlp {
+    fn of(chunk: &mut Chunk<'_, '_>, weighted: bool) -> Result<Self> {
+        let Chunk { lane, i, block, original, .. } = chunk;
+        let (b, i) = (lane.backend, *i);
+        let x = lane.x.load(i)?;
         let input = block.mlp_input(b, &x)?;
-        let weights = self.weights(block, &x)?;
-        self.x.restore(i, x)?;
+        let weights = token_weights(b, block, &x, weighted)?;
+        lane.x.restore(i, x)?;
         let float = match original {
             Some(o) => {
-                let xf = self.float.load(i)?;
+                let xf = lane.float.load(i)?;
                 let input = o.mlp_input(b, &xf)?;
-                self.float.restore(i, xf)?;
+                lane.float.restore(i, xf)?;
                 Some(input)
             }
             None => None,
         };
-        Ok(Chunk { input, float, weights })
+        Ok(Self { input, float, weights })
+    }
+}
+
+impl<'a> SequentialPass<'a> {
+    /// The MLP of a sparse block; `all` are the statistics of its input over all tokens. On return the residual stream has the
+    /// outputs of the quantized experts, and the float stream those of the original ones, each routed by its own router. `on_groups` gets
+    /// as many experts at once as there are devices.
+    pub(crate) fn run_experts<E: From<CalibrationError>>(
+        &mut self,
+        blocks: &mut [Block],
+        originals: Option<&[Block]>,
+        all: InputStats,
+        on_groups: &mut OnGroups<'_, E>,
+        tick: &mut dyn FnMut() -> std::result::Result<(), E>,
+    ) -> std::result::Result<(), E> {
+        let weighted = self.options.token_weights;
+        if blocks.first().is_some_and(Block::has_mlp) {
+            on_groups(vec![(LinearGroup::Mlp, all.clone())], blocks)?;
+            let mut sum = self.sums(blocks, LinearGroup::Down)?;
+            self.each(
+                blocks,
+                originals,
+                &mut |s| sum.add(&s),
+                &|mut chunk, put| {
+                    let c = AtMlp::of(&mut chunk, weighted)?;
+                    let b = chunk.lane.backend;
+                    let y = chunk.block.mlp_activation(b, &c.input)?;
+                    let yf = float_side(chunk.original, &c, |o, x| Ok(o.mlp_activation(b, x)?))?;
+                    put(Seen::new(&y, side(yf.as_ref())).weighted(c.weights.as_deref()))
+                },
+                &mut || Ok::<(), E>(()),
+            )?;
+            on_groups(vec![(LinearGroup::Down, sum.finish()?)], blocks)?;
+        }
+        let routing = self.routing(blocks)?;
+        let Some(config) = blocks.first().and_then(Block::experts).map(|e| e.config().clone()) else { return Ok(()) };
+        let mut tokens = vec![0u64; config.count];
+        for r in &routing {
+            tokens.iter_mut().zip(&r.experts).for_each(|(sum, e)| *sum += e.rows.len() as u64);
+        }
+        let hidden = blocks.first().map_or(0, Block::hidden_size);
+        let needed = tokens_needed(hidden, config.intermediate_size);
+        let (float, bytes) = (self.options.float_stream, self.options.expert_bytes);
+        let size = experts_at_once(config.count, hidden, config.intermediate_size, float, bytes);
+        let together = self.lanes.len().max(1);
+        for start in (0..config.count).step_by(size) {
+            let batch = start..(start + size).min(config.count);
+            let mut ready = Vec::with_capacity(together);
+            for (e, s) in batch.clone().zip(self.gate_and_up(blocks, originals, &routing, batch.clone())?) {
+                ready.push((LinearGroup::Expert(e), s.finish()?.blended(&all, needed)));
+                if ready.len() == together || e + 1 == batch.end {
+                    on_groups(std::mem::take(&mut ready), blocks)?;
+                }
+            }
+            let starved: Vec<bool> = batch.clone().map(|e| tokens[e] < needed).collect();
+            for (e, (own, wide)) in
+                batch.clone().zip(self.down(blocks, originals, &routing, batch.clone(), &starved)?)
+            {
+                let stats = match wide {
+                    Some(wide) => own.finish()?.blended(&wide.finish()?, needed),
+                    None => own.finish()?,
+                };
+                ready.push((LinearGroup::ExpertDown(e), stats));
+                if ready.len() == together || e + 1 == batch.end {
+                    on_groups(std::mem::take(&mut ready), blocks)?;
+                }
+            }
+        }
+        self.each(
+            blocks,
+            originals,
+            &mut nothing,
+            &|Chunk { lane, i, number, block, original }, _| {
+                let b = lane.backend;
+                let mut x = lane.x.load(i)?;
+                let input = block.mlp_input(b, &x)?;
+                b.add_assign(&mut x, &block.experts_output(b, &input, &routing[number])?)?;
+                lane.x.store(i, x)?;
+                if let Some(o) = original {
+                    let mut xf = lane.float.load(i)?;
+                    let input = o.mlp_input(b, &xf)?;
+                    let own = route(b, o, &input)?;
+                    b.add_assign(&mut xf, &o.experts_output(b, &input, &own)?)?;
+                    lane.float.store(i, xf)?;
+                }
+                Ok(())
+            },
+            tick,
+        )?;
+        Ok(())
+    }
+
+    /// Who goes where, chunk by chunk. The router is never quantized, so this holds for the whole block.
+    fn routing(&mut self, blocks: &[Block]) -> Result<Vec<Routing>> {
+        self.each(
+            blocks,
+            None,
+            &mut nothing,
+            &|Chunk { lane, i, block, .. }, _| {
+                let b = lane.backend;
+                let x = lane.x.load(i)?;
+                let routing = route(b, block, &block.mlp_input(b, &x)?)?;
+                lane.x.restore(i, x)?;
+                Ok(routing)
+            },
+            &mut || Ok(()),
+        )
     }
 
     /// Sums over the inputs of gate and up of some experts. The float stream's side are the same tokens.
     fn gate_and_up(
         &mut self,
-        block: &Block,
-        original: Option<&Block>,
+        blocks: &[Block],
+        originals: Option<&[Block]>,
         routing: &[Routing],
         batch: Range<usize>,
     ) -> Result<Vec<Accumulator<'a>>> {
-        let (b, h) = (self.backend, block.hidden_size());
-        let mut sums = batch.clone().map(|e| self.sums(block, LinearGroup::Expert(e))).collect::<Result<Vec<_>>>()?;
-        for (i, routing) in routing.iter().enumerate() {
-            let c = self.chunk(i, block, original)?;
-            for (sum, routed) in sums.iter_mut().zip(&routing.experts[batch.clone()]) {
-                if routed.rows.is_empty() {
-                    continue;
+        let mut sums = batch.clone().map(|e| self.sums(blocks, LinearGroup::Expert(e))).collect::<Result<Vec<_>>>()?;
+        self.each(
+            blocks,
+            originals,
+            &mut |s| sums.get_mut(s.sum).map_or(Ok(()), |sum| sum.add(&s)),
+            &|mut chunk, put| {
+                let c = AtMlp::of(&mut chunk, false)?;
+                let (b, h) = (chunk.lane.backend, chunk.block.hidden_size());
+                for (sum, routed) in routing[chunk.number].experts[batch.clone()].iter().enumerate() {
+                    if routed.rows.is_empty() {
+                        continue;
+                    }
+                    let rows = routed.indices();
+                    let x = b.gather_rows(&c.input, h, &rows)?;
+                    let xf = c.float.as_ref().map(|f| b.gather_rows(f, h, &rows)).transpose()?;
+                    put(Seen { sum, ..Seen::new(&x, side(xf.as_ref())) })?;
                 }
-                let rows = routed.indices();
-                let x = b.gather_rows(&c.input, h, &rows)?;
-                let xf = c.float.as_ref().map(|f| b.gather_rows(f, h, &rows)).transpose()?;
-                let side = xf.as_ref().map(|input| FloatSide { input, residuals: None });
-                sum.update(&x, side.as_ref(), None)?;
-            }
-        }
+                Ok(())
+            },
+            &mut || Ok::<(), CalibrationError>(()),
+        )?;
         Ok(sums)
     }
 
     /// Sums over the inputs of down of some experts, and over all tokens for those that are starved.
     fn down(
         &mut self,
-        block: &Block,
-        original: Option<&Block>,
+        blocks: &[Block],
+        originals: Option<&[Block]>,
         routing: &[Routing],
         batch: Range<usize>,
         starved: &[bool],
     ) -> Result<Vec<(Accumulator<'a>, Option<Accumulator<'a>>)>> {
-        let (b, h) = (self.backend, block.hidden_size());
+        let weighted = self.options.token_weights;
         let mut sums = batch
             .clone()
             .zip(starved)
             .map(|(e, starved)| {
-                let new = || self.sums(block, LinearGroup::ExpertDown(e));
+                let new = || self.sums(blocks, LinearGroup::ExpertDown(e));
                 Ok((new()?, starved.then(new).transpose()?))
             })
             .collect::<Result<Vec<_>>>()?;
-        for (i, routing) in routing.iter().enumerate() {
-            let c = self.chunk(i, block, original)?;
-            for (e, (own, wide)) in batch.clone().zip(&mut sums) {
-                let routed = &routing.experts[e];
-                if let Some(wide) = wide {
-                    let y = block.expert_activation(b, e, &c.input)?;
-                    let yf = float_side(original, &c, |o, x| Ok(o.expert_activation(b, e, x)?))?;
-                    let side = yf.as_ref().map(|input| FloatSide { input, residuals: None });
-                    wide.update(&y, side.as_ref(), c.weights.as_deref())?;
+        // An expert's own sum, then the one over all tokens.
+        let mut take = |s: Seen<'_>| match sums.get_mut(s.sum / 2) {
+            Some((own, _)) if s.sum.is_multiple_of(2) => own.add(&s),
+            Some((_, wide)) => wide.as_mut().map_or(Ok(()), |wide| wide.add(&s)),
+            None => Ok(()),
+        };
+        self.each(
+            blocks,
+            originals,
+            &mut take,
+            &|mut chunk, put| {
+                let c = AtMlp::of(&mut chunk, weighted)?;
+                let (b, block, original) = (chunk.lane.backend, chunk.block, chunk.original);
+                let h = block.hidden_size();
+                for ((at, e), starved) in batch.clone().enumerate().zip(starved) {
+                    let routed = &routing[chunk.number].experts[e];
+                    if *starved {
+                        let y = block.expert_activation(b, e, &c.input)?;
+                        let yf = float_side(original, &c, |o, x| Ok(o.expert_activation(b, e, x)?))?;
+                        let seen = Seen { sum: 2 * at + 1, ..Seen::new(&y, side(yf.as_ref())) };
+                        put(seen.weighted(c.weights.as_deref()))?;
+                    }
+                    if routed.rows.is_empty() {
+                        continue;
+                    }
+                    let rows = routed.indices();
+                    let y = block.expert_activation(b, e, &b.gather_rows(&c.input, h, &rows)?)?;
+                    let yf = float_side(original, &c, |o, x| {
+                        Ok(o.expert_activation(b, e, &b.gather_rows(x, h, &rows)?)?)
+                    })?;
+                    let weights = chosen(&c.weights, routed);
+                    let seen = Seen { sum: 2 * at, ..Seen::new(&y, side(yf.as_ref())) };
+                    put(seen.weighted(weights.as_deref()))?;
                 }
-                if routed.rows.is_empty() {
-                    continue;
-                }
-                let rows = routed.indices();
-                let y = block.expert_activation(b, e, &b.gather_rows(&c.input, h, &rows)?)?;
-                let yf =
-                    float_side(original, &c, |o, x| Ok(o.expert_activation(b, e, &b.gather_rows(x, h, &rows)?)?))?;
-                let side = yf.as_ref().map(|input| FloatSide { input, residuals: None });
-                own.update(&y, side.as_ref(), chosen(&c.weights, routed).as_deref())?;
-            }
-        }
+                Ok(())
+            },
+            &mut || Ok::<(), CalibrationError>(()),
+        )?;
         Ok(sums)
     }
 }
@@ -216,10 +270,15 @@ fn route(b: &dyn Backend, block: &Block, input: &Buffer) -> Result<Routing> {
     }
 }
 
+/// A float stream's side without residuals.
+fn side(input: Option<&Buffer>) -> Option<FloatSide<'_>> {
+    input.map(|input| FloatSide { input, residuals: None })
+}
+
 /// The float stream's side of a chunk, where there is one.
 fn float_side(
     original: Option<&Block>,
-    chunk: &Chunk,
+    chunk: &AtMlp,
     of: impl FnOnce(&Block, &Buffer) -> Result<Buffer>,
 ) -> Result<Option<Buffer>> {
     original.zip(chunk.float.as_ref()).map(|(o, x)| of(o, x)).transpose()
@@ -228,10 +287,6 @@ fn float_side(
 fn chosen(weights: &Option<Vec<f32>>, routed: &Routed) -> Option<Vec<f32>> {
     let weights = weights.as_ref()?;
     Some(routed.rows.iter().filter_map(|r| weights.get(*r as usize).copied()).collect())
-}
-
-fn add(b: &dyn Backend, x: &mut Buffer, y: &Buffer) -> Result<()> {
-    Ok(b.add_assign(x, y)?)
 }
 
 #[cfg(test)]

@@ -4,6 +4,7 @@ pub mod carried;
 pub mod corpus;
 pub mod error;
 pub mod experts;
+pub mod lanes;
 pub mod sequential;
 pub mod stats;
 pub mod survey;

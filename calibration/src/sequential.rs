@@ -7,20 +7,20 @@
 //!
 //! Resident: one block, its Hessians, the carried activations (tokens · hidden · 4 bytes) and, while down is
 //! calibrated, the MLP's activations (tokens · intermediate · 4 bytes), all of it once per stream; with an offload
-//! folder the activations are on disk and one chunk of them is resident.
+//! folder the activations are on disk and one chunk of them is resident. Several devices share the windows: see [`crate::lanes`].
 
 mod whole;
 
 use std::path::{Path, PathBuf};
 
 use lowbit_kernels::backend::{Backend, Buffer, Segment};
+use lowbit_model::Embedding;
 use lowbit_model::block::{Block, LinearGroup};
-use lowbit_model::{Embedding, ModelError};
 
 pub use self::whole::WholeBlock;
-use crate::carried::Carried;
 use crate::error::{CalibrationError, Result};
 use crate::experts::HESSIAN_BYTES;
+use crate::lanes::{Chunk, Lane, Seen, nothing};
 use crate::stats::{Accumulator, FloatSide, InputStats};
 
 /// Tokens per call: enough rows for the matrix products, few enough for the cache.
@@ -48,17 +48,17 @@ impl Default for PassOptions {
 
 /// Activations carried from block to block.
 pub struct SequentialPass<'a> {
-    pub(crate) backend: &'a dyn Backend,
     pub(crate) options: PassOptions,
-    pub(crate) x: Carried<'a>,
-    /// The float stream; unused without it.
-    pub(crate) float: Carried<'a>,
-    /// Rows of each chunk's windows.
-    pub(crate) segments: Vec<Vec<Segment>>,
+    /// One a device; the first makes the sums.
+    pub(crate) lanes: Vec<Lane<'a>>,
+    chunks: usize,
     pub(crate) window_tokens: usize,
     offload: Option<PathBuf>,
     kv_range: KvRange,
 }
+
+/// Gets the statistics of some groups, and the block on each device, whose linears it may replace on all of them.
+pub type OnGroups<'f, E> = dyn FnMut(Vec<(LinearGroup, InputStats)>, &mut [Block]) -> std::result::Result<(), E> + 'f;
 
 /// Largest magnitudes of a block's keys and values: one each, or one a head.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -82,243 +82,319 @@ impl KvRange {
                     })
                     .collect::<lowbit_kernels::Result<Vec<_>>>()?,
             };
-            seen.resize(found.len(), 0.0);
-            seen.iter_mut().zip(found).for_each(|(m, f)| *m = m.max(f));
+            enlarge(seen, &found);
         }
         Ok(())
     }
+
+    /// Takes in what another device saw; the order does not count.
+    fn join(&mut self, other: &KvRange) {
+        enlarge(&mut self.keys, &other.keys);
+        enlarge(&mut self.values, &other.values);
+    }
+}
+
+fn enlarge(seen: &mut Vec<f32>, found: &[f32]) {
+    seen.resize(seen.len().max(found.len()), 0.0);
+    seen.iter_mut().zip(found).for_each(|(m, f)| *m = m.max(*f));
 }
 
 impl<'a> SequentialPass<'a> {
-    /// Embeds the windows. `offload` is a folder for the activations; it is made when it is absent.
+    /// Embeds the windows, which `backends` share; `embedding` is on the first. `offload` is a folder for the activations; it is made when
+    /// it is absent.
     pub fn start(
-        backend: &'a dyn Backend,
+        backends: &[&'a dyn Backend],
         embedding: &Embedding,
         windows: &[Vec<u32>],
         options: PassOptions,
         offload: Option<&Path>,
     ) -> Result<Self> {
+        let home = *backends.first().ok_or(CalibrationError::Zero("devices"))?;
         if let Some(dir) = offload {
             std::fs::create_dir_all(dir).map_err(|source| CalibrationError::Io { path: dir.to_path_buf(), source })?;
         }
         let window_tokens = windows.iter().map(Vec::len).max().unwrap_or(0);
         let per_chunk = (CHUNK_TOKENS / window_tokens.max(1)).max(1);
         let groups: Vec<&[Vec<u32>]> = windows.chunks(per_chunk).collect();
-        let mut x = Carried::new(backend, groups.len(), "residual", offload);
-        let mut float = Carried::new(backend, groups.len(), "float-residual", offload);
-        let mut segments = Vec::with_capacity(groups.len());
-        for (i, group) in groups.iter().enumerate() {
-            let mut rows = Vec::with_capacity(group.len());
-            let mut row = 0;
-            for (slot, w) in group.iter().enumerate() {
-                rows.push(Segment { slot, row, tokens: w.len(), past: 0 });
-                row += w.len();
+        let (chunks, count) = (groups.len(), backends.len());
+        let mut lanes: Vec<Lane<'a>> =
+            backends.iter().enumerate().map(|(d, b)| Lane::new(*b, d, count, chunks, offload)).collect();
+        for (d, lane) in lanes.iter_mut().enumerate() {
+            for (i, group) in groups.iter().skip(d).step_by(count).enumerate() {
+                let mut rows = Vec::with_capacity(group.len());
+                let mut row = 0;
+                for (slot, w) in group.iter().enumerate() {
+                    rows.push(Segment { slot, row, tokens: w.len(), past: 0 });
+                    row += w.len();
+                }
+                let ids = group.concat();
+                let embedded = || -> Result<Buffer> {
+                    let x = embedding.apply(home, &ids)?;
+                    if d == 0 { Ok(x) } else { Ok(lane.backend.upload(&home.download(&x)?)?) }
+                };
+                let (x, float) = (embedded()?, options.float_stream.then(embedded).transpose()?);
+                lane.x.store(i, x)?;
+                if let Some(float) = float {
+                    lane.float.store(i, float)?;
+                }
+                lane.segments.push(rows);
             }
-            x.store(i, embedding.apply(backend, &group.concat())?)?;
-            if options.float_stream {
-                float.store(i, embedding.apply(backend, &group.concat())?)?;
-            }
-            segments.push(rows);
         }
         let offload = offload.map(Path::to_path_buf);
         let kv_range = KvRange::default();
-        Ok(Self { backend, options, x, float, segments, window_tokens, offload, kv_range })
+        Ok(Self { options, lanes, chunks, window_tokens, offload, kv_range })
     }
 
-    /// Runs one block. `on_group` gets each group's statistics and may replace the linears it names; `tick` is called
-    /// once per chunk and stage (for progress and interruption). `original` is the block with its float weights; a
-    /// float stream needs it, without one it is not looked at.
+    /// Runs one block, which is there once a device. `on_groups` gets the statistics of groups, one group at a time but for experts and
+    /// latent attention, and may replace the linears they name, on every device; `tick` is called once per chunk and stage (for
+    /// progress and interruption). `originals` are the block with its float weights; a float stream needs them, without one they
+    /// are not looked at.
     pub fn run_block<E: From<CalibrationError>>(
         &mut self,
-        block: &mut Block,
-        original: Option<&Block>,
-        on_group: &mut dyn FnMut(LinearGroup, InputStats, &mut Block) -> std::result::Result<(), E>,
+        blocks: &mut [Block],
+        originals: Option<&[Block]>,
+        on_groups: &mut OnGroups<'_, E>,
         tick: &mut dyn FnMut() -> std::result::Result<(), E>,
     ) -> std::result::Result<(), E> {
-        let b = self.backend;
-        let original = match (self.options.float_stream, original) {
-            (true, None) => return Err(CalibrationError::NoOriginal { block: block.index }.into()),
-            (true, some) => some,
-            (false, _) => None,
-        };
-        let chunks = self.segments.len();
-        let offload = self.offload.clone();
-        let carry = |name| Carried::new(b, chunks, name, offload.as_deref());
-        let (mut attended, mut float_attended) = (carry("attended"), carry("float-attended"));
+        let originals = self.needed(blocks, originals)?;
+        let (window, noted, weighted) = (self.window_tokens, self.options.kv_ranges, self.options.token_weights);
 
-        let mut sums = self.sums(block, LinearGroup::Attention)?;
-        for i in 0..chunks {
-            let x = self.x.load(i)?;
-            let y = block.attention_input(b, &x).map_err(wrap)?;
-            self.x.restore(i, x)?;
-            match original {
-                Some(o) => {
-                    let xf = self.float.load(i)?;
-                    let input = &o.attention_input(b, &xf).map_err(wrap)?;
-                    sums.update(&y, Some(&FloatSide { input, residuals: None }), None)?;
-                    self.float.restore(i, xf)?;
+        let mut sum = self.sums(blocks, LinearGroup::Attention)?;
+        self.each(
+            blocks,
+            originals,
+            &mut |s| sum.add(&s),
+            &|Chunk { lane, i, block, original, .. }, put| {
+                let b = lane.backend;
+                let x = lane.x.load(i)?;
+                let y = block.attention_input(b, &x)?;
+                lane.x.restore(i, x)?;
+                match original {
+                    Some(o) => {
+                        let xf = lane.float.load(i)?;
+                        let input = &o.attention_input(b, &xf)?;
+                        put(Seen::new(&y, Some(FloatSide { input, residuals: None })))?;
+                        lane.float.restore(i, xf)
+                    }
+                    None => put(Seen::new(&y, None)),
                 }
-                None => sums.update(&y, None, None)?,
-            }
-            tick()?;
-        }
-        on_group(LinearGroup::Attention, sums.finish()?, block)?;
-        self.run_latents(block, original, on_group)?;
+            },
+            tick,
+        )?;
+        on_groups(vec![(LinearGroup::Attention, sum.finish()?)], blocks)?;
+        self.run_latents(blocks, originals, on_groups)?;
 
-        let mut sums = self.sums(block, LinearGroup::Output)?;
-        let mut range = KvRange::default();
-        for i in 0..chunks {
-            let (x, segments) = (self.x.load(i)?, &self.segments[i]);
-            let noted = self.options.kv_ranges.map(|by_head| (&mut range, by_head));
-            let y = attend(b, block, &x, segments, self.window_tokens, noted)?;
-            let weights = self.weights(block, &x)?;
-            match original {
-                Some(o) => {
-                    let xf = self.float.load(i)?;
-                    let yf = attend(b, o, &xf, segments, self.window_tokens, None)?;
-                    let residuals = block.adds_output_directly().then_some((&xf, &x));
-                    sums.update(&y, Some(&FloatSide { input: &yf, residuals }), weights.as_deref())?;
-                    self.float.restore(i, xf)?;
-                    float_attended.store(i, yf)?;
+        self.hold(["attended", "float-attended"]);
+        self.lanes.iter_mut().for_each(|l| l.range = KvRange::default());
+        let mut sum = self.sums(blocks, LinearGroup::Output)?;
+        self.each(
+            blocks,
+            originals,
+            &mut |s| sum.add(&s),
+            &|Chunk { lane, i, block, original, .. }, put| {
+                let b = lane.backend;
+                let x = lane.x.load(i)?;
+                let range = noted.map(|by_head| (&mut lane.range, by_head));
+                let y = attend(b, block, &x, &lane.segments[i], window, range)?;
+                let weights = token_weights(b, block, &x, weighted)?;
+                match original {
+                    Some(o) => {
+                        let xf = lane.float.load(i)?;
+                        let yf = attend(b, o, &xf, &lane.segments[i], window, None)?;
+                        let residuals = block.adds_output_directly().then_some((&xf, &x));
+                        let float = FloatSide { input: &yf, residuals };
+                        put(Seen::new(&y, Some(float)).weighted(weights.as_deref()))?;
+                        lane.float.restore(i, xf)?;
+                        lane.float_held.store(i, yf)?;
+                    }
+                    None => put(Seen::new(&y, None).weighted(weights.as_deref()))?,
                 }
-                None => sums.update(&y, None, weights.as_deref())?,
-            }
-            self.x.restore(i, x)?;
-            attended.store(i, y)?;
-            tick()?;
-        }
-        on_group(LinearGroup::Output, sums.finish()?, block)?;
-        self.kv_range = range;
+                lane.x.restore(i, x)?;
+                lane.held.store(i, y)
+            },
+            tick,
+        )?;
+        on_groups(vec![(LinearGroup::Output, sum.finish()?)], blocks)?;
+        self.kv_range = KvRange::default();
+        self.lanes.iter().for_each(|l| self.kv_range.join(&l.range));
 
-        let mut sums = self.sums(block, LinearGroup::Mlp)?;
-        for i in 0..chunks {
-            let mut x = self.x.load(i)?;
-            block.attention_residual(b, &mut x, &attended.load(i)?).map_err(wrap)?;
-            let y = block.mlp_input(b, &x).map_err(wrap)?;
-            self.x.store(i, x)?;
-            match original {
-                Some(o) => {
-                    let mut xf = self.float.load(i)?;
-                    o.attention_residual(b, &mut xf, &float_attended.load(i)?).map_err(wrap)?;
-                    let input = &o.mlp_input(b, &xf).map_err(wrap)?;
-                    sums.update(&y, Some(&FloatSide { input, residuals: None }), None)?;
-                    self.float.store(i, xf)?;
+        let mut sum = self.sums(blocks, LinearGroup::Mlp)?;
+        self.each(
+            blocks,
+            originals,
+            &mut |s| sum.add(&s),
+            &|Chunk { lane, i, block, original, .. }, put| {
+                let b = lane.backend;
+                let mut x = lane.x.load(i)?;
+                block.attention_residual(b, &mut x, &lane.held.load(i)?)?;
+                let y = block.mlp_input(b, &x)?;
+                lane.x.store(i, x)?;
+                match original {
+                    Some(o) => {
+                        let mut xf = lane.float.load(i)?;
+                        o.attention_residual(b, &mut xf, &lane.float_held.load(i)?)?;
+                        let input = &o.mlp_input(b, &xf)?;
+                        put(Seen::new(&y, Some(FloatSide { input, residuals: None })))?;
+                        lane.float.store(i, xf)
+                    }
+                    None => put(Seen::new(&y, None)),
                 }
-                None => sums.update(&y, None, None)?,
-            }
-            tick()?;
+            },
+            tick,
+        )?;
+        self.lanes.iter_mut().for_each(Lane::let_go);
+        if blocks.first().is_some_and(|b| b.experts().is_some()) {
+            return self.run_experts(blocks, originals, sum.finish()?, on_groups, tick);
         }
-        drop((attended, float_attended));
-        if block.experts().is_some() {
-            return self.run_experts(block, original, sums.finish()?, on_group, tick);
-        }
-        on_group(LinearGroup::Mlp, sums.finish()?, block)?;
+        on_groups(vec![(LinearGroup::Mlp, sum.finish()?)], blocks)?;
 
-        let mut sums = self.sums(block, LinearGroup::Down)?;
-        let (mut activated, mut float_activated) = (carry("activated"), carry("float-activated"));
-        for i in 0..chunks {
-            let x = self.x.load(i)?;
-            let y = activate(b, block, &x)?;
-            let weights = self.weights(block, &x)?;
-            match original {
-                Some(o) => {
-                    let xf = self.float.load(i)?;
-                    let yf = activate(b, o, &xf)?;
-                    let residuals = block.adds_output_directly().then_some((&xf, &x));
-                    sums.update(&y, Some(&FloatSide { input: &yf, residuals }), weights.as_deref())?;
-                    self.float.restore(i, xf)?;
-                    float_activated.store(i, yf)?;
+        self.hold(["activated", "float-activated"]);
+        let mut sum = self.sums(blocks, LinearGroup::Down)?;
+        self.each(
+            blocks,
+            originals,
+            &mut |s| sum.add(&s),
+            &|Chunk { lane, i, block, original, .. }, put| {
+                let b = lane.backend;
+                let x = lane.x.load(i)?;
+                let y = activate(b, block, &x)?;
+                let weights = token_weights(b, block, &x, weighted)?;
+                match original {
+                    Some(o) => {
+                        let xf = lane.float.load(i)?;
+                        let yf = activate(b, o, &xf)?;
+                        let residuals = block.adds_output_directly().then_some((&xf, &x));
+                        let float = FloatSide { input: &yf, residuals };
+                        put(Seen::new(&y, Some(float)).weighted(weights.as_deref()))?;
+                        lane.float.restore(i, xf)?;
+                        lane.float_held.store(i, yf)?;
+                    }
+                    None => put(Seen::new(&y, None).weighted(weights.as_deref()))?,
                 }
-                None => sums.update(&y, None, weights.as_deref())?,
-            }
-            self.x.restore(i, x)?;
-            activated.store(i, y)?;
-            tick()?;
-        }
-        on_group(LinearGroup::Down, sums.finish()?, block)?;
+                lane.x.restore(i, x)?;
+                lane.held.store(i, y)
+            },
+            tick,
+        )?;
+        on_groups(vec![(LinearGroup::Down, sum.finish()?)], blocks)?;
 
-        for i in 0..chunks {
-            let mut x = self.x.load(i)?;
-            block.mlp_residual(b, &mut x, &activated.load(i)?).map_err(wrap)?;
-            self.x.store(i, x)?;
-            if let Some(o) = original {
-                let mut xf = self.float.load(i)?;
-                o.mlp_residual(b, &mut xf, &float_activated.load(i)?).map_err(wrap)?;
-                self.float.store(i, xf)?;
-            }
-        }
+        self.each(
+            blocks,
+            originals,
+            &mut nothing,
+            &|Chunk { lane, i, block, original, .. }, _| {
+                let b = lane.backend;
+                let mut x = lane.x.load(i)?;
+                block.mlp_residual(b, &mut x, &lane.held.load(i)?)?;
+                lane.x.store(i, x)?;
+                if let Some(o) = original {
+                    let mut xf = lane.float.load(i)?;
+                    o.mlp_residual(b, &mut xf, &lane.float_held.load(i)?)?;
+                    lane.float.store(i, xf)?;
+                }
+                Ok(())
+            },
+            &mut || Ok::<(), E>(()),
+        )?;
+        self.lanes.iter_mut().for_each(Lane::let_go);
         Ok(())
+    }
+
+    /// The originals where a float stream runs through them.
+    fn needed<'o>(&self, blocks: &[Block], originals: Option<&'o [Block]>) -> Result<Option<&'o [Block]>> {
+        match (self.options.float_stream, originals) {
+            (true, None) => Err(CalibrationError::NoOriginal { block: blocks.first().map_or(0, |b| b.index) }),
+            (true, some) => Ok(some),
+            (false, _) => Ok(None),
+        }
+    }
+
+    fn hold(&mut self, names: [&'static str; 2]) {
+        for lane in &mut self.lanes {
+            lane.hold(names, self.offload.as_deref());
+        }
     }
 
     /// What expands the latent vectors of queries, and of keys and values, where attention is latent.
     fn run_latents<E: From<CalibrationError>>(
         &mut self,
-        block: &mut Block,
-        original: Option<&Block>,
-        on_group: &mut dyn FnMut(LinearGroup, InputStats, &mut Block) -> std::result::Result<(), E>,
+        blocks: &mut [Block],
+        originals: Option<&[Block]>,
+        on_groups: &mut OnGroups<'_, E>,
     ) -> std::result::Result<(), E> {
-        let b = self.backend;
         let mut sums: Vec<(LinearGroup, Accumulator<'a>)> = Vec::new();
         for group in [LinearGroup::Query, LinearGroup::KeyValue] {
-            if block.shapes().iter().any(|s| s.group == group) {
-                sums.push((group, self.sums(block, group)?));
+            if blocks.iter().take(1).flat_map(Block::shapes).any(|s| s.group == group) {
+                sums.push((group, self.sums(blocks, group)?));
             }
         }
         if sums.is_empty() {
             return Ok(());
         }
         // In the order of the groups: queries have a latent vector or not, keys with values always.
-        let latents = |block: &Block, x: &Buffer| -> Result<Vec<Buffer>> {
+        let latents = |b: &dyn Backend, block: &Block, x: &Buffer| -> Result<Vec<Buffer>> {
             let found = block.latents(b, &block.attention_input(b, x)?)?;
             Ok(found.map_or_else(Vec::new, |(q, kv)| q.into_iter().chain([kv]).collect()))
         };
-        for i in 0..self.chunks() {
-            let x = self.x.load(i)?;
-            let ys = latents(block, &x)?;
-            self.x.restore(i, x)?;
-            let yfs = match original {
-                Some(o) => {
-                    let xf = self.float.load(i)?;
-                    let found = latents(o, &xf)?;
-                    self.float.restore(i, xf)?;
-                    found
+        self.each(
+            blocks,
+            originals,
+            &mut |s| sums.get_mut(s.sum).map_or(Ok(()), |(_, sum)| sum.add(&s)),
+            &|Chunk { lane, i, block, original, .. }, put| {
+                let b = lane.backend;
+                let x = lane.x.load(i)?;
+                let ys = latents(b, block, &x)?;
+                lane.x.restore(i, x)?;
+                let yfs = match original {
+                    Some(o) => {
+                        let xf = lane.float.load(i)?;
+                        let found = latents(b, o, &xf)?;
+                        lane.float.restore(i, xf)?;
+                        found
+                    }
+                    None => Vec::new(),
+                };
+                for (sum, y) in ys.iter().enumerate() {
+                    let side = yfs.get(sum).map(|input| FloatSide { input, residuals: None });
+                    put(Seen { sum, ..Seen::new(y, side) })?;
                 }
-                None => Vec::new(),
-            };
-            for (at, ((_, sum), y)) in sums.iter_mut().zip(&ys).enumerate() {
-                let side = yfs.get(at).map(|input| FloatSide { input, residuals: None });
-                sum.update(y, side.as_ref(), None)?;
-            }
-        }
-        sums.into_iter().try_for_each(|(group, sum)| on_group(group, sum.finish()?, block))
+                Ok(())
+            },
+            &mut || Ok::<(), E>(()),
+        )?;
+        let finished = sums.into_iter().map(|(group, sum)| Ok((group, sum.finish()?))).collect::<Result<Vec<_>>>()?;
+        on_groups(finished, blocks)
     }
 
     pub(crate) fn chunks(&self) -> usize {
-        self.segments.len()
+        self.chunks
     }
 
     /// Runs one block whose linears are quantized already: what [`Self::run_block`] leaves for the next block, bit for bit, without
     /// the statistics. Calls `tick` once per chunk.
     pub fn replay_block<E: From<CalibrationError>>(
         &mut self,
-        block: &Block,
-        original: Option<&Block>,
+        blocks: &[Block],
+        originals: Option<&[Block]>,
         tick: &mut dyn FnMut() -> std::result::Result<(), E>,
     ) -> std::result::Result<(), E> {
-        let original = match (self.options.float_stream, original) {
-            (true, None) => return Err(CalibrationError::NoOriginal { block: block.index }.into()),
-            (true, some) => some,
-            (false, _) => None,
-        };
-        for i in 0..self.segments.len() {
-            let x = advance(self.backend, block, self.x.load(i)?, &self.segments[i], self.window_tokens)?;
-            self.x.store(i, x)?;
-            if let Some(o) = original {
-                let xf = advance(self.backend, o, self.float.load(i)?, &self.segments[i], self.window_tokens)?;
-                self.float.store(i, xf)?;
-            }
-            tick()?;
-        }
+        let (originals, window) = (self.needed(blocks, originals)?, self.window_tokens);
+        self.each(
+            blocks,
+            originals,
+            &mut nothing,
+            &|Chunk { lane, i, block, original, .. }, _| {
+                let b = lane.backend;
+                let x = advance(b, block, lane.x.load(i)?, &lane.segments[i], window)?;
+                lane.x.store(i, x)?;
+                if let Some(o) = original {
+                    let xf = advance(b, o, lane.float.load(i)?, &lane.segments[i], window)?;
+                    lane.float.store(i, xf)?;
+                }
+                Ok(())
+            },
+            tick,
+        )?;
         Ok(())
     }
 
@@ -329,15 +405,19 @@ impl<'a> SequentialPass<'a> {
 
     /// Calls of `tick` one block makes.
     pub fn ticks_per_block(&self) -> u64 {
-        4 * self.segments.len() as u64
+        4 * self.chunks as u64
     }
 
-    pub(crate) fn sums(&self, block: &Block, group: LinearGroup) -> Result<Accumulator<'a>> {
+    /// Zeros on the first device.
+    pub(crate) fn sums(&self, blocks: &[Block], group: LinearGroup) -> Result<Accumulator<'a>> {
+        let (Some(home), Some(block)) = (self.lanes.first().map(|l| l.backend), blocks.first()) else {
+            return Err(CalibrationError::Replicas { found: blocks.len(), expected: self.lanes.len() });
+        };
         let shape = block.shapes().iter().find(|s| s.group == group);
         // Without a shared expert no linear reads a sparse MLP's input, but starved experts need its sums.
         let (n, out) = shape.map_or((block.hidden_size(), 0), |s| (s.in_features, s.out_features));
         if !self.options.float_stream {
-            return Accumulator::new(self.backend, n);
+            return Accumulator::new(home, n);
         }
         // Beside experts, a shared expert's output is only a part of what is added.
         let added = match group {
@@ -345,18 +425,18 @@ impl<'a> SequentialPass<'a> {
             LinearGroup::Down => block.adds_output_directly() && block.experts().is_none(),
             _ => false,
         };
-        Accumulator::with_float(self.backend, n, added.then_some(out))
+        Accumulator::with_float(home, n, added.then_some(out))
     }
+}
 
-    /// 1 / rms of each row of the residual x; a row of zeros weighs 1.
-    pub(crate) fn weights(&self, block: &Block, x: &Buffer) -> Result<Option<Vec<f32>>> {
-        if !self.options.token_weights || !block.adds_output_directly() {
-            return Ok(None);
-        }
-        let squares = self.backend.mean_squares(x, block.hidden_size())?;
-        let weight = |s: f32| if s > 0.0 && s.is_finite() { 1.0 / s.sqrt() } else { 1.0 };
-        Ok(Some(squares.into_iter().map(weight).collect()))
+/// 1 / rms of each row of the residual x; a row of zeros weighs 1. `None` unless tokens are `weighted`.
+pub(crate) fn token_weights(b: &dyn Backend, block: &Block, x: &Buffer, weighted: bool) -> Result<Option<Vec<f32>>> {
+    if !weighted || !block.adds_output_directly() {
+        return Ok(None);
     }
+    let squares = b.mean_squares(x, block.hidden_size())?;
+    let weight = |s: f32| if s > 0.0 && s.is_finite() { 1.0 / s.sqrt() } else { 1.0 };
+    Ok(Some(squares.into_iter().map(weight).collect()))
 }
 
 /// The input of o; `noted` takes in the keys' and values' range, by head if it says so.
@@ -399,8 +479,4 @@ pub fn advance(b: &dyn Backend, block: &Block, mut x: Buffer, segments: &[Segmen
     let y = activate(b, block, &x)?;
     block.mlp_residual(b, &mut x, &y)?;
     Ok(x)
-}
-
-pub(crate) fn wrap(e: ModelError) -> CalibrationError {
-    e.into()
 }

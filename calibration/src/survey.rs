@@ -10,7 +10,8 @@ use lowbit_kernels::backend::{Backend, Buffer};
 use lowbit_model::block::{Block, LinearGroup};
 
 use crate::error::{CalibrationError, Result};
-use crate::sequential::{SequentialPass, attend, wrap};
+use crate::lanes::{Chunk, Seen};
+use crate::sequential::{SequentialPass, attend};
 use crate::stats::Accumulator;
 
 /// What the data said about the channels (columns) of one input.
@@ -63,36 +64,44 @@ impl<'a> Sums<'a> {
 }
 
 impl SequentialPass<'_> {
-    /// Runs a dense `block` on the carried activations and leaves them as they were. `on_group` gets the channels of q/k/v's, o's,
-    /// gate/up's and down's input in this order, with its Hessian where `hessians` asks for it; `tick` is called once a chunk.
+    /// Runs a dense block, which is there once a device, on the carried activations and leaves them as they were. `on_group` gets the
+    /// channels of q/k/v's, o's, gate/up's and down's input in this order, with its Hessian where `hessians` asks for it; `tick` is called
+    /// once a chunk.
     pub fn survey<E: From<CalibrationError>>(
         &mut self,
-        block: &Block,
+        blocks: &[Block],
         hessians: bool,
         on_group: &mut dyn FnMut(LinearGroup, Channels) -> std::result::Result<(), E>,
         tick: &mut dyn FnMut() -> std::result::Result<(), E>,
     ) -> std::result::Result<(), E> {
-        let b = self.backend;
-        let mut attention = Sums::new(b, block, LinearGroup::Attention, hessians)?;
-        let mut output = Sums::new(b, block, LinearGroup::Output, hessians)?;
-        let mut mlp = Sums::new(b, block, LinearGroup::Mlp, hessians)?;
-        let mut down = Sums::new(b, block, LinearGroup::Down, hessians)?;
-        for i in 0..self.chunks() {
-            let x = self.x.load(i)?;
-            attention.update(b, &block.attention_input(b, &x).map_err(wrap)?)?;
-            let attended = attend(b, block, &x, &self.segments[i], self.window_tokens, None)?;
-            output.update(b, &attended)?;
-            let rows: Vec<usize> = (0..x.len / block.hidden_size().max(1)).collect();
-            let copied = b.gather_rows(&x, block.hidden_size(), &rows);
-            let mut after = copied.map_err(CalibrationError::from)?;
-            self.x.restore(i, x)?;
-            block.attention_residual(b, &mut after, &attended).map_err(wrap)?;
-            let input = block.mlp_input(b, &after).map_err(wrap)?;
-            mlp.update(b, &input)?;
-            down.update(b, &block.mlp_activation(b, &input).map_err(wrap)?)?;
-            tick()?;
-        }
-        for sums in [attention, output, mlp, down] {
+        let (Some(home), Some(first)) = (self.lanes.first().map(|l| l.backend), blocks.first()) else {
+            return Err(CalibrationError::Replicas { found: blocks.len(), expected: self.lanes.len() }.into());
+        };
+        let groups = [LinearGroup::Attention, LinearGroup::Output, LinearGroup::Mlp, LinearGroup::Down];
+        let sums = groups.into_iter().map(|group| Sums::new(home, first, group, hessians));
+        let mut sums = sums.collect::<Result<Vec<_>>>()?;
+        let window = self.window_tokens;
+        self.each(
+            blocks,
+            None,
+            &mut |s| sums.get_mut(s.sum).map_or(Ok(()), |sum| sum.update(home, s.input)),
+            &|Chunk { lane, i, block, .. }, put| {
+                let b = lane.backend;
+                let x = lane.x.load(i)?;
+                put(Seen { sum: 0, ..Seen::new(&block.attention_input(b, &x)?, None) })?;
+                let attended = attend(b, block, &x, &lane.segments[i], window, None)?;
+                put(Seen { sum: 1, ..Seen::new(&attended, None) })?;
+                let rows: Vec<usize> = (0..x.len / block.hidden_size().max(1)).collect();
+                let mut after = b.gather_rows(&x, block.hidden_size(), &rows)?;
+                lane.x.restore(i, x)?;
+                block.attention_residual(b, &mut after, &attended)?;
+                let input = block.mlp_input(b, &after)?;
+                put(Seen { sum: 2, ..Seen::new(&input, None) })?;
+                put(Seen { sum: 3, ..Seen::new(&block.mlp_activation(b, &input)?, None) })
+            },
+            tick,
+        )?;
+        for sums in sums {
             let (group, channels) = sums.finish()?;
             on_group(group, channels)?;
         }

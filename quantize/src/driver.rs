@@ -1,5 +1,6 @@
 //! Carries a plan out: block by block, streaming into a checkpoint that appears only when it is whole.
 
+mod groups;
 mod learned;
 
 use std::collections::BTreeMap;
@@ -8,27 +9,26 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use lowbit_calibration::experts::tokens_needed;
-use lowbit_calibration::{InputStats, KvRange, PassOptions, SequentialPass, Windows};
+use lowbit_calibration::lanes::load_block;
+use lowbit_calibration::{CalibrationError, KvRange, PassOptions, SequentialPass, Windows};
 use lowbit_checkpoint::quant_config::{KvScheme, PackFormat, QuantConfig};
 use lowbit_checkpoint::store::TensorStore;
 use lowbit_checkpoint::writer::CheckpointWriter;
 use lowbit_checkpoint::{Checkpoint, CheckpointError, converted, linear};
 use lowbit_kernels::activation::InputRule;
-use lowbit_kernels::backend::Backend;
-use lowbit_kernels::{InputFormat, KernelError, QuantizedWeight, WeightFormat, ggml};
+use lowbit_kernels::backend::{Backend, HostWeight};
+use lowbit_kernels::{KernelError, QuantizedWeight, WeightFormat, ggml};
 use lowbit_model::block::{Block, Linear, LinearGroup};
 use lowbit_model::{Embedding, decoder};
 
 use crate::error::{QuantizeError, Result};
-use crate::experts::starved;
-use crate::factor::SolveError;
-use crate::inputs::{input_rule, scale_of, stored_scale};
-use crate::loss::{proxy_loss, squared_error};
+use crate::inputs::{input_rule, scale_of};
+use crate::loss::squared_error;
 use crate::plan::{Method, Plan, PlannedLinear};
 use crate::record::{CalibrationRecord, ExpertCoverage, LayerRecord};
 use crate::resume::{Chain, Resume, linears_of};
 use crate::scale_search::{DataFree, SolverOptions};
-use crate::solve::{Shared, Solved, round_any, solve_any};
+use crate::solve::{Solved, round_any};
 use crate::transform::{BlockFold, Folding, TransformRecord, scaling};
 
 /// Progress of long work; the command line draws it.
@@ -78,14 +78,15 @@ struct Run<'a> {
     chain: Chain,
 }
 
-/// Quantizes `ckpt` towards `target`. `windows` is needed by methods that calibrate.
+/// Quantizes `ckpt` towards `target`. `windows` is needed by methods that calibrate. `backends` are at least one device; several, which
+/// must be of one kind, share the windows and the linears, and what is written does not depend on how many there are.
 ///
 /// The checkpoint is complete, and not in place yet: the caller adds its record with [`CheckpointWriter::write_file`] and calls
 /// [`CheckpointWriter::finish`], so that a checkpoint is never seen without its record. Blocks solved by an earlier run that was
 /// stopped are taken over as `resume` says, and the result is the same.
 pub fn quantize(
     ckpt: &Checkpoint,
-    backend: &dyn Backend,
+    backends: &[&dyn Backend],
     plan: &Plan,
     windows: Option<&Windows>,
     target: &Path,
@@ -104,7 +105,7 @@ pub fn quantize(
     };
     let (layers, experts, stage_seconds) = (Vec::new(), Vec::new(), BTreeMap::new());
     let mut run = Run { ckpt, plan, folding, writer, layers, experts, stage_seconds, stop, chain };
-    match run.all(backend, windows, progress) {
+    match run.all(backends, windows, progress) {
         Ok(calibration) => {
             let Run { layers, experts, stage_seconds, writer, folding, .. } = run;
             let transforms = folding.record();
@@ -128,7 +129,7 @@ pub fn quantize(
 impl Run<'_> {
     fn all(
         &mut self,
-        backend: &dyn Backend,
+        backends: &[&dyn Backend],
         windows: Option<&Windows>,
         progress: &dyn Progress,
     ) -> Result<Option<CalibrationRecord>> {
@@ -140,7 +141,7 @@ impl Run<'_> {
                 None
             }
             Some(w) => {
-                run.calibrated(backend, w, progress)?;
+                run.calibrated(backends, w, progress)?;
                 Some(CalibrationRecord::of(w))
             }
             None => return Err(plan.options.no_data()),
@@ -211,7 +212,7 @@ impl Run<'_> {
         Ok(())
     }
 
-    fn calibrated(&mut self, backend: &dyn Backend, windows: &Windows, progress: &dyn Progress) -> Result<()> {
+    fn calibrated(&mut self, backends: &[&dyn Backend], windows: &Windows, progress: &dyn Progress) -> Result<()> {
         let layers = self.ckpt.config.num_layers;
         let folds = self.take_solved(progress)?;
         let solved = folds.len();
@@ -220,7 +221,8 @@ impl Run<'_> {
         }
         let prefix = decoder::prefix(self.ckpt)?;
         self.folding.embedding()?;
-        let embedding = Embedding::load(self.folding.floats(), backend)?;
+        let first = *backends.first().ok_or(CalibrationError::Zero("devices"))?;
+        let embedding = Embedding::load(self.folding.floats(), first)?;
         let recipe = self.plan.options.method.recipe();
         let kv = self.plan.options.kv;
         let options = PassOptions {
@@ -230,7 +232,7 @@ impl Run<'_> {
             expert_bytes: self.plan.options.expert_bytes,
         };
         let offload = self.plan.options.offload.as_deref();
-        let mut pass = SequentialPass::start(backend, &embedding, &windows.tokens, options, offload)?;
+        let mut pass = SequentialPass::start(backends, &embedding, &windows.tokens, options, offload)?;
         drop(embedding);
         self.ckpt.store.release(&format!("{prefix}.embed_tokens."));
         // A block whose scales are searched is looked at once more.
@@ -250,16 +252,16 @@ impl Run<'_> {
                 Some(fold) => self.folding.repeat(index, fold)?,
                 None => {
                     let start = Instant::now();
-                    self.folding.choose(backend, &mut pass, index, &mut || tick(1))?;
+                    self.folding.choose(backends, &mut pass, index, &mut || tick(1))?;
                     folding += start.elapsed().as_secs_f64();
                 }
             }
             let floats = self.folding.floats();
-            let mut block = Block::load(floats, backend, &name, index)?;
-            let original = options.float_stream.then(|| Block::load(floats, backend, &name, index)).transpose()?;
+            let mut blocks = load_block(floats, backends, &name, index)?;
+            let originals = options.float_stream.then(|| load_block(floats, backends, &name, index)).transpose()?;
             if index < solved {
-                self.put_back(backend, &mut block)?;
-                pass.replay_block(&block, original.as_ref(), &mut || tick(looks))?;
+                self.put_back(backends, index, &mut blocks)?;
+                pass.replay_block(&blocks, originals.as_deref(), &mut || tick(looks))?;
                 self.ckpt.store.release(&format!("{name}."));
                 continue;
             }
@@ -267,11 +269,11 @@ impl Run<'_> {
             let mut routed = Vec::new();
             if recipe.learned {
                 pass.run_whole_block(
-                    &mut block,
-                    original.as_ref(),
-                    &mut |data, block| {
+                    &mut blocks,
+                    originals.as_deref(),
+                    &mut |data, blocks| {
                         let start = Instant::now();
-                        let done = self.learn_block(backend, index, &data, block);
+                        let done = self.learn_block(backends, index, &data, blocks);
                         solving += start.elapsed().as_secs_f64();
                         done
                     },
@@ -279,14 +281,13 @@ impl Run<'_> {
                 )?;
             } else {
                 pass.run_block(
-                    &mut block,
-                    original.as_ref(),
-                    &mut |group, stats, block| {
-                        if matches!(group, LinearGroup::Expert(_)) {
-                            routed.push(stats.tokens);
-                        }
+                    &mut blocks,
+                    originals.as_deref(),
+                    &mut |groups, blocks| {
+                        let experts = groups.iter().filter(|(g, _)| matches!(g, LinearGroup::Expert(_)));
+                        routed.extend(experts.map(|(_, stats)| stats.tokens));
                         let start = Instant::now();
-                        let done = self.solve_group(backend, index, group, &stats, block);
+                        let done = self.solve_groups(backends, index, &groups, blocks);
                         solving += start.elapsed().as_secs_f64();
                         done
                     },
@@ -333,93 +334,17 @@ impl Run<'_> {
         self.chain.keep(&mut self.writer, plan, block, self.layers.get(before..).unwrap_or_default(), fold)
     }
 
-    /// Puts the quantized linears of a solved block in the place of the original ones, as [`Self::solve_group`] did.
-    fn put_back(&self, backend: &dyn Backend, block: &mut Block) -> Result<()> {
+    /// Puts the quantized linears of a solved block in the place of the original ones, as [`Self::solve_groups`] did.
+    fn put_back(&self, backends: &[&dyn Backend], index: usize, blocks: &mut [Block]) -> Result<()> {
         let folder = self.writer.unfinished().0;
         let store = TensorStore::open(folder)?;
         let config = self.plan.config.get("quantization_config");
         let quantization = config.map(|q| QuantConfig::parse(&folder.join("config.json"), q)).transpose()?;
-        for l in linears_of(self.plan, block.index) {
+        for l in linears_of(self.plan, index) {
             let weight = linear::read(&store, quantization.as_ref(), &l.module, l.out_features, l.in_features)?;
-            let bias = self.folding.floats().bias(&l.module, l.out_features)?;
             let rule = linear::read_input_rule(&store, quantization.as_ref(), &l.module)?;
-            let quantized = Linear::from_host(backend, &l.module, &weight, bias.as_deref())?.with_input(rule);
-            if let Some(slot) = block.linears.iter_mut().find(|slot| slot.module == l.module) {
-                *slot = quantized;
-            }
-        }
-        Ok(())
-    }
-
-    fn solve_group(
-        &mut self,
-        backend: &dyn Backend,
-        index: usize,
-        group: LinearGroup,
-        stats: &InputStats,
-        block: &mut Block,
-    ) -> Result<()> {
-        let plan = self.plan;
-        let mut shared: Option<Shared> = None;
-        for i in 0..block.linears.len() {
-            let (Some(shape), Some(module)) =
-                (block.shapes().get(i).cloned(), block.linears.get(i).map(|l| l.module.clone()))
-            else {
-                continue;
-            };
-            if shape.group != group {
-                continue;
-            }
-            let Some(planned) = plan.linears.iter().find(|l| l.module == module) else { continue };
-            self.check_stop()?;
-            let start = Instant::now();
-            let opts = plan.options.solver(planned.scheme, plan.layout.scales);
-            let solve = |source: SolveError| QuantizeError::Solve { module: module.clone(), source };
-            if shared.is_none() && plan.options.method.calibrated() {
-                shared = Some(Shared::on(backend, stats, &opts).map_err(solve)?);
-            }
-            let w = self.dense(planned)?;
-            let (out, n, wanted) = (planned.out_features, planned.in_features, planned.wanted());
-            let set_max = self.set_max(planned, &w)?;
-            let kernel = |source| QuantizeError::Kernel { module: module.clone(), source };
-            let (solved, loss) = match &shared {
-                Some(s) => solve_any(&w, out, n, wanted, set_max, s, &opts).map_err(solve)?,
-                None => {
-                    let rounded = round_any(&w, out, n, wanted, set_max, &opts).map_err(solve)?;
-                    let loss = proxy_loss(&w, &rounded.dequantize().map_err(kernel)?, &stats.hessian, out, n);
-                    (rounded, loss)
-                }
-            };
-            let f = shared.as_ref().map(|s| &s.factor);
-            let rule = planned.scheme.input.map(|i| input_rule(i, stats.abs_max, plan.layout.scales)).transpose();
-            let rule = rule.map_err(solve)?;
-            // Without a Hessian or a stored scale, nothing of a starved expert comes from the data.
-            let informed = f.is_some() || planned.scheme.input.is_some_and(InputFormat::is_static);
-            let events = starved(stats).filter(|_| informed).into_iter();
-            let record = LayerRecord {
-                name: module.clone(),
-                block: Some(index),
-                out_features: planned.out_features,
-                in_features: planned.in_features,
-                scheme: planned.scheme_name(),
-                method: plan.options.method.name().into(),
-                proxy_loss: loss.proxy,
-                relative_error: loss.relative(),
-                seconds: start.elapsed().as_secs_f64(),
-                tokens: stats.tokens,
-                input_abs_max: stats.abs_max,
-                input_scale: stored_scale(rule.as_ref()),
-                dead_columns: f.map_or(0, |f| f.dead.len()),
-                damp_frac: f.map_or(0.0, |f| f.damp_frac),
-                events: events.chain(f.into_iter().flat_map(|f| f.events.clone())).collect(),
-            };
-            self.keep(planned, &solved, rule.as_ref(), record)?;
-            let bias = self.folding.floats().bias(&module, planned.out_features)?;
-            let host = solved.host_weight().map_err(kernel)?;
-            let replaced = Linear::from_host(backend, &module, &host, bias.as_deref())?.with_input(rule);
-            if let Some(slot) = block.linears.get_mut(i) {
-                *slot = replaced;
-            }
+            let bias = self.folding.floats().bias(&l.module, l.out_features)?;
+            replace(backends, blocks, &l.module, &weight, bias.as_deref(), rule.as_ref())?;
         }
         Ok(())
     }
@@ -539,6 +464,24 @@ impl Run<'_> {
         self.layers.push(record);
         Ok(())
     }
+}
+
+/// Puts a quantized linear in the place of the original one, on every device.
+fn replace(
+    backends: &[&dyn Backend],
+    blocks: &mut [Block],
+    module: &str,
+    weight: &HostWeight,
+    bias: Option<&[f32]>,
+    rule: Option<&InputRule>,
+) -> Result<()> {
+    for (backend, block) in backends.iter().zip(blocks) {
+        let quantized = Linear::from_host(*backend, module, weight, bias)?.with_input(rule.cloned());
+        if let Some(slot) = block.linears.iter_mut().find(|slot| slot.module == module) {
+            *slot = quantized;
+        }
+    }
+    Ok(())
 }
 
 /// A solved matrix as the output holds it: names and bytes.

@@ -51,6 +51,16 @@ impl<'a> OnDevice<'a> {
         Ok((factor, Self { solver, h, u }))
     }
 
+    /// With a factor that another device, or the host, has made.
+    pub(crate) fn from_factor(
+        backend: &dyn Backend,
+        solver: &'a dyn Solver,
+        stats: &InputStats,
+        factor: &Factor,
+    ) -> Result<Self, SolveError> {
+        Ok(Self { solver, h: backend.upload(&stats.hessian)?, u: backend.upload(&factor.u)? })
+    }
+
     /// As [`crate::gptq::gptq_codes`].
     pub(crate) fn codes(
         &self,

@@ -1,6 +1,7 @@
 //! One linear from its statistics to its codes: the composition of the pure pieces.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use lowbit_calibration::InputStats;
 use lowbit_checkpoint::linear;
@@ -26,9 +27,9 @@ pub struct Shared<'a> {
     /// Their input's statistics.
     pub stats: &'a InputStats,
     /// Factor of the damped Hessian.
-    pub factor: Factor,
+    pub factor: Arc<Factor>,
     /// The damped Hessian, where a sweep or a search needs it.
-    damped: Option<Vec<f32>>,
+    damped: Option<Arc<Vec<f32>>>,
     /// Where a device solves.
     device: Option<OnDevice<'a>>,
 }
@@ -46,6 +47,14 @@ impl<'a> Shared<'a> {
         Self::of(stats, factor, Some(device), opts)
     }
 
+    /// The same on another device of the same kind, without factorizing again: the bits of what is solved there are those of here.
+    pub fn beside(&self, backend: &'a dyn Backend) -> Result<Self, SolveError> {
+        let (stats, factor, damped) = (self.stats, self.factor.clone(), self.damped.clone());
+        let device =
+            backend.solver().map(|solver| OnDevice::from_factor(backend, solver, stats, &factor)).transpose()?;
+        Ok(Self { stats, factor, damped, device })
+    }
+
     fn of(
         stats: &'a InputStats,
         factor: Factor,
@@ -54,12 +63,12 @@ impl<'a> Shared<'a> {
     ) -> Result<Self, SolveError> {
         let whole = opts.sweeps > 0 || opts.scale_search == ScaleSearch::Blocks;
         let damped = whole.then(|| factor.damped(&stats.hessian)).transpose()?;
-        Ok(Self { stats, factor, damped, device })
+        Ok(Self { stats, factor: Arc::new(factor), damped: damped.map(Arc::new), device })
     }
 
     /// GPTQ of `target` `[out, n]` onto integers.
     fn codes(&self, target: &[f32], out: usize, n: usize, opts: &SolverOptions) -> Result<QuantizedMatrix, SolveError> {
-        let factor = &self.factor;
+        let factor: &Factor = &self.factor;
         // A device searches by the diagonal alone.
         if let Some(d) = self.device.as_ref().filter(|_| !opts.scale_search.integers_only()) {
             return d.codes(target, out, n, factor, opts);
@@ -92,7 +101,8 @@ pub fn solve_linear(
     shared: &Shared,
     opts: &SolverOptions,
 ) -> Result<(QuantizedMatrix, Loss), SolveError> {
-    let (stats, factor) = (shared.stats, &shared.factor);
+    let stats = shared.stats;
+    let factor: &Factor = &shared.factor;
     let corrected = match &stats.drift {
         Some(d) => Some(corrected_target(w, out, n, &d.input, d.residual.as_deref(), factor, opts.correction)?),
         None => None,
@@ -175,7 +185,7 @@ pub fn solve_any(
                 .map(|(m, loss)| (Solved::Codes(QuantizedWeight::Int(m)), loss));
         }
         Wanted::Codes(format) => {
-            let q = quantize_float(w, out, n, format, set_max, Some(&shared.factor), opts)?;
+            let q = quantize_float(w, out, n, format, set_max, Some(&*shared.factor), opts)?;
             Solved::Codes(QuantizedWeight::Float(q))
         }
         Wanted::Blocks(kind) => Solved::Blocks(blocks_gptq(kind, w, n, &shared.factor, opts)?),

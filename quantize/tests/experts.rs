@@ -75,7 +75,7 @@ fn run(from: &Path, to: &Path, options: &QuantizeOptions) -> Result<(QuantizeRec
     let windows = options.needs_data().then_some(&windows);
     let resume = Resume { identity: "test".into(), fresh: false };
     let (outcome, writer) =
-        quantize(&ckpt, &CpuBackend::new(), &made, windows, to, false, &resume, &Silent, &AtomicBool::new(false))?;
+        quantize(&ckpt, &[&CpuBackend::new()], &made, windows, to, false, &resume, &Silent, &AtomicBool::new(false))?;
     assert_eq!(writer.unfinished().1, 0, "blocks of experts are not kept");
     writer.finish()?;
     let record = QuantizeRecord {

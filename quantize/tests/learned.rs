@@ -121,7 +121,7 @@ fn a_whole_model_is_written_and_recorded() {
     let to = tmp.path().join("to");
     let stop = AtomicBool::new(false);
     let (outcome, writer) =
-        quantize(&ckpt, &CpuBackend::new(), &made, Some(&windows), &to, false, &resume, &Silent, &stop).unwrap();
+        quantize(&ckpt, &[&CpuBackend::new()], &made, Some(&windows), &to, false, &resume, &Silent, &stop).unwrap();
     writer.finish().unwrap();
     assert_eq!(outcome.layers.len(), 4 * 6);
     for l in &outcome.layers {

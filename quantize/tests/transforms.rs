@@ -46,7 +46,7 @@ fn watched(
     let made = plan::make(from, options, None, windows.token_count())?;
     let data = options.needs_data().then_some(&windows);
     let resume = Resume { identity: "test".into(), fresh: false };
-    let (outcome, writer) = quantize(from, &CpuBackend::new(), &made, data, to, false, &resume, progress, stop)?;
+    let (outcome, writer) = quantize(from, &[&CpuBackend::new()], &made, data, to, false, &resume, progress, stop)?;
     writer.finish()?;
     let written = Checkpoint::open(to)?;
     let bytes: u64 = written.store.iter().map(|(_, t)| t.data.as_slice().len() as u64).sum();

@@ -59,6 +59,9 @@ pub fn after_interrupt(command: &Command) -> &'static str {
 
 /// Runs the command.
 pub fn dispatch(ctx: &Context, command: Command) -> Result<()> {
+    if !matches!(command, Command::Run(_) | Command::Plan(_) | Command::Quantize(_)) {
+        ctx.check_one_device()?;
+    }
     match command {
         Command::Run(a) => run::run(ctx, &a),
         Command::Inspect(a) => inspect::inspect(ctx, &a),

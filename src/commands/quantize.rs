@@ -12,6 +12,7 @@ use lowbit_checkpoint::quant_config::{KvScheme, PackFormat};
 use lowbit_checkpoint::tokenizer::Tokenizer;
 use lowbit_checkpoint::{Checkpoint, CheckpointError};
 use lowbit_kernels::activation::InputCode;
+use lowbit_kernels::backend::Backend;
 use lowbit_kernels::ggml::GgmlType;
 use lowbit_kernels::{GroupSize, LinearScheme, Scheme};
 use lowbit_model::Model;
@@ -318,10 +319,12 @@ pub fn execute(
     let needed = made.options.needs_data();
     let windows = needed.then(|| calibration_windows(ctx, ckpt, q, || made.options.no_data())).transpose()?;
     exit::starts_over(!lowbit_quantize::resume::keeps_blocks(&ckpt.config, &made.options));
+    let backends = if needed { ctx.backends()? } else { vec![ctx.backend()?] };
+    let backends: Vec<&dyn Backend> = backends.iter().map(|b| b.as_ref()).collect();
     let writing = ctx.writing();
     let (outcome, writer) = lowbit_quantize::quantize(
         ckpt,
-        ctx.backend()?.as_ref(),
+        &backends,
         made,
         windows.as_ref(),
         output,

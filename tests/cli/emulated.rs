@@ -48,3 +48,17 @@ fn the_emulated_gpu_writes_the_cpus_codes() {
     let (c, g) = (perplexity(&cpu), perplexity(&gpu));
     assert!((g / c - 1.0).abs() <= 1e-3, "perplexity {g} against {c}");
 }
+
+#[test]
+fn two_devices_write_what_one_writes() {
+    let tmp = tempfile::tempdir().unwrap();
+    let written = |device: &str| {
+        let out = tmp.path().join(device.replace(',', "-"));
+        let mut c = lowbit(tmp.path());
+        c.args(["--quiet", "--device", device, "quantize"]).arg(demo()).arg("-o").arg(&out);
+        c.args(["--samples", "2", "--seq-len", "32", "--group-size", "64", "--method", "gptq"]);
+        ok(c.arg("--calib").arg(root().join("assets/demo-text/evaluation.txt")));
+        std::fs::read(out.join("model.safetensors")).unwrap()
+    };
+    assert!(written("emulated") == written("emulated,emulated"));
+}

@@ -266,3 +266,25 @@ fn full_disk() {
     check(out.status.code(), &stderr(&out), &["small"], true);
     assert_eq!(left, Vec::<String>::new(), "left behind");
 }
+
+#[test]
+fn several_devices_where_they_are_of_no_use() {
+    let tmp = tempfile::tempdir().unwrap();
+    let said = |devices: &str| {
+        let out = lowbit(tmp.path()).args(["--device", devices, "inspect", "demo"]).output().unwrap();
+        (out.status.code(), stderr(&out))
+    };
+    let (code, text) = said("emulated,emulated");
+    check(code, &text, &["2 devices", "computes on one", "hint: --device emulated; quantize, plan and run"], true);
+    for (devices, wanted) in [
+        ("cpu,cpu", "several devices are GPUs"),
+        ("cuda:0,cpu", "several devices are GPUs"),
+        ("auto,cuda:1", "several devices are GPUs"),
+        ("cuda,cuda:1,cuda:0", "cuda:0 is named twice"),
+        ("cuda:1,cuda:2,cuda:2", "cuda:2 is named twice"),
+        ("cuda:0,", "expected auto, cpu"),
+    ] {
+        let (code, text) = said(devices);
+        assert!(code == Some(3) && text.contains(wanted), "{devices}: {text}");
+    }
+}

@@ -6,7 +6,8 @@ use std::ops::Range;
 use lowbit_model::block::Block;
 
 use super::{SequentialPass, advance};
-use crate::error::{CalibrationError, Result};
+use crate::error::CalibrationError;
+use crate::lanes::{Chunk, nothing};
 
 /// Inputs and wanted outputs of a block, on the host: tokens · hidden · 8 bytes.
 #[derive(Clone, Debug, Default)]
@@ -22,43 +23,55 @@ pub struct WholeBlock {
 }
 
 impl SequentialPass<'_> {
-    /// Runs one block with both streams, which needs [`super::PassOptions::float_stream`]. `on_block` gets what goes in and what should
-    /// come out, and may replace the block's linears; the quantized stream goes on through what it leaves. `tick` is called twice a
-    /// chunk.
+    /// Runs one block with both streams, which needs [`super::PassOptions::float_stream`]; the block is there once a device. `on_block` gets
+    /// what goes in and what should come out, and may replace the block's linears, on every device; the quantized stream goes on
+    /// through what it leaves. `tick` is called twice a chunk.
     pub fn run_whole_block<E: From<CalibrationError>>(
         &mut self,
-        block: &mut Block,
-        original: Option<&Block>,
-        on_block: &mut dyn FnMut(WholeBlock, &mut Block) -> std::result::Result<(), E>,
+        blocks: &mut [Block],
+        originals: Option<&[Block]>,
+        on_block: &mut dyn FnMut(WholeBlock, &mut [Block]) -> std::result::Result<(), E>,
         tick: &mut dyn FnMut() -> std::result::Result<(), E>,
     ) -> std::result::Result<(), E> {
-        let Some(original) = original.filter(|_| self.options.float_stream) else {
-            return Err(CalibrationError::NoOriginal { block: block.index }.into());
-        };
-        let mut data = WholeBlock { width: block.hidden_size(), ..WholeBlock::default() };
-        for i in 0..self.segments.len() {
-            self.gather(i, original, &mut data)?;
-            tick()?;
+        let index = blocks.first().map_or(0, |b| b.index);
+        let none = || CalibrationError::NoOriginal { block: index };
+        let originals = originals.filter(|_| self.options.float_stream).ok_or_else(none)?;
+        let window = self.window_tokens;
+        let parts = self.each(
+            blocks,
+            Some(originals),
+            &mut nothing,
+            &|Chunk { lane, i, original, .. }, _| {
+                let b = lane.backend;
+                let x = lane.x.load(i)?;
+                let inputs = b.download(&x)?;
+                lane.x.restore(i, x)?;
+                let xf = advance(b, original.ok_or_else(none)?, lane.float.load(i)?, &lane.segments[i], window)?;
+                let targets = b.download(&xf)?;
+                lane.float.store(i, xf)?;
+                Ok((inputs, targets, lane.segments[i].clone()))
+            },
+            tick,
+        )?;
+        let width = blocks.first().map_or(0, Block::hidden_size);
+        let mut data = WholeBlock { width, ..WholeBlock::default() };
+        for (inputs, targets, segments) in parts {
+            let before = data.inputs.len() / width.max(1);
+            data.inputs.extend(inputs);
+            data.targets.extend(targets);
+            data.windows.extend(segments.iter().map(|s| before + s.row..before + s.row + s.tokens));
         }
-        on_block(data, block)?;
-        for i in 0..self.segments.len() {
-            let x = advance(self.backend, block, self.x.load(i)?, &self.segments[i], self.window_tokens)?;
-            self.x.store(i, x)?;
-            tick()?;
-        }
-        Ok(())
-    }
-
-    /// Takes chunk `i` in, and the float stream through `original`.
-    fn gather(&mut self, i: usize, original: &Block, data: &mut WholeBlock) -> Result<()> {
-        let before = data.inputs.len() / data.width.max(1);
-        let x = self.x.load(i)?;
-        data.inputs.extend(self.backend.download(&x)?);
-        self.x.restore(i, x)?;
-        let xf = advance(self.backend, original, self.float.load(i)?, &self.segments[i], self.window_tokens)?;
-        data.targets.extend(self.backend.download(&xf)?);
-        self.float.store(i, xf)?;
-        data.windows.extend(self.segments[i].iter().map(|s| before + s.row..before + s.row + s.tokens));
+        on_block(data, blocks)?;
+        self.each(
+            blocks,
+            None,
+            &mut nothing,
+            &|Chunk { lane, i, block, .. }, _| {
+                let x = advance(lane.backend, block, lane.x.load(i)?, &lane.segments[i], window)?;
+                lane.x.store(i, x)
+            },
+            tick,
+        )?;
         Ok(())
     }
 }

@@ -65,7 +65,7 @@ pub fn measure(
     let prefix = decoder::prefix(ckpt)?;
     let embedding = Embedding::load(ckpt, backend)?;
     let offload = outline.options.offload.as_deref();
-    let mut pass = SequentialPass::start(backend, &embedding, used, PassOptions::default(), offload)?;
+    let mut pass = SequentialPass::start(&[backend], &embedding, used, PassOptions::default(), offload)?;
     let ids = probes.concat();
     let (mut segments, mut row) = (Vec::with_capacity(probes.len()), 0);
     for (slot, w) in probes.iter().enumerate() {
@@ -89,9 +89,12 @@ pub fn measure(
         let mut block = Block::load(ckpt, backend, &name, index)?;
         let mut alone: Vec<(usize, Vec<(usize, HostWeight)>)> = Vec::new();
         pass.run_block(
-            &mut block,
+            std::slice::from_mut(&mut block),
             None,
-            &mut |group, stats, block| m.unit(index, group, &stats, block, &mut alone),
+            &mut |groups, blocks| {
+                let Some(block) = blocks.first() else { return Ok(()) };
+                groups.iter().try_for_each(|(group, stats)| m.unit(index, *group, stats, block, &mut alone))
+            },
             &mut || check(1),
         )?;
         let step = |block: &Block, x: Buffer| advance(backend, block, x, &segments, PROBE_TOKENS);

@@ -5,9 +5,9 @@ use std::time::Instant;
 use lowbit_calibration::WholeBlock;
 use lowbit_kernels::QuantizedWeight;
 use lowbit_kernels::backend::Backend;
-use lowbit_model::block::{Block, Linear};
+use lowbit_model::block::Block;
 
-use super::{Run, read_dense};
+use super::{Run, read_dense, replace};
 use crate::error::{QuantizeError, Result};
 use crate::factor::SolveError;
 use crate::learned::graph::{Graph, LINEARS};
@@ -19,15 +19,17 @@ use crate::record::LayerRecord;
 use crate::solve::Solved;
 
 impl Run<'_> {
-    /// Learns the rounding of block `index` on `data`, writes its linears, and puts them in the place of the original ones.
+    /// Learns the rounding of block `index` on `data`, writes its linears, and puts them in the place of the original ones, on every
+    /// device. Learning is the host's.
     pub(super) fn learn_block(
         &mut self,
-        backend: &dyn Backend,
+        backends: &[&dyn Backend],
         index: usize,
         data: &WholeBlock,
-        block: &mut Block,
+        blocks: &mut [Block],
     ) -> Result<()> {
         let (start, plan, ckpt) = (Instant::now(), self.plan, self.ckpt);
+        let Some(block) = blocks.first() else { return Ok(()) };
         let graph = Graph::load(ckpt, &format!("{}.{index}", plan.blocks), block)?;
         let planned = |module: &str| plan.linears.iter().find(|p| p.module == module);
         let mut linears = Vec::with_capacity(LINEARS);
@@ -58,9 +60,9 @@ impl Run<'_> {
             )
         });
         let seconds = start.elapsed().as_secs_f64() / LINEARS as f64;
-        for (i, linear) in linears.iter().enumerate() {
-            let (Learnable::Rounded(r), Some(slot)) = (linear, block.linears.get_mut(i)) else { continue };
-            let Some(p) = planned(&slot.module) else { continue };
+        let modules: Vec<String> = block.linears.iter().map(|l| l.module.clone()).collect();
+        for (linear, module) in linears.iter().zip(&modules) {
+            let (Learnable::Rounded(r), Some(p)) = (linear, planned(module)) else { continue };
             let solved = Solved::Codes(QuantizedWeight::Int(r.matrix()));
             let (error, norm) = squared_error(r.weight(), p.in_features, |rows, back| solved.widen(rows, back));
             let record = LayerRecord {
@@ -81,7 +83,7 @@ impl Run<'_> {
             let kernel = |source| QuantizeError::Kernel { module: p.module.clone(), source };
             let host = solved.host_weight().map_err(kernel)?;
             let bias = ckpt.bias(&p.module, p.out_features)?;
-            *slot = Linear::from_host(backend, &p.module, &host, bias.as_deref())?;
+            replace(backends, blocks, &p.module, &host, bias.as_deref(), None)?;
         }
         Ok(())
     }

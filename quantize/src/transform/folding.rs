@@ -1,10 +1,11 @@
 //! Transforms at work: the float model that a run reads, block by block.
 
+use lowbit_calibration::lanes::load_block;
 use lowbit_calibration::{Channels, SequentialPass};
 use lowbit_checkpoint::Checkpoint;
 use lowbit_checkpoint::store::StoredTensor;
 use lowbit_kernels::backend::{Backend, Bytes, FloatType};
-use lowbit_model::block::{Block, LinearGroup, LinearShape, linear_shapes};
+use lowbit_model::block::{LinearGroup, LinearShape, linear_shapes};
 use lowbit_model::decoder;
 use serde::{Deserialize, Serialize};
 
@@ -153,7 +154,7 @@ impl<'a> Folding<'a> {
     /// Goes on to a block and chooses its scales from the inputs that `pass` has for it.
     pub(crate) fn choose(
         &mut self,
-        backend: &dyn Backend,
+        backends: &[&dyn Backend],
         pass: &mut SequentialPass<'_>,
         index: usize,
         tick: &mut dyn FnMut() -> Result<()>,
@@ -167,10 +168,10 @@ impl<'a> Folding<'a> {
         let c = &self.ckpt.config;
         let planned = |s: &LinearShape| self.planned(index, s);
         let groups = scaled_groups(c, &self.plan.options.transforms, &linear_shapes(c, index), &planned);
-        let block = Block::load(self.floats(), backend, &self.name(index), index)?;
+        let blocks = load_block(self.floats(), backends, &self.name(index), index)?;
         let mut found: Vec<(LinearGroup, Vec<f32>, FoldRecord)> = Vec::new();
         pass.survey(
-            &block,
+            &blocks,
             kind == Transform::Awq,
             &mut |group, channels| -> Result<()> {
                 if groups.contains(&group) {
@@ -181,7 +182,7 @@ impl<'a> Folding<'a> {
             },
             tick,
         )?;
-        drop(block);
+        drop(blocks);
         let mut fold = BlockFold::default();
         for (group, scales, record) in found {
             float.scale(group, &scales)?;
