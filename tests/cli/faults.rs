@@ -11,6 +11,7 @@ use std::path::Path;
 use std::process::{Child, Stdio};
 use std::time::Duration;
 
+use super::docs::{commands, help};
 use super::{demo, lowbit, names, ok, stderr};
 use cases::{CONVERT, Calm, Case, QUANTIZE, all, files, points, shim, without_leftovers};
 
@@ -86,13 +87,8 @@ fn interrupted_anywhere_it_is_as_if_killed_and_the_hint_says_how_to_go_on() {
 /// A command that writes and is no case would be held by none of these tests.
 #[test]
 fn every_command_that_writes_is_a_case() {
-    let tmp = tempfile::tempdir().unwrap();
-    let help = |args: &[&str]| String::from_utf8(ok(lowbit(tmp.path()).args(args).arg("--help")).stdout).unwrap();
     let top = help(&[]);
-    let listed = top.split("Commands:\n").nth(1).unwrap().split("\n\n").next().unwrap();
-    let commands: Vec<&str> = listed.lines().filter_map(|l| l.split_whitespace().next()).collect();
-    assert!(commands.len() > 15 && commands.contains(&"quantize"), "{commands:?}");
-    for command in commands.into_iter().filter(|c| *c != "help") {
+    for command in commands(&top) {
         let writes = help(&[command]).contains("\n  -o, --output");
         assert_eq!(writes, all().iter().any(|c| c.args[0] == command), "{command}: a case in faults/cases.rs");
     }

@@ -12,7 +12,7 @@ use parquet::data_type::{ByteArray, ByteArrayType};
 use parquet::file::writer::SerializedFileWriter;
 use serde_json::{Value, json};
 
-use super::{lowbit, ok};
+use super::{lowbit, ok, stderr};
 
 /// Revision, as in addresses, with the commit it is.
 const REVISIONS: [(&str, &str); 2] = [
@@ -29,6 +29,8 @@ struct Watch {
     /// Name and first byte.
     asked: Mutex<Vec<(&'static str, usize)>>,
     half_of: Mutex<Option<&'static str>>,
+    /// What every request is answered by, in place of all else.
+    refuses: Option<u16>,
 }
 
 /// Serves the data set `org/quiz`; returns the address.
@@ -47,6 +49,9 @@ fn answer(mut stream: TcpStream, files: &[File], watch: &Watch) -> std::io::Resu
     let head: Vec<String> =
         BufReader::new(stream.try_clone()?).lines().map_while(Result::ok).take_while(|l| !l.is_empty()).collect();
     let path = head.first().and_then(|l| l.split(' ').nth(1)).unwrap_or_default().to_owned();
+    if let Some(code) = watch.refuses {
+        return write!(stream, "HTTP/1.1 {code} No\r\nContent-Length: 0\r\nConnection: close\r\n\r\n");
+    }
     let named = |name: &str| REVISIONS.iter().find(|r| r.0 == name).map(|r| r.1);
     if let Some(sha) = path.strip_prefix("/api/datasets/org/quiz/revision/").and_then(named) {
         let list: Vec<Value> =
@@ -177,4 +182,21 @@ fn a_download_that_was_killed_goes_on_where_it_was() {
     let asked = watch.asked.lock().unwrap().clone();
     assert!(asked.contains(&(ROWS, kept)), "not from byte {kept} on: {asked:?}");
     assert_eq!(came(), 0);
+}
+
+#[test]
+fn a_hub_that_refuses_is_an_error_and_leaves_nothing() {
+    for (code, text, hint) in [
+        (429, "too many requests (HTTP 429)", "wait some minutes, or set HF_TOKEN"),
+        (500, "the hub answered HTTP 500", "try again later"),
+    ] {
+        let tmp = tempfile::tempdir().unwrap();
+        let url = serve(Vec::new(), Arc::new(Watch { refuses: Some(code), ..Watch::default() }));
+        let out = render(tmp.path(), &url, "rows").output().unwrap();
+        let said = stderr(&out);
+        assert_eq!(out.status.code(), Some(3), "{said}");
+        assert!(said.starts_with("error: ") && said.contains(text), "{said}");
+        assert!(said.contains(&format!("hint: {hint}; or give --data")), "{said}");
+        assert!(out.stdout.is_empty() && !tmp.path().join("hf/hub/datasets--org--quiz").exists());
+    }
 }
