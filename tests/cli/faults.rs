@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use super::docs::{commands, help};
 use super::{demo, lowbit, names, ok, stderr};
-use cases::{CONVERT, Calm, Case, QUANTIZE, all, files, points, shim, without_leftovers};
+use cases::{CONVERT, Calm, Case, GATE, QUANTIZE, all, files, points, shim, without_leftovers};
 
 /// After a stop: each file is there whole or not at all, and the same command completes.
 fn completes(case: &Case, calm: &Calm, tmp: &Path, when: &str) {
@@ -128,13 +128,37 @@ fn on_a_disk_that_fails_the_error_names_the_place_and_nothing_is_left() {
                             "{}: {when}: {said}",
                             case.name
                         );
-                        assert!(fault != "ENOSPC" || said.contains("hint: "), "{}: {when}: {said}", case.name);
+                        assert!(said.contains("hint: "), "{}: {when}: {said}", case.name);
                     }
                     code => panic!("{}: {when}: exit {code:?}: {said}", case.name),
                 }
             }
         }
     }
+}
+
+/// What is said, word for word, and the codes.
+#[test]
+fn each_fault_is_told_with_its_place_and_the_way_out() {
+    if shim().is_none() {
+        return;
+    }
+    let mut all = String::new();
+    for (case, file) in [(&QUANTIZE, "/model-00001-of-00003.safetensors"), (&GATE, "/.gate.xml.partial")] {
+        let calm = case.calm();
+        let at = calm.calls.iter().position(|c| c.starts_with("write ") && c.ends_with(file)).unwrap() + 1;
+        for fault in ["ENOSPC", "EROFS", "EIO", "int"] {
+            let tmp = calm.folder();
+            let out = case.struck(tmp.path(), at, fault);
+            let (said, code) = (stderr(&out), out.status.code().unwrap());
+            let error = said.find("error: ").and_then(|start| said.get(start..)).unwrap_or_default();
+            assert!(error.contains("\nhint: "), "{}: {fault}: {said}", case.name);
+            all += &format!("{}: {fault}\nstatus: {code}\n{error}\n", case.name);
+        }
+    }
+    insta::with_settings!({ prepend_module_to_snapshot => false, omit_expression => true }, {
+        insta::assert_snapshot!("faults", all);
+    });
 }
 
 #[test]
