@@ -152,6 +152,9 @@ fn hint_of(cause: &(dyn Error + 'static)) -> Option<String> {
     if let Some(e) = calibration_error(cause) {
         return e.hint();
     }
+    if let Some(e) = cause.downcast_ref::<BenchError>() {
+        return e.hint();
+    }
     cause.downcast_ref::<std::io::Error>().and_then(lowbit_checkpoint::error::io_hint).map(str::to_string)
 }
 
@@ -252,6 +255,27 @@ mod tests {
             (anyhow::Error::new(EvalError::Kernel(no_room())), BAD_INPUT),
         ] {
             assert_eq!(code_of(&error), code, "{error:#}");
+        }
+    }
+
+    #[test]
+    fn every_crates_hints_are_told() {
+        let plan = QuantizeError::Plan { summary: "s".into(), offenders: vec![], hint: Some("h".into()) };
+        let there = || CheckpointError::Exists { path: "x".into() };
+        let full = || std::io::Error::from(std::io::ErrorKind::StorageFull);
+        for (error, hint) in [
+            (anyhow::Error::new(plan), "h"),
+            (anyhow::Error::new(BenchError::OnePair), "-r 5"),
+            (anyhow::Error::new(there()).context("output"), "choose another output"),
+            (anyhow::Error::new(QuantizeError::Checkpoint(there())), "choose another output"),
+            (anyhow::Error::new(QuantizeError::Calibration(there().into())), "choose another output"),
+            (anyhow::Error::new(EvalError::Checkpoint(there())), "choose another output"),
+            (anyhow::Error::new(EvalError::Model(ModelError::Checkpoint(there()))), "choose another output"),
+            (anyhow::Error::new(ServeError::Checkpoint(there())), "choose another output"),
+            (anyhow::Error::new(full()).context("cannot write x"), "free some space"),
+        ] {
+            let found = error.chain().find_map(hint_of).unwrap_or_default();
+            assert!(found.starts_with(hint), "{error:#}: {found}");
         }
     }
 
