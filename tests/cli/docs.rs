@@ -78,6 +78,17 @@ fn tables_of_measurements_are_those_of_their_records() {
     assert!(seen > 0, "no page names a record");
 }
 
+/// `docs/gpu-h100.md`: its comment names the command that makes what follows.
+#[test]
+fn the_gpus_figures_are_those_of_their_record() {
+    let page = std::fs::read_to_string(root().join("docs/gpu-h100.md")).unwrap();
+    let (head, figures) = page.split_once(" -->\n\n").unwrap();
+    let command = head.split_once("<!-- Generated: lowbit ").unwrap().1.split(';').next().unwrap();
+    let tmp = tempfile::tempdir().unwrap();
+    let made = ok(lowbit(tmp.path()).args(command.split(' ')));
+    assert!(String::from_utf8(made.stdout).unwrap() == figures, "docs/gpu-h100.md: lowbit {command}");
+}
+
 #[test]
 fn links_between_pages_lead_somewhere() {
     let mut pages = vec![root().join("README.md"), root().join("CHANGELOG.md")];
