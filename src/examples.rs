@@ -19,7 +19,7 @@ pub const TOP: &str = "Examples:
     lowbit report w8 w4 w3 -o comparison
 
 MODEL is a folder, a .gguf file, `demo`, or a hub id `org/name[@revision]`.
-Exit codes: 0 done; 1 a regression or a broken objective; 2 no verdict; 3 bad input; 4 internal failure.";
+Exit codes: 0 done; 1 a regression or a broken objective; 2 no verdict; 3 bad input; 4 internal failure; 130 interrupted.";
 
 /// Of `lowbit run --help`.
 pub const RUN: &str = "Examples:

@@ -120,6 +120,9 @@ pub fn io_hint(error: &std::io::Error) -> Option<&'static str> {
         ErrorKind::ReadOnlyFilesystem => Some("choose an output where you may write"),
         ErrorKind::NotFound => Some("check the spelling of the path, and the folder that it starts from"),
         ErrorKind::PermissionDenied => Some("check who may read and write there, or choose another place"),
+        _ if error.raw_os_error() == Some(libc::EIO) => {
+            Some("the disk there reports a fault: check it, or choose another place")
+        }
         // The system was to copy from a mapped page that is no more.
         _ if error.raw_os_error() == Some(libc::EFAULT) => {
             Some("an input file was cut short while it was read: make it whole again, and give the same command again")

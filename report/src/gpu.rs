@@ -40,10 +40,14 @@ pub struct TorchRow {
     pub median_ns: f64,
 }
 
+/// Format of the record that is written and read.
+pub const SCHEMA: u32 = 1;
+
 /// Everything one call of the script left.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct GpuRecord {
     /// Format of this record.
+    #[serde(deserialize_with = "lowbit_checkpoint::provenance::known_schema::<_, SCHEMA>")]
     pub schema: u32,
     /// `2026-01-31`.
     pub date: String,
@@ -91,7 +95,7 @@ impl GpuRecord {
         let gpu = suite.provenance.gpu.clone().unwrap_or_else(|| suite.provenance.device.clone());
         let date = f::utc(suite.provenance.unix_time).chars().take(10).collect();
         let (correctness, kernels) = (Some(suite.clone()), Some(suite));
-        Ok(Self { schema: 1, date, gpu, correctness, kernels, ..Self::default() })
+        Ok(Self { schema: SCHEMA, date, gpu, correctness, kernels, ..Self::default() })
     }
 }
 

@@ -38,6 +38,9 @@ use anyhow::Result;
 use crate::args::Command;
 use crate::context::Context;
 
+/// Of commands whose files come one by one.
+const IN_PLACE: &str = "what is there is whole: give the same command again, with --force where it asks for it";
+
 /// What a command that is stopped leaves, and how to go on.
 pub fn after_interrupt(command: &Command) -> &'static str {
     match command {
@@ -46,13 +49,16 @@ pub fn after_interrupt(command: &Command) -> &'static str {
         }
         Command::Quantize(_) => "the same command goes on where it stopped: solved blocks are kept beside the output",
         Command::Convert(_) => "nothing was put in place: give the same command again",
+        Command::Eval(a) if a.command.is_some() => IN_PLACE,
         Command::Eval(a) if a.output.is_some() => {
             "the same command goes on: answers and windows so far are in a journal beside the record"
         }
         Command::Eval(_) => {
             "nothing was kept; with -o FILE, answers and windows would be, and the same command would go on"
         }
+        Command::Load(a) if a.import.is_some() => IN_PLACE,
         Command::Load(a) if a.output.is_some() => "the record holds what was measured until then",
+        Command::Gate(_) | Command::Report(_) | Command::Man(_) => IN_PLACE,
         _ => "nothing was kept: give the same command again",
     }
 }

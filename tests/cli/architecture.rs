@@ -1,4 +1,4 @@
-//! Which crate may use which, and how long a file may be.
+//! Which crate may use which, how long a file may be, and that public items are documented.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -58,6 +58,27 @@ fn sources() -> Vec<(String, String)> {
     walk(&root(), &mut out);
     out.sort();
     out
+}
+
+/// Clippy reports a public item without a comment, and `.ci/run` takes no report: as long as every crate takes the workspace's lints
+/// and says so where it does not.
+#[test]
+fn every_public_item_is_documented() {
+    let read = |path: &str| std::fs::read_to_string(root().join(path)).unwrap();
+    let manifests = ALLOWED.iter().map(|(name, _)| format!("{}/Cargo.toml", name.trim_start_matches("lowbit-")));
+    for manifest in manifests.chain(["Cargo.toml".to_owned()]) {
+        assert!(read(&manifest).contains("\n[lints]\nworkspace = true\n"), "{manifest}: not the workspace's lints");
+    }
+    assert!(read("Cargo.toml").contains("\n[workspace.lints.rust]\nmissing_docs = \"warn\"\n"));
+    assert!(read(".ci/run").contains("\ncargo clippy --release --workspace --all-targets -- -D warnings\n"));
+    // Fields that a message or a format explains are the exception, with a reason; a whole file never is.
+    let lint = ["missing", "docs"].join("_");
+    for (path, text) in sources() {
+        for line in text.lines().filter(|l| l.contains(&lint)) {
+            let excused = line.trim_start().starts_with(&format!("#[expect({lint}, reason = "));
+            assert!(excused || path == "tests/cli/architecture.rs", "{path}: {line}");
+        }
+    }
 }
 
 /// Never above 1,000 lines; above 600 the module's comment says why it is one file.

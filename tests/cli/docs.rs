@@ -4,20 +4,26 @@ use std::process::Command;
 
 use super::{json, lowbit, ok, root, stderr};
 
+/// The help of a command, or of the program.
+pub fn help(args: &[&str]) -> String {
+    let tmp = tempfile::tempdir().unwrap();
+    String::from_utf8(ok(lowbit(tmp.path()).args(args).arg("--help")).stdout).unwrap()
+}
+
+/// The commands that the program's help lists.
+pub fn commands(top: &str) -> Vec<&str> {
+    let lines = top.lines().skip_while(|l| *l != "Commands:").skip(1).take_while(|l| !l.is_empty());
+    let names = lines.filter_map(|l| l.strip_prefix("  ")?.split(' ').next());
+    let commands: Vec<&str> = names.filter(|w| !w.is_empty() && *w != "help").collect();
+    assert!(commands.contains(&"quantize") && commands.len() > 15, "{commands:?}");
+    commands
+}
+
 /// `docs/cli.md`: the help of every command, as it is printed.
 #[test]
 fn the_cli_reference_is_that_of_the_program() {
-    let tmp = tempfile::tempdir().unwrap();
-    let help = |args: &[&str]| String::from_utf8(ok(lowbit(tmp.path()).args(args).arg("--help")).stdout).unwrap();
     let first = help(&[]);
-    let commands: Vec<&str> = first
-        .lines()
-        .skip_while(|l| *l != "Commands:")
-        .skip(1)
-        .take_while(|l| !l.is_empty())
-        .filter_map(|l| l.strip_prefix("  ")?.split(' ').next().filter(|w| !w.is_empty() && *w != "help"))
-        .collect();
-    assert!(commands.contains(&"quantize") && commands.len() > 15, "{commands:?}");
+    let commands = commands(&first);
     let mut page = String::from("# Command line\n\nGenerated from the program by `tests/cli/docs.rs`.\n");
     for (title, text) in [("lowbit".to_string(), first.clone())]
         .into_iter()
@@ -70,6 +76,17 @@ fn tables_of_measurements_are_those_of_their_records() {
         seen += 1;
     }
     assert!(seen > 0, "no page names a record");
+}
+
+/// `docs/gpu-h100.md`: its comment names the command that makes what follows.
+#[test]
+fn the_gpus_figures_are_those_of_their_record() {
+    let page = std::fs::read_to_string(root().join("docs/gpu-h100.md")).unwrap();
+    let (head, figures) = page.split_once(" -->\n\n").unwrap();
+    let command = head.split_once("<!-- Generated: lowbit ").unwrap().1.split(';').next().unwrap();
+    let tmp = tempfile::tempdir().unwrap();
+    let made = ok(lowbit(tmp.path()).args(command.split(' ')));
+    assert!(String::from_utf8(made.stdout).unwrap() == figures, "docs/gpu-h100.md: lowbit {command}");
 }
 
 #[test]
@@ -139,14 +156,13 @@ fn the_gate_of_the_readme_runs() {
 /// Every command in a page is one that the program has, with options that it knows.
 #[test]
 fn commands_in_the_pages_are_known() {
-    let tmp = tempfile::tempdir().unwrap();
     let mut seen = 0;
     for page in ["docs/start.md", "docs/engines.md"] {
         for line in blocks(page, "").join("\n").lines().filter_map(|l| l.strip_prefix("lowbit ")) {
             let line = line.split("  #").next().unwrap().split(" || ").next().unwrap();
             let mut words = line.split_whitespace();
             let command = words.next().unwrap();
-            let help = String::from_utf8(ok(lowbit(tmp.path()).args([command, "--help"])).stdout).unwrap();
+            let help = help(&[command]);
             for option in words.filter(|w| w.starts_with('-')) {
                 assert!(
                     help.contains(&format!("{option} ")) || help.contains(&format!("{option},")),
@@ -157,4 +173,59 @@ fn commands_in_the_pages_are_known() {
         }
     }
     assert!(seen > 15, "{seen}");
+}
+
+/// Cells of the rows of the table below a heading, and its columns' names first.
+fn table(page: &str, heading: &str) -> Vec<Vec<String>> {
+    let text = std::fs::read_to_string(root().join(page)).unwrap();
+    let below = text.split(&format!("\n{heading}\n")).nth(1).unwrap_or_else(|| panic!("{page}: no {heading}"));
+    let lines = below.lines().skip_while(|l| !l.starts_with('|')).take_while(|l| l.starts_with('|'));
+    let cells = |l: &str| l.trim_matches('|').split('|').map(|c| c.trim().to_string()).collect::<Vec<_>>();
+    lines.filter(|l| !l.starts_with("|---")).map(cells).collect()
+}
+
+/// What stands between backticks.
+fn quoted(text: &str) -> impl Iterator<Item = &str> {
+    text.split('`').skip(1).step_by(2)
+}
+
+/// Names of the tests in a source.
+fn tests_of(file: &str) -> Vec<String> {
+    let text = std::fs::read_to_string(root().join(file)).unwrap_or_else(|e| panic!("{file}: {e}"));
+    let after = text.split("#[test]\n").skip(1);
+    let names = after.filter_map(|rest| rest.split_once("fn ")?.1.split_once('(').map(|n| n.0.to_string()));
+    names.collect()
+}
+
+/// Every fault says what is left, the exit code, and which tests hold that; every test of faults is in a row.
+#[test]
+fn each_fault_has_what_is_left_a_code_and_its_tests() {
+    let codes: Vec<String> =
+        table("README.md", "## Exit codes").into_iter().skip(1).map(|row| row[0].clone()).collect();
+    let known: Vec<&str> = codes.iter().flat_map(|c| c.split(", ")).collect();
+    assert_eq!(known, ["0", "1", "2", "3", "4", "130"]);
+    let rows = table("docs/security.md", "## Faults");
+    assert_eq!(rows[0], ["fault", "what is left", "exit code", "tests"]);
+    let mut named = Vec::new();
+    for row in &rows[1..] {
+        let [fault, left, code, tests] = row.as_slice() else { panic!("{row:?}") };
+        assert!(!fault.is_empty() && !left.is_empty(), "{row:?}");
+        let numbers: Vec<&str> = code.split(|c: char| !c.is_ascii_digit()).filter(|n| !n.is_empty()).collect();
+        assert!(numbers.iter().all(|n| known.contains(n)), "{fault}: {code}");
+        assert!(!numbers.is_empty() || code == "none (killed)" || code == "as without", "{fault}: {code}");
+        let mut file = "";
+        let before = named.len();
+        for name in quoted(tests) {
+            if name.ends_with(".rs") {
+                file = name;
+            } else {
+                assert!(tests_of(file).iter().any(|t| t == name), "{fault}: no test {name} in {file}");
+                named.push(name.to_string());
+            }
+        }
+        assert!(named.len() > before, "{fault}: no test");
+    }
+    for test in tests_of("tests/cli/faults.rs") {
+        assert!(named.contains(&test), "docs/security.md, Faults: no row names {test}");
+    }
 }

@@ -1,318 +1,41 @@
-//! Every writing command, stopped at each of its calls that change files: killed, on a disk that fills up, on one that became
-//! read-only. A library preloaded into the program (`faults/shim.c`) counts the calls and strikes, so the points are the same on
-//! every machine. At no point is there half an output at its place, and the same command completes afterwards.
+//! Every writing command, stopped at each of its calls that change files: killed, interrupted, on a disk that fills up, on one that
+//! became read-only. A library preloaded into the program (`faults/shim.c`) counts the calls and strikes, so the points are the same
+//! on every machine. At no point is there half an output at its place, and the same command completes afterwards. Which test holds
+//! which line of the table in `docs/security.md` is checked by `docs.rs`.
 
-use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
-use std::sync::OnceLock;
+mod cases;
 
-use super::{demo, lowbit, ok, root, stderr};
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::path::Path;
+use std::process::{Child, Stdio};
+use std::time::Duration;
 
-/// The preloaded library; none where there is no C compiler, which `.ci/run` installs.
-fn shim() -> Option<&'static Path> {
-    static SHIM: OnceLock<Option<PathBuf>> = OnceLock::new();
-    SHIM.get_or_init(|| {
-        let out = Path::new(env!("CARGO_TARGET_TMPDIR")).join("fault-shim.so");
-        let made = Command::new("cc")
-            .args(["-shared", "-fPIC", "-O1", "-Wall", "-o"])
-            .arg(&out)
-            .arg(root().join("tests/cli/faults/shim.c"))
-            .arg("-ldl")
-            .output();
-        match made {
-            Ok(done) => {
-                assert!(done.status.success(), "{}", stderr(&done));
-                Some(out)
-            }
-            Err(_) => {
-                eprintln!("skipped: no C compiler");
-                None
-            }
-        }
-    })
-    .as_deref()
-}
+use super::docs::{commands, help};
+use super::{demo, lowbit, names, ok, stderr};
+use cases::{CONVERT, Calm, Case, GATE, QUANTIZE, all, files, points, shim, without_leftovers};
 
-/// A command line in a folder of its own, and the files it makes.
-struct Case {
-    name: &'static str,
-    args: &'static [&'static str],
-    /// Compared bit for bit; other outputs hold times and are read as JSON where they are.
-    exact: &'static [&'static str],
-    /// Outputs that are there last: where one is, everything is there.
-    last: &'static str,
-    /// Whether the exit code of an undisturbed run may be a verdict's.
-    verdict: bool,
-    /// Prepares the folder.
-    before: fn(&Path),
-}
-
-/// An undisturbed run: the calls that change files, what is there at the end, the exit code.
-struct Calm {
-    calls: Vec<String>,
-    files: BTreeMap<String, Vec<u8>>,
-    code: i32,
-    /// What was there before.
-    prepared: BTreeMap<String, Vec<u8>>,
-}
-
-impl Calm {
-    /// Another folder like that.
-    fn folder(&self) -> tempfile::TempDir {
-        folder(&self.prepared)
-    }
-}
-
-fn folder(files: &BTreeMap<String, Vec<u8>>) -> tempfile::TempDir {
-    let tmp = tempfile::tempdir().unwrap();
-    for (name, bytes) in files {
-        let path = tmp.path().join(name);
-        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
-        std::fs::write(path, bytes).unwrap();
-    }
-    tmp
-}
-
-impl Case {
-    fn command(&self, tmp: &Path) -> Command {
-        let mut c = lowbit(tmp);
-        c.current_dir(tmp).args(["--device", "cpu", "--threads", "1"]).args(self.args);
-        c
-    }
-
-    fn struck(&self, tmp: &Path, at: usize, what: &str) -> Output {
-        let mut c = self.command(tmp);
-        c.env("LD_PRELOAD", shim().unwrap()).env("FAULT_UNDER", tmp).env("FAULT_AT", at.to_string());
-        c.env("FAULT_DO", what).output().unwrap()
-    }
-
-    fn calm(&self) -> Calm {
-        let made = tempfile::tempdir().unwrap();
-        (self.before)(made.path());
-        let prepared = files(made.path());
-        let tmp = folder(&prepared);
-        let log = tmp.path().with_extension("log");
-        let mut c = self.command(tmp.path());
-        c.env("LD_PRELOAD", shim().unwrap()).env("FAULT_UNDER", tmp.path()).env("FAULT_LOG", &log);
-        let out = c.output().unwrap();
-        let code = out.status.code().unwrap();
-        assert!(code == 0 || self.verdict && code <= 2, "{}: {code}: {}", self.name, stderr(&out));
-        let calls = std::fs::read_to_string(&log).unwrap().lines().map(str::to_string).collect();
-        std::fs::remove_file(log).unwrap();
-        Calm { calls, files: files(tmp.path()), code, prepared }
-    }
-
-    fn equals(&self, found: &BTreeMap<String, Vec<u8>>, wanted: &BTreeMap<String, Vec<u8>>, when: &str) {
-        let place = |files: &BTreeMap<String, Vec<u8>>| {
-            files.keys().filter(|n| !n.starts_with("cache")).cloned().collect::<Vec<_>>()
-        };
-        assert_eq!(place(found), place(wanted), "{}: {when}", self.name);
-        for name in self.exact {
-            assert!(found[*name] == wanted[*name], "{}: {when}: {name} differs", self.name);
-        }
-        for (name, bytes) in found.iter().filter(|(n, _)| n.ends_with(".json") && !n.starts_with("cache")) {
-            assert!(serde_json::from_slice::<serde_json::Value>(bytes).is_ok(), "{}: {when}: {name}", self.name);
+/// After a stop: each file is there whole or not at all, and the same command completes.
+fn completes(case: &Case, calm: &Calm, tmp: &Path, when: &str) {
+    let left = files(tmp);
+    for (name, bytes) in left.iter().filter(|(n, _)| !n.split('/').any(|p| p.starts_with('.') || p.ends_with(".tmp"))) {
+        // Journals grow by appending, and are read up to the first torn frame.
+        if let Some(whole) = calm.files.get(name).filter(|_| case.exact.contains(&name.as_str())) {
+            assert!(bytes == whole, "{}: {when}: half of {name}", case.name);
         }
     }
-}
-
-/// All files under a folder with their contents, by relative path.
-fn files(dir: &Path) -> BTreeMap<String, Vec<u8>> {
-    let mut out = BTreeMap::new();
-    for e in std::fs::read_dir(dir).unwrap().map(|e| e.unwrap()) {
-        let name = e.file_name().to_string_lossy().into_owned();
-        match e.path().is_dir() {
-            true => out.extend(files(&e.path()).into_iter().map(|(n, b)| (format!("{name}/{n}"), b))),
-            false => {
-                out.insert(name, std::fs::read(e.path()).unwrap());
-            }
-        }
+    // Complete, perhaps with a journal that has done its work.
+    if left.keys().any(|n| n == case.last || n.starts_with(&format!("{}/", case.last))) {
+        return case.equals(&without_leftovers(left), &calm.files, when);
     }
-    out
-}
-
-/// Without hidden files and journals that could not be removed.
-fn without_leftovers(files: BTreeMap<String, Vec<u8>>) -> BTreeMap<String, Vec<u8>> {
-    files.into_iter().filter(|(n, _)| !n.split('/').any(|p| p.starts_with('.')) && !n.ends_with(".journal")).collect()
-}
-
-/// Numbers of the calls to strike at: all that are not writes, and some of those, at most about `most`.
-fn points(calls: &[String], most: usize) -> Vec<usize> {
-    let all: Vec<usize> = (1..=calls.len()).collect();
-    let (writes, others): (Vec<usize>, Vec<usize>) = all.into_iter().partition(|i| calls[i - 1].starts_with("write "));
-    let thin =
-        |v: Vec<usize>, most: usize| v.iter().copied().step_by(v.len().div_ceil(most).max(1)).collect::<Vec<_>>();
-    let mut out = thin(others, most * 2 / 3);
-    out.extend(thin(writes, most / 3));
-    out.push(calls.len());
-    out.sort_unstable();
-    out.dedup();
-    out
-}
-
-const QUANTIZE: Case = Case {
-    name: "quantize",
-    args: &["quantize", "demo", "-o", "out", "--method", "rtn", "--group-size", "64", "--shard-mb", "2"],
-    exact: &["out/model-00001-of-00003.safetensors", "out/config.json", "out/tokenizer.json"],
-    last: "out",
-    verdict: false,
-    before: |_| (),
-};
-
-const CONVERT: Case = Case {
-    name: "convert",
-    args: &["convert", "packed", "-o", "out", "--format", "gptq"],
-    exact: &["out/model.safetensors", "out/config.json"],
-    last: "out",
-    verdict: false,
-    before: |tmp| {
-        let mut c = lowbit(tmp);
-        c.args(["--quiet", "quantize"]).arg(demo()).args(["--method", "rtn", "--group-size", "64", "-o"]);
-        ok(c.arg(tmp.join("packed")).args(["--unsigned-scales"]));
-    },
-};
-
-const RUN: Case = Case {
-    name: "run",
-    args: &[
-        "run",
-        "demo",
-        "-o",
-        "out",
-        "--method",
-        "rtn",
-        "--limit",
-        "1",
-        "--kl-windows",
-        "1",
-        "--task-limit",
-        "3",
-        "--repetitions",
-        "1",
-        "--no-bench",
-        "--no-gate",
-        "--tasks",
-        "words.yaml",
-    ],
-    exact: &["out/model/model.safetensors", "out/eval.items.jsonl", "out/eval.reference.items.jsonl"],
-    last: "out/report.json",
-    verdict: false,
-    before: |tmp| {
-        super::scores::tasks(tmp, 5);
-    },
-};
-
-const EVAL: Case = Case {
-    name: "eval",
-    args: &["eval", "demo", "--tasks", "words.yaml", "--limit", "4", "-o", "out.json"],
-    exact: &["out.items.jsonl"],
-    last: "out.json",
-    verdict: false,
-    before: |tmp| {
-        super::scores::tasks(tmp, 5);
-    },
-};
-
-const GATE: Case = Case {
-    name: "gate",
-    args: &[
-        "gate",
-        "eval.json",
-        "--max-kl",
-        "9",
-        "--max-ppl-ratio",
-        "9",
-        "-o",
-        "gate.json",
-        "--junit",
-        "gate.xml",
-        "--markdown",
-        "gate.md",
-    ],
-    exact: &["gate.xml", "gate.md"],
-    last: "gate.json",
-    verdict: false,
-    before: |tmp| {
-        let text = root().join("assets/demo-text/evaluation.txt");
-        let mut c = lowbit(tmp);
-        c.args(["--quiet", "eval", "demo", "--reference", "demo", "--limit", "4", "--protocol", "gptq-512"]);
-        ok(c.arg("--ppl").arg(&text).arg("--kl").arg(&text).arg("-o").arg(tmp.join("eval.json")));
-    },
-};
-
-const REPORT: Case = Case {
-    name: "report",
-    args: &["report", "records", "-o", "out"],
-    exact: &["out/report.html", "out/report.md", "out/report.json"],
-    last: "out/report.json",
-    verdict: false,
-    before: |tmp| {
-        (GATE.before)(tmp);
-        std::fs::create_dir(tmp.join("records")).unwrap();
-        std::fs::rename(tmp.join("eval.json"), tmp.join("records/eval.json")).unwrap();
-    },
-};
-
-const BENCH: Case = Case {
-    name: "bench",
-    args: &["bench", "demo", "-p", "8", "-n", "2", "-r", "1", "-o", "out.json"],
-    exact: &[],
-    last: "out.json",
-    verdict: false,
-    before: |_| (),
-};
-
-const MERGE: Case = Case {
-    name: "eval merge",
-    args: &["eval", "merge", "part1.json", "part2.json", "-o", "out.json"],
-    exact: &["out.items.jsonl"],
-    last: "out.json",
-    verdict: false,
-    before: |tmp| {
-        super::scores::tasks(tmp, 6);
-        for part in ["1", "2"] {
-            let mut c = lowbit(tmp);
-            c.current_dir(tmp).args(["--quiet", "--device", "cpu", "eval", "demo", "--tasks", "words.yaml"]);
-            ok(c.args(["--shard", &format!("{part}/2"), "-o", &format!("part{part}.json")]));
-        }
-    },
-};
-
-/// What `lowbit load` writes, from another tool's file: a server would give other numbers each time.
-const LOAD: Case = Case {
-    name: "load",
-    args: &["load", "--import", "guidellm.json", "-o", "out.json", "--csv", "out.csv"],
-    exact: &["out.csv"],
-    last: "out.csv",
-    verdict: true,
-    before: |tmp| {
-        std::fs::copy(root().join("bench/tests/import/guidellm-0.8.1.json"), tmp.join("guidellm.json")).unwrap();
-    },
-};
-
-const CAPACITY: Case = Case {
-    name: "capacity",
-    args: &["capacity", "load.json", "--peak-rps", "9", "--gpu-hour", "1", "-o", "out.json"],
-    exact: &[],
-    last: "out.json",
-    verdict: true,
-    before: |tmp| {
-        std::fs::copy(root().join("tests/records/load-1.json"), tmp.join("load.json")).unwrap();
-    },
-};
-
-const MAN: Case = Case {
-    name: "man",
-    args: &["man", "-o", "out"],
-    exact: &["out/lowbit.1", "out/lowbit-run.1", "out/lowbit-man.1"],
-    last: "out/lowbit-man.1",
-    verdict: false,
-    before: |_| (),
-};
-
-fn all() -> [&'static Case; 11] {
-    [&QUANTIZE, &CONVERT, &RUN, &EVAL, &MERGE, &GATE, &REPORT, &BENCH, &LOAD, &CAPACITY, &MAN]
+    let again = case.command(tmp).output().unwrap();
+    // Of files that come one by one some are there: they are replaced when asked.
+    let again = match again.status.code() {
+        Some(3) if stderr(&again).contains("--force") => case.command(tmp).arg("--force").output().unwrap(),
+        _ => again,
+    };
+    assert_eq!(again.status.code(), Some(calm.code), "{}: again after being {when}: {}", case.name, stderr(&again));
+    case.equals(&files(tmp), &calm.files, &format!("again after being {when}"));
 }
 
 #[test]
@@ -322,37 +45,52 @@ fn killed_anywhere_nothing_is_half_done_and_the_same_command_completes() {
     }
     for case in all() {
         let calm = case.calm();
-        let Calm { calls, files: wanted, code, .. } = &calm;
+        let calls = &calm.calls;
         for at in points(calls, 18) {
             let tmp = calm.folder();
             let when = format!("killed at call {at} of {}, {}", calls.len(), calls[at - 1]);
             let out = case.struck(tmp.path(), at, "kill");
             assert_eq!(out.status.code(), None, "{}: {when}: {}", case.name, stderr(&out));
-            let left = files(tmp.path());
-            for (name, bytes) in
-                left.iter().filter(|(n, _)| !n.split('/').any(|p| p.starts_with('.') || p.ends_with(".tmp")))
-            {
-                // Journals grow by appending, and are read up to the first torn frame.
-                if let Some(whole) = wanted.get(name).filter(|_| case.exact.contains(&name.as_str())) {
-                    assert!(bytes == whole, "{}: {when}: half of {name}", case.name);
-                }
-            }
-            // Complete, perhaps with a journal that has done its work.
-            if left.keys().any(|n| n == case.last || n.starts_with(&format!("{}/", case.last))) {
-                case.equals(&without_leftovers(left), wanted, &when);
-                continue;
-            }
-            let again = case.command(tmp.path()).output().unwrap();
-            // Of files that come one by one some are there: they are replaced when asked.
-            let again = match again.status.code() {
-                Some(3) if stderr(&again).contains("--force") => {
-                    case.command(tmp.path()).arg("--force").output().unwrap()
-                }
-                _ => again,
-            };
-            assert_eq!(again.status.code(), Some(*code), "{}: again after being {when}: {}", case.name, stderr(&again));
-            case.equals(&files(tmp.path()), wanted, &format!("again after being {when}"));
+            completes(case, &calm, tmp.path(), &when);
         }
+    }
+}
+
+/// Ctrl-C while a file is written: the hint says how to go on, and so it goes.
+#[test]
+fn interrupted_anywhere_it_is_as_if_killed_and_the_hint_says_how_to_go_on() {
+    if shim().is_none() {
+        return;
+    }
+    for case in all() {
+        let calm = case.calm();
+        let (calls, mut heard) = (&calm.calls, 0);
+        for at in points(calls, 6) {
+            let tmp = calm.folder();
+            let when = format!("interrupted at call {at} of {}, {}", calls.len(), calls[at - 1]);
+            let out = case.struck(tmp.path(), at, "int");
+            let said = stderr(&out);
+            match out.status.code() {
+                Some(130) => {
+                    heard += 1;
+                    assert!(said.contains("error: interrupted\nhint: "), "{}: {when}: {said}", case.name);
+                }
+                // The last step was under way: it is done.
+                code => assert_eq!(code, Some(calm.code), "{}: {when}: {said}", case.name),
+            }
+            completes(case, &calm, tmp.path(), &when);
+        }
+        assert!(heard > 0, "{}: no interrupt was heard", case.name);
+    }
+}
+
+/// A command that writes and is no case would be held by none of these tests.
+#[test]
+fn every_command_that_writes_is_a_case() {
+    let top = help(&[]);
+    for command in commands(&top) {
+        let writes = help(&[command]).contains("\n  -o, --output");
+        assert_eq!(writes, all().iter().any(|c| c.args[0] == command), "{command}: a case in faults/cases.rs");
     }
 }
 
@@ -390,13 +128,37 @@ fn on_a_disk_that_fails_the_error_names_the_place_and_nothing_is_left() {
                             "{}: {when}: {said}",
                             case.name
                         );
-                        assert!(fault != "ENOSPC" || said.contains("hint: "), "{}: {when}: {said}", case.name);
+                        assert!(said.contains("hint: "), "{}: {when}: {said}", case.name);
                     }
                     code => panic!("{}: {when}: exit {code:?}: {said}", case.name),
                 }
             }
         }
     }
+}
+
+/// What is said, word for word, and the codes.
+#[test]
+fn each_fault_is_told_with_its_place_and_the_way_out() {
+    if shim().is_none() {
+        return;
+    }
+    let mut all = String::new();
+    for (case, file) in [(&QUANTIZE, "/model-00001-of-00003.safetensors"), (&GATE, "/.gate.xml.partial")] {
+        let calm = case.calm();
+        let at = calm.calls.iter().position(|c| c.starts_with("write ") && c.ends_with(file)).unwrap() + 1;
+        for fault in ["ENOSPC", "EROFS", "EIO", "int"] {
+            let tmp = calm.folder();
+            let out = case.struck(tmp.path(), at, fault);
+            let (said, code) = (stderr(&out), out.status.code().unwrap());
+            let error = said.find("error: ").and_then(|start| said.get(start..)).unwrap_or_default();
+            assert!(error.contains("\nhint: "), "{}: {fault}: {said}", case.name);
+            all += &format!("{}: {fault}\nstatus: {code}\n{error}\n", case.name);
+        }
+    }
+    insta::with_settings!({ prepend_module_to_snapshot => false, omit_expression => true }, {
+        insta::assert_snapshot!("faults", all);
+    });
 }
 
 #[test]
@@ -488,6 +250,39 @@ fn inputs_are_files() {
         std::fs::remove_file(&path).unwrap();
         std::fs::write(&path, kept).unwrap();
     }
+}
+
+/// A server keeps nothing on disk, and who is started after it may have its port at once.
+#[test]
+fn a_killed_server_leaves_its_port_and_no_file() {
+    let tmp = tempfile::tempdir().unwrap();
+    let serve = |port: u16| -> (Child, u16) {
+        let mut c = lowbit(tmp.path());
+        c.args(["--quiet", "--device", "cpu", "--json", "serve", "--port", &port.to_string()]).arg(demo());
+        let mut child = c.stdout(Stdio::piped()).spawn().unwrap();
+        let said = serde_json::Deserializer::from_reader(child.stdout.take().unwrap());
+        let hello = said.into_iter::<serde_json::Value>().next().unwrap().unwrap();
+        (child, u16::try_from(hello["port"].as_u64().unwrap()).unwrap())
+    };
+    let (mut first, port) = serve(0);
+    let mut client = TcpStream::connect(("127.0.0.1", port)).unwrap();
+    client.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+    let body = r#"{"prompt": "The", "max_tokens": 200, "stream": true}"#;
+    let length = body.len();
+    write!(client, "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {length}\r\n\r\n{body}").unwrap();
+    let mut start = [0; 12];
+    client.read_exact(&mut start).unwrap();
+    assert_eq!(&start, b"HTTP/1.1 200");
+    first.kill().unwrap();
+    first.wait().unwrap();
+    // Whoever was being answered is told: the connection ends.
+    let end = client.read_to_end(&mut Vec::new());
+    assert!(!matches!(&end, Err(e) if e.kind() == std::io::ErrorKind::WouldBlock), "{end:?}");
+    let (mut again, same) = serve(port);
+    assert_eq!(same, port);
+    again.kill().unwrap();
+    again.wait().unwrap();
+    assert!(files(tmp.path()).is_empty(), "{:?}", names(tmp.path()));
 }
 
 #[test]

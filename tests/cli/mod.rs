@@ -19,6 +19,7 @@ mod gate;
 mod golden;
 mod hardship;
 mod hub;
+mod judge;
 mod load;
 mod load_check;
 mod mistakes;

@@ -97,3 +97,32 @@ fn a_newer_schema_is_refused_by_name() {
         assert_eq!(u64::from(schema), newest(kind), "tests/records: keep a {kind} record of the new schema");
     }
 }
+
+/// Records that no report of a run reads: of a conversion, beside the weights, and of a GPU.
+#[test]
+fn records_beside_the_reports_have_schemas_too() {
+    use lowbit_checkpoint::converted::{self, ConvertRecord};
+    let tmp = tempfile::tempdir().unwrap();
+    let first = r#"{"schema": 1, "tool": "lowbit 0.1.0", "source": "m.Q4_0.gguf", "bits": 4}"#;
+    std::fs::write(tmp.path().join(converted::FILE), first).unwrap();
+    let read = ConvertRecord::read(tmp.path()).unwrap().unwrap();
+    assert_eq!((read.schema, read.source.as_str(), read.bits), (1, "m.Q4_0.gguf", Some(4)));
+    assert_eq!(converted::SCHEMA, 1, "a record of the new schema is to be read here, too");
+
+    let render = |path: &Path| lowbit(tmp.path()).args(["suite", "--render"]).arg(path).output().unwrap();
+    let path = root().join("bench/results/2026-11-24-nvidia-h100-80gb-hbm3.json");
+    let kept = json(&path);
+    let newest = [lowbit_report::gpu::SCHEMA, lowbit_bench::suite::SCHEMA].map(u64::from);
+    assert_eq!([&kept["schema"], &kept["kernels"]["schema"]].map(|s| s.as_u64().unwrap()), newest);
+    assert!(render(&path).status.success());
+    for part in ["/schema", "/kernels/schema"] {
+        let mut record = kept.clone();
+        *record.pointer_mut(part).unwrap() = 99.into();
+        let file = tmp.path().join("gpu.json");
+        std::fs::write(&file, record.to_string()).unwrap();
+        let out = render(&file);
+        let said = stderr(&out);
+        assert_eq!(out.status.code(), Some(3), "{part}: {said}");
+        assert!(said.contains("gpu.json") && said.contains("newer lowbit: schema 99"), "{part}: {said}");
+    }
+}

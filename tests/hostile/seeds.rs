@@ -132,6 +132,12 @@ pub fn packed() -> Vec<Vec<u8>> {
     tiny::packed().iter().filter(|(name, _)| name == "config.json").map(|(_, bytes)| bytes.clone()).collect()
 }
 
+/// Weights of packed checkpoints.
+pub fn tensors() -> Vec<Vec<u8>> {
+    let files = tiny::packed().iter().chain(tiny::packed_gptq());
+    files.filter(|(name, _)| name == "model.safetensors").map(|(_, bytes)| bytes.clone()).collect()
+}
+
 /// A GGUF file of one block, and one with the tokenizer of a byte-level vocabulary.
 pub fn gguf() -> Vec<Vec<u8>> {
     fn text(out: &mut Vec<u8>, s: &str) {
@@ -397,6 +403,35 @@ pub fn response() -> Vec<Vec<u8>> {
         b"\x01HTTP/1.1 503 Busy\r\nRetry-After: 1\r\nConnection: close\r\n\r\nlater".to_vec(),
         b"\x02HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 204 No Content\r\nServer: x\r\n\r\n".to_vec(),
     ]
+}
+
+/// A server's list of models.
+pub fn listed() -> Value {
+    json!({"object": "list", "data": [{"id": "m", "created": 7, "max_model_len": 66, "meta": {"n_ctx": 64}}]})
+}
+
+/// An answer to a chat.
+pub fn said() -> Value {
+    json!({"choices": [{"index": 0, "message": {"role": "assistant", "content": "a\nb"}, "finish_reason": "stop"}]})
+}
+
+/// Log-probabilities of an echoed prompt, of more tokens than any that is asked about.
+pub fn scored() -> Value {
+    let (names, values, tops) = (["t"; 12], [-0.5; 12], vec![json!({"t": -0.5, "u": -1.5}); 12]);
+    json!({"choices": [{"text": "abc", "logprobs": {"tokens": names, "token_logprobs": values, "top_logprobs": tops}}]})
+}
+
+/// An answer to `/tokenize`.
+pub fn tokenized() -> Value {
+    json!({"tokens": [97, 98], "count": 2, "max_model_len": 66})
+}
+
+/// The first byte picks the question that is answered.
+pub fn endpoint() -> Vec<Vec<u8>> {
+    let call = json!([{"id": "c", "type": "function", "function": {"name": "f", "arguments": "{\"x\": 1}"}}]);
+    let calls = json!({"choices": [{"message": {"content": null, "tool_calls": call}, "finish_reason": "tool_calls"}]});
+    let all = [(0, listed()), (1, said()), (1, calls), (2, scored()), (3, tokenized())];
+    all.map(|(kind, v)| [&[kind][..], v.to_string().as_bytes()].concat()).to_vec()
 }
 
 /// The first byte picks: the body of a chat, of a completion, or all of a request.

@@ -7,6 +7,7 @@ use std::time::Duration;
 use lowbit_bench::load::http::ResponseParser;
 use lowbit_bench::load::import;
 use lowbit_bench::load::metrics::Trim;
+use lowbit_bench::load::openai;
 use lowbit_bench::load::sse::SseParser;
 use lowbit_bench::load::table::read_objects;
 use lowbit_bench::slo::Slo;
@@ -17,8 +18,10 @@ use lowbit_checkpoint::quant_config::QuantConfig;
 use lowbit_checkpoint::store::TensorStore;
 use lowbit_checkpoint::tokenizer::Tokenizer;
 use lowbit_checkpoint::{Checkpoint, config};
-use lowbit_eval::engine::journal;
-use lowbit_eval::tasks::{ChatOptions, DataOptions, Registry, data};
+use lowbit_eval::encode::Encode;
+use lowbit_eval::endpoint::{Api, Remote, RemoteOptions, Reply, Retry, Served, ServerCodec, Transport};
+use lowbit_eval::engine::{Answers, BosRule, NoStore, journal};
+use lowbit_eval::tasks::{self, ChatOptions, DataOptions, Registry, Request, RequestKind, data};
 use lowbit_kernels::backend::Backend;
 use lowbit_kernels::cpu::CpuBackend;
 use lowbit_model::Model;
@@ -45,7 +48,7 @@ pub struct Target {
 
 const MB: usize = 1 << 20;
 
-pub fn all() -> [Target; 17] {
+pub fn all() -> [Target; 19] {
     let target =
         |name, about, seeds, open, runs, base, per_byte| Target { name, about, seeds, open, runs, base, per_byte };
     [
@@ -63,6 +66,7 @@ pub fn all() -> [Target; 17] {
         ),
         target("model", "`config.json` over real weights: load, one step", seeds::model, model, 20_000, 256 * MB, 64),
         target("packed", "`config.json` over packed weights: verify", seeds::packed, packed, 20_000, 64 * MB, 64),
+        target("tensors", "packed weights: verify, load, one step", seeds::tensors, tensors, 4_000, 256 * MB, 64),
         target("gguf", "a GGUF file: config, tokenizer, every tensor", seeds::gguf, gguf, 40_000, 4 * MB, 64),
         target("tokenizer", "`tokenizer.json`: encode, decode", seeds::tokenizer, tokenizer, 30_000, 16 * MB, 1024),
         target("template", "a chat template, rendered", seeds::template, template, 20_000, 400 * MB, 64),
@@ -73,6 +77,7 @@ pub fn all() -> [Target; 17] {
         target("import", "results of load tests, ours and others'", seeds::import, imported, 10_000, 64 * MB, 256),
         target("recipe", "a recipe, ours and llm-compressor's", seeds::recipe, recipe, 20_000, 64 * MB, 1024),
         target("response", "a server's answer: HTTP and server-sent events", seeds::response, response, 40_000, MB, 64),
+        target("endpoint", "a server's answers to `lowbit eval`", seeds::endpoint, endpoint, 20_000, 4 * MB, 1024),
         target("request", "HTTP requests to `lowbit serve`", seeds::request, request, 20_000, 256 * MB, 4096),
     ]
 }
@@ -126,11 +131,15 @@ fn model(dir: &Path) -> Reader {
     let (dir, backend) = (dir.to_path_buf(), backend());
     Box::new(move |bytes| {
         std::fs::write(dir.join("config.json"), bytes).unwrap();
-        let Ok(ckpt) = Checkpoint::open(&dir) else { return false };
-        let Ok(model) = Model::load(&ckpt, backend.clone()) else { return false };
-        let options = lowbit_model::GenerateOptions { max_new_tokens: 1, ..Default::default() };
-        lowbit_model::generate(&model, &[1, 2], &options, &mut |_| true).is_ok()
+        Checkpoint::open(&dir).is_ok_and(|ckpt| steps(&ckpt, &backend))
     })
+}
+
+/// Whether the model loads and makes a token.
+fn steps(ckpt: &Checkpoint, backend: &Arc<dyn Backend>) -> bool {
+    let Ok(model) = Model::load(ckpt, backend.clone()) else { return false };
+    let options = lowbit_model::GenerateOptions { max_new_tokens: 1, ..Default::default() };
+    lowbit_model::generate(&model, &[1, 2], &options, &mut |_| true).is_ok()
 }
 
 fn packed(dir: &Path) -> Reader {
@@ -141,6 +150,25 @@ fn packed(dir: &Path) -> Reader {
     Box::new(move |bytes| {
         std::fs::write(dir.join("config.json"), bytes).unwrap();
         Checkpoint::open(&dir).is_ok_and(|ckpt| lowbit_quantize::verify::verify(&ckpt, None, None).is_ok())
+    })
+}
+
+/// Weights as compressed-tensors or as GPTQ has them, by the names in the file.
+fn tensors(dir: &Path) -> Reader {
+    let folders = [("words", tiny::packed()), ("gptq", tiny::packed_gptq())].map(|(name, files)| {
+        let folder = dir.join(name);
+        std::fs::create_dir(&folder).unwrap();
+        for (file, bytes) in files {
+            std::fs::write(folder.join(file), bytes).unwrap();
+        }
+        folder
+    });
+    let backend = backend();
+    Box::new(move |bytes| {
+        let folder = &folders[usize::from(bytes.windows(7).any(|w| w == b"qweight"))];
+        std::fs::write(folder.join("model.safetensors"), bytes).unwrap();
+        let Ok(ckpt) = Checkpoint::open(folder) else { return false };
+        lowbit_quantize::verify::verify(&ckpt, None, None).is_ok() & steps(&ckpt, &backend)
     })
 }
 
@@ -281,7 +309,80 @@ fn response(_: &Path) -> Reader {
         let (a, b) = (read(rest, usize::from(*step).max(1)), read(rest, 1));
         // However an answer is cut into packets, it says the same.
         assert!(!a.2 || !b.2 || a.0 == b.0 && a.1 == b.1, "packets of {step} and of 1 differ");
+        for data in a.1.iter().chain([&a.0]) {
+            let _ = openai::read(data);
+        }
         a.2
+    })
+}
+
+/// A server that answers one kind of question by the input, and all others well.
+struct Answering {
+    kind: u8,
+    body: Vec<u8>,
+}
+
+impl Answering {
+    fn reply(&self, kind: u8, well: serde_json::Value) -> Result<Reply, String> {
+        let body = if self.kind == kind { self.body.clone() } else { well.to_string().into_bytes() };
+        Ok(Reply { status: 200, retry_after: None, body })
+    }
+}
+
+impl Transport for Answering {
+    fn post(&self, path: &str, _: &[u8]) -> Result<Reply, String> {
+        match path {
+            "/v1/chat/completions" => self.reply(1, seeds::said()),
+            "/v1/completions" => self.reply(2, seeds::scored()),
+            _ => self.reply(3, seeds::tokenized()),
+        }
+    }
+
+    fn get(&self, _: &str) -> Result<Reply, String> {
+        self.reply(0, seeds::listed())
+    }
+
+    fn url(&self) -> String {
+        "http://s".into()
+    }
+}
+
+/// The first byte picks what the input is: a list of models, a text, log-probabilities, tokens.
+fn endpoint(dir: &Path) -> Reader {
+    tiny::write(dir, false);
+    let tokenizer = Tokenizer::load(dir).unwrap();
+    let ask = |kind| Request { task: "t".into(), doc: 0, idx: 0, kind };
+    let write = ask(RequestKind::Generate {
+        context: "x".into(),
+        until: vec!["\n".into()],
+        max_new_tokens: 4,
+        temperature: 0.0,
+        do_sample: false,
+        messages: vec![tasks::Message::new("user", "x")],
+        tools: Vec::new(),
+    });
+    let score = ask(RequestKind::LogLikelihood { context: "a b".into(), continuation: " c".into() });
+    let retry = Retry { retries: 0, patience: Duration::ZERO };
+    let options = RemoteOptions {
+        api: Api::Chat,
+        concurrency: 1,
+        retry,
+        bos: BosRule::Tokenizer,
+        max_length: None,
+        seed: 0,
+        extra: serde_json::Map::new(),
+    };
+    Box::new(move |bytes| {
+        let Some((kind, rest)) = bytes.split_first() else { return false };
+        let server = Answering { kind: kind % 4, body: rest.to_vec() };
+        let Ok(served) = Served::find(&server, None) else { return false };
+        if server.kind == 3 {
+            let codec = ServerCodec::find(&server, &served.name, retry);
+            return codec.is_ok_and(|c| c.is_some_and(|c| c.encode("x", true).is_ok()));
+        }
+        let request = if server.kind == 1 { &write } else { &score };
+        let remote = Remote::new(&server, served, Some(&tokenizer), options.clone());
+        remote.answer(std::slice::from_ref(request), &mut NoStore, &mut |_, _| ()).is_ok()
     })
 }
 

@@ -107,18 +107,29 @@ pub fn write(dir: &Path, all_families: bool) {
     put("model.safetensors", &weights(all_families));
 }
 
-/// Names and contents of the files of the checkpoint at 4 bits, made by the program once a process.
+/// Names and contents of files.
+type Files = Vec<(String, Vec<u8>)>;
+
+/// The files of the checkpoint at 4 bits as compressed-tensors, made by the program once a process.
 pub fn packed() -> &'static [(String, Vec<u8>)] {
-    static MADE: OnceLock<Vec<(String, Vec<u8>)>> = OnceLock::new();
-    MADE.get_or_init(|| {
-        let tmp = tempfile::tempdir().unwrap();
-        let (from, to) = (tmp.path().join("in"), tmp.path().join("out"));
-        write(&from, false);
-        let mut c = Command::new(option_env!("CARGO_BIN_EXE_lowbit").unwrap_or("lowbit"));
-        c.args(["--quiet", "--device", "cpu", "quantize", "--method", "rtn", "--group-size", "32"]);
-        let done = c.arg(&from).arg("-o").arg(&to).output().unwrap();
-        assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
-        let files = std::fs::read_dir(&to).unwrap().map(|e| e.unwrap());
-        files.map(|e| (e.file_name().into_string().unwrap(), std::fs::read(e.path()).unwrap())).collect()
-    })
+    static MADE: OnceLock<Files> = OnceLock::new();
+    MADE.get_or_init(|| quantized("compressed-tensors"))
+}
+
+/// The same as GPTQ v1.
+pub fn packed_gptq() -> &'static [(String, Vec<u8>)] {
+    static MADE: OnceLock<Files> = OnceLock::new();
+    MADE.get_or_init(|| quantized("gptq"))
+}
+
+fn quantized(format: &str) -> Files {
+    let tmp = tempfile::tempdir().unwrap();
+    let (from, to) = (tmp.path().join("in"), tmp.path().join("out"));
+    write(&from, false);
+    let mut c = Command::new(option_env!("CARGO_BIN_EXE_lowbit").unwrap_or("lowbit"));
+    c.args(["--quiet", "--device", "cpu", "quantize", "--method", "rtn", "--group-size", "32", "--format", format]);
+    let done = c.arg(&from).arg("-o").arg(&to).output().unwrap();
+    assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+    let files = std::fs::read_dir(&to).unwrap().map(|e| e.unwrap());
+    files.map(|e| (e.file_name().into_string().unwrap(), std::fs::read(e.path()).unwrap())).collect()
 }

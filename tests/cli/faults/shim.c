@@ -1,6 +1,6 @@
 // Preloaded into the program under test: counts its calls that change files under FAULT_UNDER, and at number FAULT_AT does
 // what FAULT_DO says: "kill" the process (of a write, half is done before), from then on answer "ENOSPC" or "EROFS", once "EIO",
-// or "cut" the file FAULT_FILE short and go on. Each call is noted in FAULT_LOG. FAULT_CLOCK: the wall clock jumps.
+// press Ctrl-C ("int") and give it the time to be heard, or "cut" the file FAULT_FILE short and go on. Each call is noted in FAULT_LOG. FAULT_CLOCK: the wall clock jumps.
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -41,7 +41,7 @@ static int under_fd(int fd, char *path) {
   snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
   ssize_t n = readlink(link, path, PATH_MAX - 1);
   path[n > 0 ? n : 0] = 0;
-  return under(path);
+  return path[0] == '/' && under(path);  // pipes and sockets are no files
 }
 
 static void note(const char *name, const char *path) {
@@ -67,6 +67,10 @@ static int fault(const char *name, const char *path, int grows) {
   if (now && strcmp(what, "EIO") == 0) return EIO;
   if (grows && strcmp(what, "ENOSPC") == 0) return ENOSPC;
   if (strcmp(what, "EROFS") == 0) return EROFS;
+  if (now && strcmp(what, "int") == 0) {
+    syscall(SYS_kill, syscall(SYS_getpid), SIGINT);
+    usleep(200000);
+  }
   if (now && strcmp(what, "cut") == 0) {
     int fd = syscall(SYS_openat, AT_FDCWD, getenv("FAULT_FILE"), O_WRONLY);
     syscall(SYS_ftruncate, fd, 4096L);

@@ -82,7 +82,13 @@ fn below(config: &TaskConfig, split: &str, dir: &Path) -> Result<Vec<PathBuf>> {
 /// The files that hold the split, fetched: those of the configuration, else those of the hub's own copy in Parquet (of data sets that a
 /// script would make, the only files there are), else whatever is named by the split.
 fn on_hub(config: &TaskConfig, split: &str, path: &str, hub: Hub<'_>) -> Result<Vec<PathBuf>> {
-    let failed = |e: CheckpointError| no_data(config, split, e.to_string(), &[]);
+    let failed = |e: CheckpointError| {
+        let mut error = no_data(config, split, e.to_string(), &[]);
+        if let (TaskError::NoData { hint, .. }, Some(of_hub)) = (&mut error, e.hint()) {
+            *hint = format!("{of_hub}; or {hint}");
+        }
+        error
+    };
     let name = config.dataset_name.as_deref();
     let own =
         hub(path, &|names: &[String], text: Option<&str>| card::choose(names, text, name, split)).map_err(failed)?;
