@@ -79,6 +79,8 @@ pub struct TensorStore {
     tensors: BTreeMap<String, StoredTensor>,
     files: Vec<PathBuf>,
     maps: Vec<Arc<Mapped>>,
+    /// Bytes that tensors take in the files which are widened here, see [`Checkpoint::with_floats`](crate::Checkpoint::with_floats).
+    widened: BTreeMap<String, u64>,
 }
 
 impl TensorStore {
@@ -97,7 +99,7 @@ impl TensorStore {
             ));
         }
         let (map, tensors) = open_file(&single)?;
-        Ok(Self { dir: dir.to_path_buf(), tensors, files: vec![single], maps: vec![map] })
+        Ok(Self { dir: dir.to_path_buf(), tensors, files: vec![single], maps: vec![map], widened: BTreeMap::new() })
     }
 
     fn open_sharded(dir: &Path, index: &Path) -> Result<Self> {
@@ -143,7 +145,7 @@ impl TensorStore {
             }
             files.push(path);
         }
-        Ok(Self { dir: dir.to_path_buf(), tensors, files, maps })
+        Ok(Self { dir: dir.to_path_buf(), tensors, files, maps, widened: BTreeMap::new() })
     }
 
     /// Folder.
@@ -175,7 +177,13 @@ impl TensorStore {
     pub fn overlay(&self, tensors: impl IntoIterator<Item = (String, StoredTensor)>) -> Self {
         let mut all = self.tensors.clone();
         all.extend(tensors);
-        Self { dir: self.dir.clone(), tensors: all, files: self.files.clone(), maps: self.maps.clone() }
+        Self {
+            dir: self.dir.clone(),
+            tensors: all,
+            files: self.files.clone(),
+            maps: self.maps.clone(),
+            widened: self.widened.clone(),
+        }
     }
 
     /// Has the system map the bytes of the float matrices, by name and a piece at a time, for as long as `go_on` says: whoever
@@ -206,6 +214,18 @@ impl TensorStore {
     /// All of them, sorted by name.
     pub fn iter(&self) -> impl Iterator<Item = (&str, &StoredTensor)> {
         self.tensors.iter().map(|(n, t)| (n.as_str(), t))
+    }
+
+    /// Bytes that a tensor takes in the files: fewer than its own where it was widened. 0 where it is absent.
+    pub fn stored_bytes(&self, name: &str) -> u64 {
+        let own = || self.tensors.get(name).map_or(0, |t| t.data.size() as u64);
+        self.widened.get(name).copied().unwrap_or_else(own)
+    }
+
+    /// Bytes of the tensors that are made when they are first read, and then stay in memory.
+    pub fn bytes_made_when_read(&self) -> u64 {
+        let made = self.tensors.values().filter(|t| t.data.is_made_when_read());
+        made.map(|t| t.data.size() as u64).sum()
     }
 
     /// Experts that are stored as one tensor a layer, `experts.gate_up_proj` `[experts, 2 · width, hidden]` and `experts.down_proj`

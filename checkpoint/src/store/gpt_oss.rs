@@ -1,9 +1,8 @@
 //! gpt-oss keeps the experts of a layer in a few tensors; here they become a matrix an expert, under the names that Qwen's checkpoints
-//! have, which is how the graph reads them.
+//! have, which is how the graph reads them. Quantized they are written under these names, as llm-compressor does, and found as they are.
 //!
 //! | stored under `mlp.` | shape | for expert e |
 //! |---|---|---|
-//! | `router.weight`, `.bias` | `[experts, hidden]`, `[experts]` | `gate.weight`, `.bias` of the layer |
 //! | `experts.gate_up_proj` | `[experts, hidden, 2 · width]` | `experts.e.{gate,up}_proj.weight` `[width, hidden]` |
 //! | `experts.gate_up_proj_blocks` | `[experts, 2 · width, hidden/32, 16]`, MXFP4, the even column in the low half of a byte | `.weight_packed` `[width, hidden/2]` |
 //! | `experts.gate_up_proj_scales` | `[experts, 2 · width, hidden/32]`, E8M0 | `.weight_scale` `[width, hidden/32]` |
@@ -11,17 +10,20 @@
 //! | `experts.down_proj`, ... | the same with width and hidden exchanged, and one matrix for the two | `experts.e.down_proj.*` |
 //!
 //! Of the 2 · width rows the even ones are gate's, the odd ones up's. Floats are stored transposed, codes are not. What lies in one piece
-//! stays in the file; the rest is put together when it is first read, so opening a checkpoint touches no weight.
+//! stays in the file; the rest is put together when it is first read, so opening a checkpoint touches no weight. What is to be quantized is
+//! read as floats ([`TensorStore::widen_experts`]).
 
 use std::sync::{Arc, OnceLock};
 
+use half::bf16;
 use lowbit_kernels::backend::Bytes;
-use lowbit_kernels::floats::MXFP4_GROUP as GROUP;
+use lowbit_kernels::floats::{FloatCode, FloatScales, FloatWeight, MXFP4_GROUP as GROUP};
 use safetensors::Dtype;
 
 use super::{StoredTensor, TensorStore};
 use crate::config::ExpertsConfig;
 use crate::error::Result;
+use crate::linear::typed;
 
 /// Rows and columns that are moved together, so that lines of the cache are used whole.
 const TILE: usize = 32;
@@ -72,15 +74,72 @@ impl AsRef<[u8]> for Gathered {
     }
 }
 
-impl TensorStore {
-    /// Brings the experts and routers under their usual names.
-    pub(crate) fn split_gpt_oss(&mut self, e: &ExpertsConfig, hidden: usize) -> Result<()> {
-        let routers: Vec<String> = self.tensors.keys().filter(|n| n.contains(".mlp.router.")).cloned().collect();
-        for name in routers {
-            if let Some(t) = self.tensors.remove(&name) {
-                self.tensors.insert(name.replace(".mlp.router.", ".mlp.gate."), t);
-            }
+/// A matrix of MXFP4 as bf16: a code has two significant bits and a scale is a power of two, so that every product is exact. One beyond
+/// the largest bf16 becomes infinite.
+struct Widened {
+    from: FloatWeight,
+    made: OnceLock<Vec<u8>>,
+}
+
+impl Widened {
+    fn bytes(from: FloatWeight) -> Bytes {
+        let size = from.out_features * from.in_features * size_of::<bf16>();
+        Bytes::made_when_read(Arc::new(Self { from, made: OnceLock::new() }), size)
+    }
+
+    fn make(&self) -> Vec<u8> {
+        let mut row = vec![0f32; self.from.in_features];
+        let mut out = Vec::with_capacity(self.from.out_features * row.len() * size_of::<bf16>());
+        for r in 0..self.from.out_features {
+            self.from.widen(r..r + 1, &mut row);
+            out.extend(row.iter().flat_map(|v| bf16::from_f32(*v).to_le_bytes()));
         }
+        out
+    }
+}
+
+impl AsRef<[u8]> for Widened {
+    fn as_ref(&self) -> &[u8] {
+        self.made.get_or_init(|| self.make())
+    }
+}
+
+impl TensorStore {
+    /// Puts bf16 matrices in the place of the experts' codes and scales, which [`Self::split_gpt_oss`] has found. They are made when they
+    /// are first read; the bytes that the codes and scales take in the files stay known.
+    pub(crate) fn widen_experts(&mut self, e: &ExpertsConfig, hidden: usize) -> Result<()> {
+        let modules: Vec<String> = self
+            .tensors
+            .keys()
+            .filter(|n| n.contains(".mlp.experts."))
+            .filter_map(|n| n.strip_suffix(".weight_packed").map(String::from))
+            .collect();
+        for module in modules {
+            let (out, inner) = match module.ends_with(e.names.down) {
+                true => (hidden, e.intermediate_size),
+                false => (e.intermediate_size, hidden),
+            };
+            let bytes = |own: &str, columns: usize| -> Result<Bytes> {
+                Ok(typed(self, &format!("{module}.{own}"), Dtype::U8, &[out, columns])?.data.clone())
+            };
+            let codes = bytes("weight_packed", inner.div_ceil(2))?;
+            let scales = bytes("weight_scale", inner.div_ceil(GROUP))?;
+            let stored = (codes.size() + scales.size()) as u64;
+            let scales = FloatScales::Exponents { codes: scales };
+            let from = FloatWeight { code: FloatCode::E2m1, out_features: out, in_features: inner, codes, scales };
+            let weight = StoredTensor { dtype: Dtype::BF16, shape: vec![out, inner], data: Widened::bytes(from) };
+            for own in ["weight_packed", "weight_scale"] {
+                self.tensors.remove(&format!("{module}.{own}"));
+            }
+            let name = format!("{module}.weight");
+            self.widened.insert(name.clone(), stored);
+            self.tensors.insert(name, weight);
+        }
+        Ok(())
+    }
+
+    /// Brings the experts under their usual names.
+    pub(crate) fn split_gpt_oss(&mut self, e: &ExpertsConfig, hidden: usize) -> Result<()> {
         let stored: Vec<String> = self.tensors.keys().filter(|n| n.contains(".mlp.experts.")).cloned().collect();
         let modules = [e.names.gate, e.names.up, e.names.down];
         for name in stored {
@@ -195,6 +254,28 @@ mod tests {
         assert_eq!(made[2].data.as_slice(), [8, 9, 12, 13]);
         let made = split(&tensor(Dtype::F32, &[2, 4]), "bias", (2, 4, 3), 2);
         assert_eq!(made[3].data.as_slice(), [20, 21, 22, 23, 28, 29, 30, 31]);
+    }
+
+    #[test]
+    fn codes_are_widened_exactly() {
+        // Two rows of 64: every code in turn, under scales of 2^-127 (below the smallest normal float), 1, 2^5 and 2^125.
+        let pair = |i: u8| (2 * i) | ((2 * i + 1) << 4);
+        let from = FloatWeight {
+            code: FloatCode::E2m1,
+            out_features: 2,
+            in_features: 64,
+            codes: Bytes::from_vec((0..64).map(|i| pair(i % 8)).collect()),
+            scales: FloatScales::Exponents { codes: Bytes::from_vec(vec![0, 127, 132, 252]) },
+        };
+        let data = Widened::bytes(from);
+        assert!(data.is_made_when_read() && data.size() == 256);
+        let values = StoredTensor { dtype: Dtype::BF16, shape: vec![2, 64], data }.to_f32().unwrap();
+        let magnitudes = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0];
+        for (i, v) in values.iter().enumerate() {
+            let sign = if i % 16 < 8 { 1.0 } else { -1.0 };
+            let scale = 2f64.powi([-127, 0, 5, 125][i / 32]);
+            assert_eq!(f64::from(*v), sign * magnitudes[i % 8] * scale, "element {i}");
+        }
     }
 
     #[test]
