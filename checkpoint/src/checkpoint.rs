@@ -72,12 +72,21 @@ impl Checkpoint {
     /// The same checkpoint with some tensors replaced, or added: see [`TensorStore::overlay`].
     #[must_use]
     pub fn overlay(&self, tensors: impl IntoIterator<Item = (String, StoredTensor)>) -> Self {
+        self.with_store(self.store.overlay(tensors))
+    }
+
+    /// The same checkpoint with some tensors afresh: see [`TensorStore::afresh`].
+    pub fn afresh(&self, prefix: &str) -> Option<Self> {
+        self.store.afresh(prefix).map(|store| self.with_store(store))
+    }
+
+    fn with_store(&self, store: TensorStore) -> Self {
         Self {
             dir: self.dir.clone(),
             config: self.config.clone(),
             raw_config: self.raw_config.clone(),
             quantization: self.quantization.clone(),
-            store: self.store.overlay(tensors),
+            store,
         }
     }
 

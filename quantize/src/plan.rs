@@ -417,8 +417,7 @@ fn learning_memory(ckpt: &Checkpoint, tokens: u64) -> u64 {
     4 * (2 * tokens * h + 4 * weights + activations)
 }
 
-/// Estimate: carried activations of each stream, the widest group's Hessian with its factors, one block in f32, and what of the weights
-/// is no mapped file (the experts of gpt-oss, which are put together when they are read).
+/// Estimate: carried activations of each stream, the widest group's Hessian with its factors, and one block in f32.
 pub(crate) fn peak_memory(ckpt: &Checkpoint, tokens: usize, recipe: Recipe, experts: u64) -> u64 {
     let c = &ckpt.config;
     let (h, m) = (c.hidden_size as u64, c.intermediate_size as u64);
@@ -437,7 +436,7 @@ pub(crate) fn peak_memory(ckpt: &Checkpoint, tokens: usize, recipe: Recipe, expe
         let block = 3 * e.count as u64 * h * e.intermediate_size as u64 * FloatType::Bf16.size() as u64;
         2048 * k * (h + 2 * e.intermediate_size as u64) * 4 + t * k * 8 + streams * block
     });
-    let matrix = h * m * 4 * 6 + ckpt.store.bytes_made_when_read();
+    let matrix = h * m * 4 * 6;
     if recipe.learned {
         let table = (c.vocab_size as u64) * h * FloatType::Bf16.size() as u64;
         return carried + matrix + table + learning_memory(ckpt, t);

@@ -364,6 +364,15 @@ fn released_gpt_oss_is_quantized_from_the_floats_of_its_codes() {
         }
     }
     weights::write(&at("floats"), &json, &floats);
+    // A block afresh has its own of what is made when it is read, and shares the rest.
+    let block = source.afresh("model.layers.1.").unwrap();
+    let place = |c: &Checkpoint, layer: usize| {
+        let name = format!("model.layers.{layer}.mlp.experts.0.down_proj.weight");
+        c.store.get(&name).unwrap().data.as_slice().as_ptr()
+    };
+    assert_ne!(place(&block, 1), place(&source, 1));
+    assert_eq!(place(&block, 2), place(&source, 2));
+    assert!(source.afresh("lm_head.").is_none());
     let rtn = options(Method::Rtn);
     let (of_codes, _) = run(&at("released"), &at("a"), &rtn).unwrap();
     let (of_floats, _) = run(&at("floats"), &at("b"), &rtn).unwrap();

@@ -11,9 +11,7 @@
 //!
 //! Of the 2 · width rows the even ones are gate's, the odd ones up's. Floats are stored transposed, codes are not. What lies in one piece
 //! stays in the file; the rest is put together when it is first read, so opening a checkpoint touches no weight. What is to be quantized is
-//! read as floats ([`TensorStore::widen_experts`]).
-
-use std::sync::{Arc, OnceLock};
+//! read as floats ([`TensorStore::widen_experts`]), a block at a time ([`TensorStore::afresh`]).
 
 use half::bf16;
 use lowbit_kernels::backend::Bytes;
@@ -38,7 +36,6 @@ struct Gathered {
     row_step: usize,
     columns: usize,
     column_step: usize,
-    made: OnceLock<Vec<u8>>,
 }
 
 impl Gathered {
@@ -64,44 +61,27 @@ impl Gathered {
 
     fn bytes(self) -> Bytes {
         let size = self.size();
-        Bytes::made_when_read(Arc::new(self), size)
+        Bytes::made_when_read(move || self.make(), size)
     }
 }
 
-impl AsRef<[u8]> for Gathered {
-    fn as_ref(&self) -> &[u8] {
-        self.made.get_or_init(|| self.make())
-    }
-}
-
-/// A matrix of MXFP4 as bf16: a code has two significant bits and a scale is a power of two, so that every product is exact. One beyond
-/// the largest bf16 becomes infinite.
-struct Widened {
-    from: FloatWeight,
-    made: OnceLock<Vec<u8>>,
-}
-
-impl Widened {
-    fn bytes(from: FloatWeight) -> Bytes {
-        let size = from.out_features * from.in_features * size_of::<bf16>();
-        Bytes::made_when_read(Arc::new(Self { from, made: OnceLock::new() }), size)
-    }
-
-    fn make(&self) -> Vec<u8> {
-        let mut row = vec![0f32; self.from.in_features];
-        let mut out = Vec::with_capacity(self.from.out_features * row.len() * size_of::<bf16>());
-        for r in 0..self.from.out_features {
-            self.from.widen(r..r + 1, &mut row);
-            out.extend(row.iter().flat_map(|v| bf16::from_f32(*v).to_le_bytes()));
+/// A matrix `[out, inner]` of MXFP4 as bf16: a code has two significant bits and a scale is a power of two, so that every product is exact. One
+/// beyond the largest bf16 becomes infinite.
+fn widened(codes: Bytes, scales: Bytes, [out, inner]: [usize; 2]) -> Bytes {
+    let make = move || {
+        // What of them is gathered is held no longer than this takes.
+        let scales = FloatScales::Exponents { codes: scales.afresh() };
+        let codes = codes.afresh();
+        let from = FloatWeight { code: FloatCode::E2m1, out_features: out, in_features: inner, codes, scales };
+        let mut row = vec![0f32; inner];
+        let mut bytes = Vec::with_capacity(out * inner * size_of::<bf16>());
+        for r in 0..out {
+            from.widen(r..r + 1, &mut row);
+            bytes.extend(row.iter().flat_map(|v| bf16::from_f32(*v).to_le_bytes()));
         }
-        out
-    }
-}
-
-impl AsRef<[u8]> for Widened {
-    fn as_ref(&self) -> &[u8] {
-        self.made.get_or_init(|| self.make())
-    }
+        bytes
+    };
+    Bytes::made_when_read(make, out * inner * size_of::<bf16>())
 }
 
 impl TensorStore {
@@ -125,9 +105,8 @@ impl TensorStore {
             let codes = bytes("weight_packed", inner.div_ceil(2))?;
             let scales = bytes("weight_scale", inner.div_ceil(GROUP))?;
             let stored = (codes.size() + scales.size()) as u64;
-            let scales = FloatScales::Exponents { codes: scales };
-            let from = FloatWeight { code: FloatCode::E2m1, out_features: out, in_features: inner, codes, scales };
-            let weight = StoredTensor { dtype: Dtype::BF16, shape: vec![out, inner], data: Widened::bytes(from) };
+            let data = widened(codes, scales, [out, inner]);
+            let weight = StoredTensor { dtype: Dtype::BF16, shape: vec![out, inner], data };
             for own in ["weight_packed", "weight_scale"] {
                 self.tensors.remove(&format!("{module}.{own}"));
             }
@@ -158,7 +137,9 @@ impl TensorStore {
             };
             let t = self.stored_experts(&name, own, (e.count, out, inner))?;
             let made = split(&t, own, (e.count, out, inner), parts.len());
-            self.tensors.remove(&name);
+            if let Some((name, whole)) = self.tensors.remove_entry(&name) {
+                self.gathered.insert(name, whole);
+            }
             for (i, tensor) in made.into_iter().enumerate() {
                 let (expert, module) = (i / parts.len(), parts[i % parts.len()]);
                 self.tensors.insert(format!("{block}.mlp.experts.{expert}.{module}.{own}"), tensor);
@@ -219,10 +200,7 @@ fn split(t: &StoredTensor, own: &str, (count, out, inner): (usize, usize, usize)
         let whole = own != "weight" && parts == 1;
         let data = match t.data.part(first * unit..(first + rows) * unit).filter(|_| whole) {
             Some(data) => data,
-            None => {
-                let made = OnceLock::new();
-                Gathered { from, unit, first, rows, row_step, columns, column_step, made }.bytes()
-            }
+            None => Gathered { from, unit, first, rows, row_step, columns, column_step }.bytes(),
         };
         StoredTensor { dtype: t.dtype, shape: shape.clone(), data }
     };
@@ -260,14 +238,8 @@ mod tests {
     fn codes_are_widened_exactly() {
         // Two rows of 64: every code in turn, under scales of 2^-127 (below the smallest normal float), 1, 2^5 and 2^125.
         let pair = |i: u8| (2 * i) | ((2 * i + 1) << 4);
-        let from = FloatWeight {
-            code: FloatCode::E2m1,
-            out_features: 2,
-            in_features: 64,
-            codes: Bytes::from_vec((0..64).map(|i| pair(i % 8)).collect()),
-            scales: FloatScales::Exponents { codes: Bytes::from_vec(vec![0, 127, 132, 252]) },
-        };
-        let data = Widened::bytes(from);
+        let codes = Bytes::from_vec((0..64).map(|i| pair(i % 8)).collect());
+        let data = widened(codes, Bytes::from_vec(vec![0, 127, 132, 252]), [2, 64]);
         assert!(data.is_made_when_read() && data.size() == 256);
         let values = StoredTensor { dtype: Dtype::BF16, shape: vec![2, 64], data }.to_f32().unwrap();
         let magnitudes = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0];
@@ -285,7 +257,7 @@ mod tests {
         assert_eq!(made[1].shape, [3, 32]);
         assert_eq!(made[1].data.as_slice().as_ptr(), t.data.as_slice()[96..].as_ptr());
         assert!(!made[1].data.is_made_when_read());
-        // Transposed, it is made when it is read.
+        // Transposed, it is made when it is read, and once more where that is asked for.
         let made = split(&tensor(Dtype::F32, &[1, 70, 40]), "weight", (1, 40, 70), 1);
         assert!(made[0].data.is_made_when_read());
         let values = made[0].to_f32().unwrap();
@@ -293,5 +265,9 @@ mod tests {
         for (r, row) in values.chunks(70).enumerate() {
             assert!(row.iter().enumerate().all(|(c, v)| v.to_bits() == stored[c * 40 + r].to_bits()), "row {r}");
         }
+        let again = made[0].data.afresh();
+        assert!(again.is_made_when_read() && again.as_slice() == made[0].data.as_slice());
+        assert_ne!(again.as_slice().as_ptr(), made[0].data.as_slice().as_ptr());
+        assert_eq!(again.as_slice().as_ptr(), again.clone().as_slice().as_ptr());
     }
 }
