@@ -56,8 +56,8 @@ impl Checkpoint {
         Ok(Self { dir: dir.to_path_buf(), config, raw_config, quantization, store })
     }
 
-    /// The checkpoint as what is to be quantized: where gpt-oss is as it was released (`quant_method: mxfp4`), the matrices of its experts become
-    /// the bf16 floats that their codes stand for, exactly, made when they are first read. Any other checkpoint stays as it is.
+    /// The checkpoint as what is to be quantized: where gpt-oss is as it was released (`quant_method: mxfp4`), the matrices of its experts
+    /// become the bf16 floats that their codes stand for, exactly, made when they are first read. Any other checkpoint stays as it is.
     /// Fails with [`CheckpointError::MissingTensor`] or [`CheckpointError::Tensor`] where the scales do not go with the codes.
     pub fn with_floats(mut self) -> Result<Self> {
         let method = self.raw_config.get("quantization_config").and_then(|q| q.get("quant_method"));

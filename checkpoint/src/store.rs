@@ -180,8 +180,8 @@ impl TensorStore {
         }
     }
 
-    /// The same store with the tensors afresh whose names start with `prefix` and which are made when they are read: made once more, and held
-    /// only by what is returned here. `None` where there are none.
+    /// The same store with the tensors afresh whose names start with `prefix` and which are made when they are read: made once more, and
+    /// held only by what is returned here. `None` where there are none.
     pub fn afresh(&self, prefix: &str) -> Option<Self> {
         let made: Vec<(String, StoredTensor)> = named(&self.tensors, prefix)
             .filter(|(_, t)| t.data.is_made_when_read())

@@ -65,8 +65,8 @@ impl Gathered {
     }
 }
 
-/// A matrix `[out, inner]` of MXFP4 as bf16: a code has two significant bits and a scale is a power of two, so that every product is exact. One
-/// beyond the largest bf16 becomes infinite.
+/// A matrix `[out, inner]` of MXFP4 as bf16: a code has two significant bits and a scale is a power of two, so that every product is exact.
+/// One beyond the largest bf16 becomes infinite.
 fn widened(codes: Bytes, scales: Bytes, [out, inner]: [usize; 2]) -> Bytes {
     let make = move || {
         // What of them is gathered is held no longer than this takes.
