@@ -89,6 +89,11 @@ impl Located {
         Ok(Checkpoint::open(&self.dir)?)
     }
 
+    /// Opens it as what is to be quantized: see [`Checkpoint::with_floats`].
+    pub fn open_floats(&self) -> Result<Checkpoint> {
+        Ok(self.open()?.with_floats()?)
+    }
+
     /// Opens it and loads it onto the backend of a purpose.
     pub fn load(&self, ctx: &Context, purpose: Purpose) -> Result<(Checkpoint, Model)> {
         self.load_on(ctx.backend_for(purpose)?)

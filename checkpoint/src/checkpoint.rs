@@ -49,22 +49,44 @@ impl Checkpoint {
         };
         let mut store = TensorStore::open(dir)?;
         match &config.experts {
-            Some(experts) if config.family == config::GPT_OSS => store.split_gpt_oss(experts, config.hidden_size)?,
+            Some(experts) if config.gathers_experts() => store.split_gpt_oss(experts, config.hidden_size)?,
             Some(experts) => store.split_experts(experts, config.hidden_size)?,
             None => {}
         }
         Ok(Self { dir: dir.to_path_buf(), config, raw_config, quantization, store })
     }
 
+    /// The checkpoint as what is to be quantized: where gpt-oss is as it was released (`quant_method: mxfp4`), the matrices of its experts
+    /// become the bf16 floats that their codes stand for, exactly, made when they are first read. Any other checkpoint stays as it is.
+    /// Fails with [`CheckpointError::MissingTensor`] or [`CheckpointError::Tensor`] where the scales do not go with the codes.
+    pub fn with_floats(mut self) -> Result<Self> {
+        let method = self.raw_config.get("quantization_config").and_then(|q| q.get("quant_method"));
+        let released = self.config.gathers_experts() && method.and_then(Value::as_str) == Some("mxfp4");
+        if let Some(experts) = self.config.experts.as_ref().filter(|_| released) {
+            self.store.widen_experts(experts, self.config.hidden_size)?;
+            self.quantization = None;
+        }
+        Ok(self)
+    }
+
     /// The same checkpoint with some tensors replaced, or added: see [`TensorStore::overlay`].
     #[must_use]
     pub fn overlay(&self, tensors: impl IntoIterator<Item = (String, StoredTensor)>) -> Self {
+        self.with_store(self.store.overlay(tensors))
+    }
+
+    /// The same checkpoint with some tensors afresh: see [`TensorStore::afresh`].
+    pub fn afresh(&self, prefix: &str) -> Option<Self> {
+        self.store.afresh(prefix).map(|store| self.with_store(store))
+    }
+
+    fn with_store(&self, store: TensorStore) -> Self {
         Self {
             dir: self.dir.clone(),
             config: self.config.clone(),
             raw_config: self.raw_config.clone(),
             quantization: self.quantization.clone(),
-            store: self.store.overlay(tensors),
+            store,
         }
     }
 

@@ -113,6 +113,11 @@ impl ModelConfig {
     pub fn experts_of(&self, layer: usize) -> Option<&ExpertsConfig> {
         self.experts.as_ref().filter(|e| e.sparse.get(layer) == Some(&true))
     }
+
+    /// Whether engines find the experts of a layer in a few tensors as long as they are floats, and in no other way (gpt-oss).
+    pub fn gathers_experts(&self) -> bool {
+        self.family == GPT_OSS
+    }
 }
 
 /// The family of gpt-oss, whose experts are stored in a way of their own.

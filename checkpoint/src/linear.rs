@@ -87,7 +87,7 @@ pub(crate) fn words_of(store: &TensorStore, name: &str, shape: [usize; 2]) -> Re
     Ok(t.data.as_slice().as_chunks::<4>().0.iter().map(|c| u32::from_le_bytes(*c)).collect())
 }
 
-fn typed<'a>(store: &'a TensorStore, name: &str, dtype: Dtype, shape: &[usize]) -> Result<&'a StoredTensor> {
+pub(crate) fn typed<'a>(store: &'a TensorStore, name: &str, dtype: Dtype, shape: &[usize]) -> Result<&'a StoredTensor> {
     let t = store.get(name)?;
     if t.dtype != dtype || t.shape != shape {
         return Err(store.mismatch(name, format!("{dtype:?} {shape:?}"), format!("{:?} {:?}", t.dtype, t.shape)));

@@ -74,11 +74,16 @@ impl StoredTensor {
 }
 
 /// All tensors of a folder, by name.
+#[derive(Clone)]
 pub struct TensorStore {
     dir: PathBuf,
     tensors: BTreeMap<String, StoredTensor>,
     files: Vec<PathBuf>,
     maps: Vec<Arc<Mapped>>,
+    /// Tensors of the files, of whose bytes others are made.
+    gathered: BTreeMap<String, StoredTensor>,
+    /// Bytes that tensors take in the files which are widened here, see [`Checkpoint::with_floats`](crate::Checkpoint::with_floats).
+    widened: BTreeMap<String, u64>,
 }
 
 impl TensorStore {
@@ -97,7 +102,7 @@ impl TensorStore {
             ));
         }
         let (map, tensors) = open_file(&single)?;
-        Ok(Self { dir: dir.to_path_buf(), tensors, files: vec![single], maps: vec![map] })
+        Ok(Self::of(dir, tensors, vec![single], vec![map]))
     }
 
     fn open_sharded(dir: &Path, index: &Path) -> Result<Self> {
@@ -143,7 +148,12 @@ impl TensorStore {
             }
             files.push(path);
         }
-        Ok(Self { dir: dir.to_path_buf(), tensors, files, maps })
+        Ok(Self::of(dir, tensors, files, maps))
+    }
+
+    fn of(dir: &Path, tensors: BTreeMap<String, StoredTensor>, files: Vec<PathBuf>, maps: Vec<Arc<Mapped>>) -> Self {
+        let (gathered, widened) = (BTreeMap::new(), BTreeMap::new());
+        Self { dir: dir.to_path_buf(), tensors, files, maps, gathered, widened }
     }
 
     /// Folder.
@@ -164,18 +174,30 @@ impl TensorStore {
     /// Gives the memory of the tensors whose names start with `prefix` back to the system: pages of a mapped file that were read
     /// count as this process's until then. They can be read again.
     pub fn release(&self, prefix: &str) {
-        let named = self.tensors.range(prefix.to_string()..).take_while(|(n, _)| n.starts_with(prefix));
-        for (_, t) in named.filter(|(_, t)| !t.data.is_made_when_read()) {
+        let all = named(&self.tensors, prefix).chain(named(&self.gathered, prefix));
+        for (_, t) in all.filter(|(_, t)| !t.data.is_made_when_read()) {
             self.maps.iter().for_each(|m| m.release(t.data.as_slice()));
         }
+    }
+
+    /// The same store with the tensors afresh whose names start with `prefix` and which are made when they are read: made once more, and
+    /// held only by what is returned here. `None` where there are none.
+    pub fn afresh(&self, prefix: &str) -> Option<Self> {
+        let made: Vec<(String, StoredTensor)> = named(&self.tensors, prefix)
+            .filter(|(_, t)| t.data.is_made_when_read())
+            .map(|(name, t)| {
+                (name.clone(), StoredTensor { dtype: t.dtype, shape: t.shape.clone(), data: t.data.afresh() })
+            })
+            .collect();
+        (!made.is_empty()).then(|| self.overlay(made))
     }
 
     /// The same store with some tensors replaced, or added. The rest shares the files' memory.
     #[must_use]
     pub fn overlay(&self, tensors: impl IntoIterator<Item = (String, StoredTensor)>) -> Self {
-        let mut all = self.tensors.clone();
-        all.extend(tensors);
-        Self { dir: self.dir.clone(), tensors: all, files: self.files.clone(), maps: self.maps.clone() }
+        let mut store = self.clone();
+        store.tensors.extend(tensors);
+        store
     }
 
     /// Has the system map the bytes of the float matrices, by name and a piece at a time, for as long as `go_on` says: whoever
@@ -206,6 +228,12 @@ impl TensorStore {
     /// All of them, sorted by name.
     pub fn iter(&self) -> impl Iterator<Item = (&str, &StoredTensor)> {
         self.tensors.iter().map(|(n, t)| (n.as_str(), t))
+    }
+
+    /// Bytes that a tensor takes in the files: fewer than its own where it was widened. 0 where it is absent.
+    pub fn stored_bytes(&self, name: &str) -> u64 {
+        let own = || self.tensors.get(name).map_or(0, |t| t.data.size() as u64);
+        self.widened.get(name).copied().unwrap_or_else(own)
     }
 
     /// Experts that are stored as one tensor a layer, `experts.gate_up_proj` `[experts, 2 · width, hidden]` and `experts.down_proj`
@@ -266,6 +294,14 @@ impl TensorStore {
     pub fn mismatch(&self, name: &str, expected: String, found: String) -> CheckpointError {
         CheckpointError::Tensor { dir: self.dir.clone(), tensor: name.to_string(), expected, found }
     }
+}
+
+/// Tensors whose names start with `prefix`.
+fn named<'a>(
+    tensors: &'a BTreeMap<String, StoredTensor>,
+    prefix: &'a str,
+) -> impl Iterator<Item = (&'a String, &'a StoredTensor)> {
+    tensors.range(prefix.to_string()..).take_while(move |(n, _)| n.starts_with(prefix))
 }
 
 fn open_file(path: &Path) -> Result<(Arc<Mapped>, BTreeMap<String, StoredTensor>)> {

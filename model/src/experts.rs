@@ -44,11 +44,12 @@ impl Experts {
     pub fn load(from: &dyn Source, backend: &dyn Backend, prefix: &str, config: &ExpertsConfig) -> Result<Self> {
         let h = from.config().hidden_size;
         let mlp = format!("{prefix}.{}", config.names.mlp);
-        let correction = format!("{mlp}.gate.e_score_correction_bias");
+        let router = format!("{mlp}.{}", config.names.router);
+        let correction = format!("{router}.e_score_correction_bias");
         let shared =
             |on: bool| on.then(|| Linear::load(from, backend, &format!("{mlp}.shared_expert_gate"), 1, h)).transpose();
         Ok(Self {
-            router: Linear::load(from, backend, &format!("{mlp}.gate"), config.count, h)?,
+            router: Linear::load(from, backend, &router, config.count, h)?,
             correction: config.correction_bias.then(|| from.vector(&correction, config.count)).transpose()?,
             shared_gate: shared(config.shared_gate)?,
             config: config.clone(),

@@ -110,7 +110,7 @@ pub fn linear_shapes(c: &ModelConfig, layer: usize) -> Vec<LinearShape> {
 /// Modules of a block that choose or weigh experts, with their rows: small, decisive, and never quantized.
 pub fn router_modules(c: &ModelConfig, layer: usize) -> Vec<(String, usize)> {
     let Some(e) = c.experts_of(layer) else { return Vec::new() };
-    let mut v = vec![(format!("{}.gate", e.names.mlp), e.count)];
+    let mut v = vec![(format!("{}.{}", e.names.mlp, e.names.router), e.count)];
     if e.shared_gate {
         v.push((format!("{}.shared_expert_gate", e.names.mlp), 1));
     }

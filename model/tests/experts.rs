@@ -1,5 +1,7 @@
 //! Mixtures of experts and latent attention against transformers, on tiny random models (`experts/logits.py`).
 
+#[path = "experts/released.rs"]
+mod released;
 #[path = "experts/weights.rs"]
 mod weights;
 
@@ -172,61 +174,10 @@ fn what_is_not_computed_is_refused_by_name() {
     assert!(error.contains("9 experts a token out of 2 groups of 4"), "{error}");
 }
 
-/// Random codes of MXFP4 for a tensor `[experts, in, out]` of gpt-oss, and scales of 2⁻³ to 2⁻¹, by name and shape.
-fn mxfp4(name: &str, shape: &[usize]) -> [(String, Vec<usize>, Vec<u8>); 2] {
-    let [experts, inner, out] = shape[..] else { panic!("{name}: three dimensions, found {shape:?}") };
-    let bytes = |name: &str, count| weights::mixed(name, count).map(|x| (x >> 24) as u8).collect::<Vec<u8>>();
-    let (blocks, scales) = (format!("{name}_blocks"), format!("{name}_scales"));
-    let codes = bytes(&blocks, experts * inner * out / 2);
-    let powers = bytes(&scales, experts * inner * out / 32).into_iter().map(|b| 124 + b % 3).collect();
-    [(blocks, vec![experts, out, inner / 32, 16], codes), (scales, vec![experts, out, inner / 32], powers)]
-}
-
-/// A tensor of bytes.
-struct Codes(Vec<usize>, Vec<u8>);
-
-impl safetensors::View for &Codes {
-    fn dtype(&self) -> lowbit_checkpoint::Dtype {
-        lowbit_checkpoint::Dtype::U8
-    }
-    fn shape(&self) -> &[usize] {
-        &self.0
-    }
-    fn data(&self) -> std::borrow::Cow<'_, [u8]> {
-        (&self.1[..]).into()
-    }
-    fn data_len(&self) -> usize {
-        self.1.len()
-    }
-}
-
-/// gpt-oss as it is released: experts in MXFP4, the rest in floats; in two files, by the kind of their elements.
-fn write_released(dir: &Path) {
-    let mut json = weights::config_of("gpt_oss");
-    let (mut floats, mut codes) = (Vec::new(), Vec::new());
-    for (name, t) in weights::tensors(&json) {
-        if ["experts.gate_up_proj", "experts.down_proj"].iter().any(|n| name.ends_with(n)) {
-            codes.extend(mxfp4(&name, &t.shape).map(|(name, shape, bytes)| (name, Codes(shape, bytes))));
-        } else {
-            floats.push((name, t));
-        }
-    }
-    json["quantization_config"] = json!({"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn",
-        "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]});
-    weights::write(dir, &json, &floats);
-    let (first, second) = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors");
-    std::fs::rename(dir.join("model.safetensors"), dir.join(first)).unwrap();
-    let views = codes.iter().map(|(n, t)| (n.as_str(), t));
-    safetensors::serialize_to_file(views, None, &dir.join(second)).unwrap();
-    let places = floats.iter().map(|(n, _)| (n, first)).chain(codes.iter().map(|(n, _)| (n, second)));
-    let map: serde_json::Map<String, Value> = places.map(|(n, file)| (n.clone(), json!(file))).collect();
-    std::fs::write(dir.join("model.safetensors.index.json"), json!({"weight_map": map}).to_string()).unwrap();
-}
-
 #[test]
 fn released_gpt_oss_keeps_its_codes_and_gives_transformers_logits() {
-    let dir = tempfile::tempdir().unwrap();
-    write_released(dir.path());
+    let (dir, json) = (tempfile::tempdir().unwrap(), weights::config_of("gpt_oss"));
+    released::write(dir.path(), json.clone(), weights::tensors(&json));
     let ids = ids();
     for backend in [Arc::new(ScalarBackend::new()) as Arc<dyn Backend>, Arc::new(CpuBackend::new().exact(true))] {
         let name = backend.name();

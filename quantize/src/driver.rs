@@ -363,6 +363,8 @@ impl Run<'_> {
                 self.round(l)?;
             }
             self.keep_block(block, before)?;
+            // Of tensors that hold several linears.
+            self.ckpt.store.release(&format!("{}.{block}.", plan.blocks));
             progress.advance(1);
         }
         self.time("solve", start, ());

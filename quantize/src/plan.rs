@@ -23,7 +23,7 @@ use lowbit_model::decoder;
 use serde_json::Value;
 
 use self::refusals::{
-    Misfit, refuse_cache, refuse_family, refuse_layout, refuse_methods, refuse_mixed_sets, refuse_split_sets,
+    Misfit, refuse_cache, refuse_gathered, refuse_layout, refuse_methods, refuse_mixed_sets, refuse_split_sets,
     refuse_widths,
 };
 use crate::budget::BudgetRecord;
@@ -139,14 +139,13 @@ pub fn component(name: &str) -> &'static str {
     rules.iter().find(|(k, _)| name.contains(k)).map_or("other", |(_, c)| c)
 }
 
-/// Makes the plan for writing into `output`.
+/// Makes the plan for writing `ckpt`, which is as [`Checkpoint::with_floats`] makes it, into `output`.
 pub fn make(
     ckpt: &Checkpoint,
     options: &QuantizeOptions,
     output: Option<&Path>,
     calibration_tokens: usize,
 ) -> Result<Plan> {
-    refuse_family(&ckpt.config)?;
     if ckpt.quantization.is_some() {
         return Err(QuantizeError::Plan {
             summary: format!("{} is quantized already", ckpt.dir.display()),
@@ -175,6 +174,7 @@ pub fn make(
     refuse_widths(&misfits, options, c.num_layers)?;
     refuse_split_sets(c, &linears)?;
     refuse_mixed_sets(&linears)?;
+    refuse_gathered(c, options, &linears)?;
     refuse_cache(c, options)?;
     let head_module = if prefix == "model" { "lm_head" } else { "language_model.lm_head" };
     let head_ignored = ignore.hit(head_module).is_some();
@@ -254,7 +254,7 @@ fn assemble(
         Ok((d, bytes))
     };
     for (name, t) in ckpt.store.iter() {
-        let before = t.data.size() as u64;
+        let before = ckpt.store.stored_bytes(name);
         let mut row = PlannedTensor {
             name: name.to_string(),
             shape: t.shape.clone(),
@@ -263,7 +263,7 @@ fn assemble(
             reason: String::new(),
             component: component(name).into(),
             before_bytes: before,
-            after_bytes: before,
+            after_bytes: t.data.size() as u64,
         };
         if let Some(l) = by_weight.get(name) {
             if t.float_type().is_none() {

@@ -1,9 +1,11 @@
 //! Quantizing mixtures of experts: tiny random models of every family through plan, calibration, writing and verifying.
 
+#[path = "../../model/tests/experts/released.rs"]
+mod released;
 #[path = "../../model/tests/experts/weights.rs"]
 mod weights;
 
-// `weights` writes its checkpoints with it.
+// They write their checkpoints with it.
 use safetensors as _;
 
 use std::collections::BTreeMap;
@@ -26,13 +28,18 @@ use lowbit_quantize::record::QuantizeRecord;
 use lowbit_quantize::verify::verify;
 use lowbit_quantize::{Method, QuantizeError, QuantizeOptions, Resume, Silent, budget, plan, quantize};
 use serde_json::{Value, json};
+use weights::Tensor;
 
 /// Expert that hardly any token is routed to.
 const STARVED: usize = 3;
 
 /// Tokens an expert of these models needs: as many as the wider of its inputs has columns.
 fn needed(json: &Value) -> u64 {
-    if json["model_type"] == "mixtral" { 48 } else { 32 }
+    match json["model_type"].as_str() {
+        Some("mixtral") => 48,
+        Some("gpt_oss") => 64,
+        _ => 32,
+    }
 }
 
 fn options(method: Method) -> QuantizeOptions {
@@ -48,11 +55,17 @@ fn windows() -> Windows {
     Windows::new((0..16).map(|_| (0..24).map(|_| token()).collect()).collect(), "random", 0)
 }
 
-/// A checkpoint in which hardly a token goes to expert [`STARVED`] (DeepSeek-V3: none). Column 0 of the residual stream starts at 8 for
-/// every token, which after the norm is some 5; the others' logits differ by 1.2, and this pulls the expert's down by 3.
+/// A checkpoint in which hardly a token goes to expert [`STARVED`] (DeepSeek-V3 and gpt-oss: none).
 fn original(dir: &Path, family: &str) -> Value {
     let json = weights::config_of(family);
-    let mut tensors = weights::tensors(&json);
+    weights::write(dir, &json, &tensors(&json));
+    json
+}
+
+/// Column 0 of the residual stream starts at 8 for every token, which after the norm is some 5; the others' logits differ by 1.2, and this
+/// pulls the expert's down by 3. Biases of the choice pull it by more.
+fn tensors(json: &Value) -> Vec<(String, Tensor)> {
+    let mut tensors = weights::tensors(json);
     for (name, t) in &mut tensors {
         let n = t.shape.last().copied().unwrap_or(1);
         if name.ends_with("embed_tokens.weight") {
@@ -62,14 +75,15 @@ fn original(dir: &Path, family: &str) -> Value {
             t.values[STARVED * n] = -0.6;
         } else if name.ends_with("e_score_correction_bias") {
             t.values[STARVED] = -10.0;
+        } else if name.ends_with("router.bias") {
+            t.values[STARVED] = -30.0;
         }
     }
-    weights::write(dir, &json, &tensors);
-    json
+    tensors
 }
 
 fn run(from: &Path, to: &Path, options: &QuantizeOptions) -> Result<(QuantizeRecord, u64), QuantizeError> {
-    let ckpt = Checkpoint::open(from).unwrap();
+    let ckpt = Checkpoint::open(from).unwrap().with_floats().unwrap();
     let windows = windows();
     let made = plan::make(&ckpt, options, None, windows.token_count())?;
     let windows = options.needs_data().then_some(&windows);
@@ -105,6 +119,7 @@ fn routed(dir: &Path, json: &Value, block: usize, count: usize) -> Vec<u64> {
     let model = Model::load(&Checkpoint::open(dir).unwrap(), Arc::new(CpuBackend::new())).unwrap();
     let mixtral = json["model_type"] == "mixtral";
     let (mlp, gate) = if mixtral { ("block_sparse_moe", "w1") } else { ("mlp", "gate_proj") };
+    let hidden = json["hidden_size"].as_u64().unwrap();
     let mut tokens = vec![0; count];
     for w in windows().tokens {
         let mut cache = model.new_cache(1, w.len()).unwrap();
@@ -112,7 +127,7 @@ fn routed(dir: &Path, json: &Value, block: usize, count: usize) -> Vec<u64> {
         let mut tap = |name: &str, x: &Buffer| {
             for (e, sum) in tokens.iter_mut().enumerate() {
                 if name == format!("model.layers.{block}.{mlp}.experts.{e}.{gate}") {
-                    *sum += (x.len / 32) as u64;
+                    *sum += x.len as u64 / hidden;
                 }
             }
             Ok(())
@@ -136,7 +151,7 @@ fn distance(a: &[f32], b: &[f32]) -> f64 {
 
 #[test]
 fn every_expert_is_calibrated_and_the_starved_are_reported() {
-    for family in ["mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3"] {
+    for family in ["mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3", "gpt_oss"] {
         let tmp = tempfile::tempdir().unwrap();
         let (from, to) = (tmp.path().join("from"), tmp.path().join("to"));
         let json = original(&from, family);
@@ -160,7 +175,7 @@ fn every_expert_is_calibrated_and_the_starved_are_reported() {
             assert_eq!((c.needed, c.min), (needed(&json), *c.tokens.iter().min().unwrap()), "{family}");
             assert_eq!(c.starved, c.tokens.iter().filter(|n| **n < c.needed).count(), "{family}");
             assert_eq!(c.dead, c.tokens.iter().filter(|n| **n == 0).count(), "{family}");
-            assert!(family != "deepseek_v3" || c.tokens[STARVED] == 0);
+            assert!(!matches!(family, "deepseek_v3" | "gpt_oss") || c.tokens[STARVED] == 0);
             for (e, n) in c.tokens.iter().enumerate() {
                 let of = format!("model.layers.{}.{}.experts.{e}.", c.block, experts.names.mlp);
                 let records: Vec<_> = record.layers.iter().filter(|l| l.name.starts_with(&of)).collect();
@@ -181,7 +196,7 @@ fn every_expert_is_calibrated_and_the_starved_are_reported() {
         assert_eq!(ckpt.store.iter().map(|(_, t)| t.data.as_slice().len() as u64).sum::<u64>(), after, "{family}");
         let ignored = &ckpt.quantization.as_ref().unwrap().ignore;
         for block in &sparse {
-            let router = format!("model.layers.{block}.{}.gate", experts.names.mlp);
+            let router = format!("model.layers.{block}.{}.{}", experts.names.mlp, experts.names.router);
             assert!(ignored.contains(&router) && ckpt.has_weight(&router), "{family}: {ignored:?}");
             let expert = format!("model.layers.{block}.{}.experts.0.{}", experts.names.mlp, experts.names.down);
             assert!(ckpt.store.find(&format!("{expert}.weight_packed")).is_some(), "{family}");
@@ -223,7 +238,7 @@ fn experts_in_every_format() {
     let of = |name: &str, method, format| QuantizeOptions { method, format, ..QuantizeOptions::new(scheme(name)) };
     use Method::{Best, Gptq, Rtn};
     use PackFormat::{Awq, CompressedTensors, GptqV2};
-    for family in ["mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3"] {
+    for family in ["mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3", "gpt_oss"] {
         let from = tmp.path().join(family);
         original(&from, family);
         let source = Checkpoint::open(&from).unwrap();
@@ -240,7 +255,7 @@ fn experts_in_every_format() {
             let to = tmp.path().join(&what);
             let (record, after) = match run(&from, &to, &of(name, method, format)) {
                 Ok(done) => done,
-                // Widths of these tiny models that are no whole words or groups.
+                // Widths of these tiny models that are no whole words or groups, and layouts that gpt-oss has not.
                 Err(QuantizeError::Plan { summary, offenders, hint }) => {
                     assert!(!offenders.is_empty() && hint.is_some(), "{what}: {summary}");
                     continue;
@@ -257,9 +272,9 @@ fn experts_in_every_format() {
             }
             let said = record.layers.iter().flat_map(|l| &l.events).any(|e| e.contains("expert"));
             assert!(said, "{what}");
-            // Tiny models, of which a token that goes to another expert is a large part.
+            // Tiny models, of which a token that goes to another expert is a large part; unrelated logits are 1.4 apart.
             let d = distance(&logits(&to), &float);
-            assert!(d > 0.0 && d < 0.8, "{what}: {d}");
+            assert!(d > 0.0 && d < if family == "gpt_oss" { 1.0 } else { 0.8 }, "{what}: {d}");
         }
         // One scale for the set that engines hold as one matrix.
         if family == "mixtral" {
@@ -286,6 +301,114 @@ fn experts_in_every_format() {
             Err(e) => assert!(e.to_string().contains("latent attention") && source.config.latent.is_some(), "{e}"),
         }
     }
+}
+
+/// What is kept of gpt-oss, and what its experts are called: as llm-compressor writes them.
+#[test]
+fn gpt_oss_keeps_router_biases_and_sinks() {
+    let tmp = tempfile::tempdir().unwrap();
+    let (from, to) = (tmp.path().join("from"), tmp.path().join("to"));
+    let json = original(&from, "gpt_oss");
+    run(&from, &to, &options(Method::Fast)).unwrap();
+    let ckpt = Checkpoint::open(&to).unwrap();
+    let bits = |name: &str| ckpt.store.get(name).unwrap().to_f32().unwrap();
+    let written = std::fs::read(to.join("model.safetensors")).unwrap();
+    let file = safetensors::SafeTensors::deserialize(&written).unwrap();
+    assert!(file.names().iter().all(|n| !n.contains("gate_up_proj") && !n.contains(".mlp.gate.")));
+    for (name, t) in tensors(&json) {
+        let Some((block, of_all)) = name.split_once(".mlp.experts.") else {
+            if !name.contains("self_attn") || name.ends_with(".bias") || name.ends_with(".sinks") {
+                assert_eq!(bits(&name), t.values, "{name}");
+            }
+            continue;
+        };
+        let Some(stem) = of_all.strip_suffix("_bias") else { continue };
+        // Of gate and up the bias of the one are the even elements, of the other the odd ones.
+        let parts: &[&str] = if stem == "down_proj" { &["down_proj"] } else { &["gate_proj", "up_proj"] };
+        let row = t.shape[1];
+        for (e, row) in t.values.chunks(row).enumerate() {
+            for (p, part) in parts.iter().enumerate() {
+                let module = format!("{block}.mlp.experts.{e}.{part}");
+                let own: Vec<f32> = row.iter().skip(p).step_by(parts.len()).copied().collect();
+                assert_eq!(bits(&format!("{module}.bias")), own, "{module}");
+                assert!(ckpt.store.find(&format!("{module}.weight_packed")).is_some(), "{module}");
+            }
+        }
+    }
+}
+
+#[test]
+fn released_gpt_oss_is_quantized_from_the_floats_of_its_codes() {
+    let tmp = tempfile::tempdir().unwrap();
+    let at = |name: &str| tmp.path().join(name);
+    let json = weights::config_of("gpt_oss");
+    released::write(&at("released"), json.clone(), tensors(&json));
+    let released = Checkpoint::open(&at("released")).unwrap();
+    let stored = released.store.iter().map(|(_, t)| t.data.size() as u64).sum::<u64>();
+    let source = released.with_floats().unwrap();
+    // The same weights as floats, in the tensors that transformers has for them.
+    let mut floats = tensors(&json);
+    for (name, t) in &mut floats {
+        let Some((block, module)) = name.split_once(".mlp.experts.").filter(|(_, m)| m.ends_with("_proj")) else {
+            continue;
+        };
+        let [experts, inner, out] = t.shape[..] else { panic!("{name}") };
+        let parts: &[&str] = if module == "down_proj" { &["down_proj"] } else { &["gate_proj", "up_proj"] };
+        for (e, (p, part)) in (0..experts).flat_map(|e| parts.iter().enumerate().map(move |part| (e, part))) {
+            let matrix = source.store.get(&format!("{block}.mlp.experts.{e}.{part}.weight")).unwrap().to_f32().unwrap();
+            for (r, row) in matrix.chunks(inner).enumerate() {
+                for (c, v) in row.iter().enumerate() {
+                    t.values[(e * inner + c) * out + r * parts.len() + p] = *v;
+                }
+            }
+        }
+    }
+    weights::write(&at("floats"), &json, &floats);
+    // A block afresh has its own of what is made when it is read, and shares the rest.
+    let block = source.afresh("model.layers.1.").unwrap();
+    let place = |c: &Checkpoint, layer: usize| {
+        let name = format!("model.layers.{layer}.mlp.experts.0.down_proj.weight");
+        c.store.get(&name).unwrap().data.as_slice().as_ptr()
+    };
+    assert_ne!(place(&block, 1), place(&source, 1));
+    assert_eq!(place(&block, 2), place(&source, 2));
+    assert!(source.afresh("lm_head.").is_none());
+    let rtn = options(Method::Rtn);
+    let (of_codes, _) = run(&at("released"), &at("a"), &rtn).unwrap();
+    let (of_floats, _) = run(&at("floats"), &at("b"), &rtn).unwrap();
+    let [a, b] = ["a", "b"].map(|name| std::fs::read(at(name).join("model.safetensors")).unwrap());
+    assert!(a == b);
+    // What it was before is what its files hold.
+    assert_eq!(of_codes.before_bytes, stored);
+    assert!(of_floats.before_bytes > 2 * stored, "{} {stored}", of_floats.before_bytes);
+
+    let w8 = LinearScheme::parse("w8a16", GroupSize::Cols(8), true).unwrap();
+    let (record, _) =
+        run(&at("released"), &at("w8"), &QuantizeOptions { method: Method::Gptq, ..QuantizeOptions::new(w8) }).unwrap();
+    assert!(record.experts.len() == 3 && record.experts.iter().all(|c| c.tokens[STARVED] == 0 && c.dead > 0));
+    let ckpt = Checkpoint::open(&at("w8")).unwrap();
+    assert!(verify(&ckpt, Some(&record), Some(&source)).unwrap().packed_linears >= 3 * 8 * 3);
+    // Eight bits in groups of eight change a weight by 0.4 % of its group's largest.
+    let d = distance(&logits(&at("w8")), &logits(&at("released")));
+    assert!(d > 0.0 && d < 0.2, "{d}");
+
+    let refused = |ckpt: &Checkpoint, options: &QuantizeOptions| match plan::make(ckpt, options, None, 384) {
+        Err(e @ QuantizeError::Plan { .. }) => e.to_string(),
+        Ok(_) => panic!("accepted"),
+        Err(e) => panic!("{e}"),
+    };
+    let kept = QuantizeOptions { ignore: vec!["re:.*experts.*".into()], ..options(Method::Gptq) };
+    let error = refused(&source, &kept);
+    assert!(error.contains("stay floats") && error.contains("block 2: experts ignored"), "{error}");
+    let error = refused(&source, &QuantizeOptions { format: PackFormat::GptqV2, ..options(Method::Gptq) });
+    assert!(error.contains("other names") && error.contains("gpt_oss in gptq_v2"), "{error}");
+    // Codes of lowbit's own making are no release.
+    let mx = LinearScheme::parse("mxfp4a16", GroupSize::Cols(32), true).unwrap();
+    let (record, _) =
+        run(&at("released"), &at("mx"), &QuantizeOptions { method: Method::Rtn, ..QuantizeOptions::new(mx) }).unwrap();
+    let again = Checkpoint::open(&at("mx")).unwrap().with_floats().unwrap();
+    verify(&again, Some(&record), Some(&source)).unwrap();
+    assert!(refused(&again, &rtn).contains("quantized already"));
 }
 
 #[test]

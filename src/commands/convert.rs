@@ -58,9 +58,9 @@ fn repack(ctx: &Context, ckpt: &Checkpoint, args: &ConvertArgs) -> Result<()> {
     let Some(q) = &ckpt.quantization else {
         bail!("{} is not quantized: there is nothing to convert", ckpt.dir.display());
     };
-    if ckpt.config.sinks {
+    if ckpt.config.gathers_experts() {
         bail!(
-            "{}: the experts of `{}` are stored in tensors of their own order, which convert does not write",
+            "{}: engines know the experts of `{}` in tensors of their own order, which convert does not write\nhint: `lowbit quantize` on the original weights writes another scheme",
             ckpt.dir.display(),
             ckpt.config.family
         );

@@ -192,7 +192,7 @@ fn option_map(options: &QuantizeOptions, q: &QuantOptions) -> std::collections::
 /// `lowbit plan`.
 pub fn plan(ctx: &Context, args: &PlanArgs) -> Result<()> {
     let located = models::locate_floats(ctx, &args.model)?;
-    let ckpt = located.open()?;
+    let ckpt = located.open_floats()?;
     let options = options(&args.quant)?;
     let made = make_plan(ctx, &located, &ckpt, &options, &args.quant, None)?;
     ctx.print(&made.record, || describe(&made.record))
@@ -279,7 +279,7 @@ pub fn quantize(ctx: &Context, args: &QuantizeArgs) -> Result<()> {
     }
     let located = models::locate_floats(ctx, &args.model)?;
     refuse_same(&located.dir, &args.output)?;
-    let ckpt = located.open()?;
+    let ckpt = located.open_floats()?;
     let made = make_plan(ctx, &located, &ckpt, &options, &args.quant, Some(&args.output))?;
     for note in &made.record.notes {
         ctx.say(format!("note: {note}"));

@@ -35,7 +35,7 @@ pub fn run(ctx: &Context, args: &RunArgs) -> Result<()> {
     }
     let options = quantize::options(&q)?;
     let located = models::locate_floats(ctx, &args.model)?;
-    let ckpt = located.open()?;
+    let ckpt = located.open_floats()?;
     let dir = &args.output;
     let model_dir = dir.join("model");
     quantize::refuse_same(&located.dir, &model_dir)?;

@@ -26,7 +26,7 @@ pub fn verify(ctx: &Context, args: &VerifyArgs) -> Result<()> {
         ),
         None => None,
     };
-    let original = args.original.as_deref().map(|o| models::locate_floats(ctx, o)?.open()).transpose()?;
+    let original = args.original.as_deref().map(|o| models::locate_floats(ctx, o)?.open_floats()).transpose()?;
     let done = match &file {
         Some(f) => gguf::verify(f, record.as_ref(), original.as_ref())?,
         None => check::verify(&located.open()?, record.as_ref(), original.as_ref())?,

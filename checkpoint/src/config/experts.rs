@@ -42,8 +42,10 @@ pub struct ExpertGroups {
 /// Names of modules within a block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ExpertNames {
-    /// The MLP: the router is `<mlp>.gate`, an expert `<mlp>.experts.<e>`.
+    /// The MLP: an expert is `<mlp>.experts.<e>`.
     pub mlp: &'static str,
+    /// What chooses experts, `<mlp>.<router>`.
+    pub router: &'static str,
     /// Linear of an expert whose output is activated.
     pub gate: &'static str,
     /// Linear it is multiplied with.
@@ -55,9 +57,15 @@ pub struct ExpertNames {
 }
 
 const MIXTRAL: ExpertNames =
-    ExpertNames { mlp: "block_sparse_moe", gate: "w1", up: "w3", down: "w2", shared: "shared_expert" };
-const QWEN: ExpertNames =
-    ExpertNames { mlp: "mlp", gate: "gate_proj", up: "up_proj", down: "down_proj", shared: "shared_expert" };
+    ExpertNames { mlp: "block_sparse_moe", router: "gate", gate: "w1", up: "w3", down: "w2", shared: "shared_expert" };
+const QWEN: ExpertNames = ExpertNames {
+    mlp: "mlp",
+    router: "gate",
+    gate: "gate_proj",
+    up: "up_proj",
+    down: "down_proj",
+    shared: "shared_expert",
+};
 const DEEPSEEK: ExpertNames = ExpertNames { shared: "shared_experts", ..QWEN };
 
 /// The activation of gpt-oss's experts: `g · sigmoid(alpha · g) · (u + 1)`, gate at most `limit` and up within ±`limit`.
@@ -88,7 +96,7 @@ pub struct ExpertsConfig {
     pub scaling: f32,
     /// Choice within the best groups.
     pub groups: Option<ExpertGroups>,
-    /// `<mlp>.gate.e_score_correction_bias` is added to scores for the choice, not for the weight.
+    /// `<mlp>.<router>.e_score_correction_bias` is added to scores for the choice, not for the weight.
     pub correction_bias: bool,
     /// Width of the shared expert.
     pub shared_size: Option<usize>,
@@ -137,6 +145,7 @@ pub(super) fn parse(path: &Path, c: &Value, family: &str, layers: usize) -> Resu
             count: needed(path, c, count_key("num_local_experts"), MOST)?,
             intermediate_size: intermediate("intermediate_size")?,
             clamp: Some(GateClamp { alpha: 1.702, limit: swiglu_limit(path, c)? }),
+            names: ExpertNames { router: "router", ..QWEN },
             ..plain
         },
         "qwen2_moe" | "qwen3_moe" => {

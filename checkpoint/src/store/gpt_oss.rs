@@ -1,9 +1,8 @@
 //! gpt-oss keeps the experts of a layer in a few tensors; here they become a matrix an expert, under the names that Qwen's checkpoints
-//! have, which is how the graph reads them.
+//! have, which is how the graph reads them. Quantized they are written under these names, as llm-compressor does, and found as they are.
 //!
 //! | stored under `mlp.` | shape | for expert e |
 //! |---|---|---|
-//! | `router.weight`, `.bias` | `[experts, hidden]`, `[experts]` | `gate.weight`, `.bias` of the layer |
 //! | `experts.gate_up_proj` | `[experts, hidden, 2 · width]` | `experts.e.{gate,up}_proj.weight` `[width, hidden]` |
 //! | `experts.gate_up_proj_blocks` | `[experts, 2 · width, hidden/32, 16]`, MXFP4, the even column in the low half of a byte | `.weight_packed` `[width, hidden/2]` |
 //! | `experts.gate_up_proj_scales` | `[experts, 2 · width, hidden/32]`, E8M0 | `.weight_scale` `[width, hidden/32]` |
@@ -11,17 +10,18 @@
 //! | `experts.down_proj`, ... | the same with width and hidden exchanged, and one matrix for the two | `experts.e.down_proj.*` |
 //!
 //! Of the 2 · width rows the even ones are gate's, the odd ones up's. Floats are stored transposed, codes are not. What lies in one piece
-//! stays in the file; the rest is put together when it is first read, so opening a checkpoint touches no weight.
+//! stays in the file; the rest is put together when it is first read, so opening a checkpoint touches no weight. What is to be quantized is
+//! read as floats ([`TensorStore::widen_experts`]), a block at a time ([`TensorStore::afresh`]).
 
-use std::sync::{Arc, OnceLock};
-
+use half::bf16;
 use lowbit_kernels::backend::Bytes;
-use lowbit_kernels::floats::MXFP4_GROUP as GROUP;
+use lowbit_kernels::floats::{FloatCode, FloatScales, FloatWeight, MXFP4_GROUP as GROUP};
 use safetensors::Dtype;
 
 use super::{StoredTensor, TensorStore};
 use crate::config::ExpertsConfig;
 use crate::error::Result;
+use crate::linear::typed;
 
 /// Rows and columns that are moved together, so that lines of the cache are used whole.
 const TILE: usize = 32;
@@ -36,7 +36,6 @@ struct Gathered {
     row_step: usize,
     columns: usize,
     column_step: usize,
-    made: OnceLock<Vec<u8>>,
 }
 
 impl Gathered {
@@ -62,25 +61,64 @@ impl Gathered {
 
     fn bytes(self) -> Bytes {
         let size = self.size();
-        Bytes::made_when_read(Arc::new(self), size)
+        Bytes::made_when_read(move || self.make(), size)
     }
 }
 
-impl AsRef<[u8]> for Gathered {
-    fn as_ref(&self) -> &[u8] {
-        self.made.get_or_init(|| self.make())
-    }
+/// A matrix `[out, inner]` of MXFP4 as bf16: a code has two significant bits and a scale is a power of two, so that every product is exact.
+/// One beyond the largest bf16 becomes infinite.
+fn widened(codes: Bytes, scales: Bytes, [out, inner]: [usize; 2]) -> Bytes {
+    let make = move || {
+        // What of them is gathered is held no longer than this takes.
+        let scales = FloatScales::Exponents { codes: scales.afresh() };
+        let codes = codes.afresh();
+        let from = FloatWeight { code: FloatCode::E2m1, out_features: out, in_features: inner, codes, scales };
+        let mut row = vec![0f32; inner];
+        let mut bytes = Vec::with_capacity(out * inner * size_of::<bf16>());
+        for r in 0..out {
+            from.widen(r..r + 1, &mut row);
+            bytes.extend(row.iter().flat_map(|v| bf16::from_f32(*v).to_le_bytes()));
+        }
+        bytes
+    };
+    Bytes::made_when_read(make, out * inner * size_of::<bf16>())
 }
 
 impl TensorStore {
-    /// Brings the experts and routers under their usual names.
-    pub(crate) fn split_gpt_oss(&mut self, e: &ExpertsConfig, hidden: usize) -> Result<()> {
-        let routers: Vec<String> = self.tensors.keys().filter(|n| n.contains(".mlp.router.")).cloned().collect();
-        for name in routers {
-            if let Some(t) = self.tensors.remove(&name) {
-                self.tensors.insert(name.replace(".mlp.router.", ".mlp.gate."), t);
+    /// Puts bf16 matrices in the place of the experts' codes and scales, which [`Self::split_gpt_oss`] has found. They are made when they
+    /// are first read; the bytes that the codes and scales take in the files stay known.
+    pub(crate) fn widen_experts(&mut self, e: &ExpertsConfig, hidden: usize) -> Result<()> {
+        let modules: Vec<String> = self
+            .tensors
+            .keys()
+            .filter(|n| n.contains(".mlp.experts."))
+            .filter_map(|n| n.strip_suffix(".weight_packed").map(String::from))
+            .collect();
+        for module in modules {
+            let (out, inner) = match module.ends_with(e.names.down) {
+                true => (hidden, e.intermediate_size),
+                false => (e.intermediate_size, hidden),
+            };
+            let bytes = |own: &str, columns: usize| -> Result<Bytes> {
+                Ok(typed(self, &format!("{module}.{own}"), Dtype::U8, &[out, columns])?.data.clone())
+            };
+            let codes = bytes("weight_packed", inner.div_ceil(2))?;
+            let scales = bytes("weight_scale", inner.div_ceil(GROUP))?;
+            let stored = (codes.size() + scales.size()) as u64;
+            let data = widened(codes, scales, [out, inner]);
+            let weight = StoredTensor { dtype: Dtype::BF16, shape: vec![out, inner], data };
+            for own in ["weight_packed", "weight_scale"] {
+                self.tensors.remove(&format!("{module}.{own}"));
             }
+            let name = format!("{module}.weight");
+            self.widened.insert(name.clone(), stored);
+            self.tensors.insert(name, weight);
         }
+        Ok(())
+    }
+
+    /// Brings the experts under their usual names.
+    pub(crate) fn split_gpt_oss(&mut self, e: &ExpertsConfig, hidden: usize) -> Result<()> {
         let stored: Vec<String> = self.tensors.keys().filter(|n| n.contains(".mlp.experts.")).cloned().collect();
         let modules = [e.names.gate, e.names.up, e.names.down];
         for name in stored {
@@ -99,7 +137,9 @@ impl TensorStore {
             };
             let t = self.stored_experts(&name, own, (e.count, out, inner))?;
             let made = split(&t, own, (e.count, out, inner), parts.len());
-            self.tensors.remove(&name);
+            if let Some((name, whole)) = self.tensors.remove_entry(&name) {
+                self.gathered.insert(name, whole);
+            }
             for (i, tensor) in made.into_iter().enumerate() {
                 let (expert, module) = (i / parts.len(), parts[i % parts.len()]);
                 self.tensors.insert(format!("{block}.mlp.experts.{expert}.{module}.{own}"), tensor);
@@ -160,10 +200,7 @@ fn split(t: &StoredTensor, own: &str, (count, out, inner): (usize, usize, usize)
         let whole = own != "weight" && parts == 1;
         let data = match t.data.part(first * unit..(first + rows) * unit).filter(|_| whole) {
             Some(data) => data,
-            None => {
-                let made = OnceLock::new();
-                Gathered { from, unit, first, rows, row_step, columns, column_step, made }.bytes()
-            }
+            None => Gathered { from, unit, first, rows, row_step, columns, column_step }.bytes(),
         };
         StoredTensor { dtype: t.dtype, shape: shape.clone(), data }
     };
@@ -198,13 +235,29 @@ mod tests {
     }
 
     #[test]
+    fn codes_are_widened_exactly() {
+        // Two rows of 64: every code in turn, under scales of 2^-127 (below the smallest normal float), 1, 2^5 and 2^125.
+        let pair = |i: u8| (2 * i) | ((2 * i + 1) << 4);
+        let codes = Bytes::from_vec((0..64).map(|i| pair(i % 8)).collect());
+        let data = widened(codes, Bytes::from_vec(vec![0, 127, 132, 252]), [2, 64]);
+        assert!(data.is_made_when_read() && data.size() == 256);
+        let values = StoredTensor { dtype: Dtype::BF16, shape: vec![2, 64], data }.to_f32().unwrap();
+        let magnitudes = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0];
+        for (i, v) in values.iter().enumerate() {
+            let sign = if i % 16 < 8 { 1.0 } else { -1.0 };
+            let scale = 2f64.powi([-127, 0, 5, 125][i / 32]);
+            assert_eq!(f64::from(*v), sign * magnitudes[i % 8] * scale, "element {i}");
+        }
+    }
+
+    #[test]
     fn what_lies_in_one_piece_is_not_copied() {
         let t = tensor(Dtype::U8, &[2, 3, 2, 16]);
         let made = split(&t, "weight_packed", (2, 3, 64), 1);
         assert_eq!(made[1].shape, [3, 32]);
         assert_eq!(made[1].data.as_slice().as_ptr(), t.data.as_slice()[96..].as_ptr());
         assert!(!made[1].data.is_made_when_read());
-        // Transposed, it is made when it is read.
+        // Transposed, it is made when it is read, and once more where that is asked for.
         let made = split(&tensor(Dtype::F32, &[1, 70, 40]), "weight", (1, 40, 70), 1);
         assert!(made[0].data.is_made_when_read());
         let values = made[0].to_f32().unwrap();
@@ -212,5 +265,9 @@ mod tests {
         for (r, row) in values.chunks(70).enumerate() {
             assert!(row.iter().enumerate().all(|(c, v)| v.to_bits() == stored[c * 40 + r].to_bits()), "row {r}");
         }
+        let again = made[0].data.afresh();
+        assert!(again.is_made_when_read() && again.as_slice() == made[0].data.as_slice());
+        assert_ne!(again.as_slice().as_ptr(), made[0].data.as_slice().as_ptr());
+        assert_eq!(again.as_slice().as_ptr(), again.clone().as_slice().as_ptr());
     }
 }

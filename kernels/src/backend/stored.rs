@@ -1,7 +1,7 @@
 //! Weights as they are stored, on the host.
 
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use crate::floats::FloatWeight;
 use crate::scheme::Scheme;
@@ -11,30 +11,60 @@ use crate::scheme::Scheme;
 pub struct Bytes {
     owner: Arc<dyn AsRef<[u8]> + Send + Sync>,
     range: Range<usize>,
-    made_when_read: bool,
+    /// How the owner's are made, where that is when they are first read.
+    make: Option<Make>,
+}
+
+/// What makes bytes, the same ones each time.
+type Make = Arc<dyn Fn() -> Vec<u8> + Send + Sync>;
+
+/// Bytes that are made when they are first read.
+struct Made {
+    make: Make,
+    bytes: OnceLock<Vec<u8>>,
+}
+
+impl AsRef<[u8]> for Made {
+    fn as_ref(&self) -> &[u8] {
+        self.bytes.get_or_init(|| (self.make)())
+    }
 }
 
 impl Bytes {
     /// A view of `range` of `owner`; `None` when the range is outside.
     pub fn new(owner: Arc<dyn AsRef<[u8]> + Send + Sync>, range: Range<usize>) -> Option<Self> {
         (*owner).as_ref().get(range.clone())?;
-        Some(Self { owner, range, made_when_read: false })
+        Some(Self { owner, range, make: None })
     }
 
     /// Takes a vector.
     pub fn from_vec(v: Vec<u8>) -> Self {
         let range = 0..v.len();
-        Self { owner: Arc::new(v), range, made_when_read: false }
+        Self { owner: Arc::new(v), range, make: None }
     }
 
-    /// All `len` bytes of an owner that makes them when they are first read: nothing asks for them here.
-    pub fn made_when_read(owner: Arc<dyn AsRef<[u8]> + Send + Sync>, len: usize) -> Self {
-        Self { owner, range: 0..len, made_when_read: true }
+    /// All `len` bytes that `make` gives, the same ones each time. It is called when they are first read, and they are held from then on.
+    pub fn made_when_read(make: impl Fn() -> Vec<u8> + Send + Sync + 'static, len: usize) -> Self {
+        Self::made_by(Arc::new(make), 0..len)
+    }
+
+    fn made_by(make: Make, range: Range<usize>) -> Self {
+        let owner = Arc::new(Made { make: make.clone(), bytes: OnceLock::new() });
+        Self { owner, range, make: Some(make) }
     }
 
     /// Whether there may be none of them before they are read, in memory or in a file.
     pub fn is_made_when_read(&self) -> bool {
-        self.made_when_read
+        self.make.is_some()
+    }
+
+    /// The same bytes. Those that are made when they are read are made once more, and held only by what is returned here.
+    #[must_use]
+    pub fn afresh(&self) -> Self {
+        match &self.make {
+            Some(make) => Self::made_by(make.clone(), self.range.clone()),
+            None => self.clone(),
+        }
     }
 
     /// How many there are, without reading them.
@@ -47,7 +77,7 @@ impl Bytes {
         self.as_slice().get(range.clone())?;
         let start = self.range.start;
         let range = start + range.start..start + range.end;
-        Some(Self { owner: self.owner.clone(), range, made_when_read: self.made_when_read })
+        Some(Self { owner: self.owner.clone(), range, make: self.make.clone() })
     }
 
     /// The bytes.

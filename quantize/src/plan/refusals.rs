@@ -1,7 +1,7 @@
 //! What a plan refuses, with all offenders: widths that groups do not divide, sets that engines hold as one in parts or in several
 //! schemes, methods that know no float codes, layouts of one scheme, scales of a cache that holds something else.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use lowbit_checkpoint::ModelConfig;
 use lowbit_checkpoint::quant_config::PackFormat;
@@ -190,13 +190,28 @@ pub(super) fn refuse_layout(options: &QuantizeOptions, linears: &[PlannedLinear]
     )
 }
 
-/// Families whose quantized experts no engine would find: theirs are stored in tensors of their own order.
-pub(super) fn refuse_family(c: &ModelConfig) -> Result<()> {
-    let offenders = c.sinks.then(|| c.family.clone()).into_iter().collect();
+/// Where engines know float experts as a few tensors a layer, and quantized ones as modules by the names of compressed-tensors alone:
+/// experts that would stay floats, and other layouts.
+pub(super) fn refuse_gathered(c: &ModelConfig, options: &QuantizeOptions, linears: &[PlannedLinear]) -> Result<()> {
+    if !c.gathers_experts() {
+        return Ok(());
+    }
+    let expert = |l: &&PlannedLinear| matches!(l.group, Some(LinearGroup::Expert(_) | LinearGroup::ExpertDown(_)));
+    let quantized: BTreeSet<usize> = linears.iter().filter(expert).filter_map(|l| l.block).collect();
+    let left = (0..c.num_layers).filter(|block| !quantized.contains(block));
     refuse(
-        "this family is read and run, not quantized: engines know its experts in one form, which lowbit does not write",
-        offenders,
-        "its released weights are MXFP4 already; eval, generate and serve take them as they are",
+        format!(
+            "engines know experts of `{}` that stay floats as one tensor a layer, which lowbit does not write",
+            c.family
+        ),
+        left.map(|block| format!("block {block}: experts ignored")).collect(),
+        "leave the experts out of --ignore",
+    )?;
+    let format = options.format;
+    refuse(
+        format!("engines have other names for the experts of `{}` in the format {}", c.family, format.name()),
+        format.is_uniform().then(|| format!("{} in {}", c.family, format.name())).into_iter().collect(),
+        "use --format compressed-tensors",
     )
 }
 

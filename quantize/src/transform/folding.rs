@@ -127,6 +127,8 @@ impl<'a> Folding<'a> {
     pub(crate) fn begin(&mut self, index: usize) -> Result<()> {
         (self.current, self.fold) = (None, BlockFold::default());
         if self.residual.is_none() {
+            // What of its tensors is made when it is read goes with the block.
+            self.current = self.ckpt.afresh(&format!("{}.", self.name(index)));
             return Ok(());
         }
         let block = self.read(index)?;
