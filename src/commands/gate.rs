@@ -58,7 +58,11 @@ pub fn gate(ctx: &Context, args: &GateArgs) -> Result<()> {
     ctx.print(&record, || summary(&record))?;
     match record.verdict {
         Verdict::Pass => Ok(()),
-        v => Err(VerdictError { code: v.exit_code(), text: format!("{}: {}", v.name(), record.reason) }.into()),
+        // The reason stands on stdout.
+        v => {
+            let code = v.exit_code();
+            Err(VerdictError { code, text: format!("{} (exit code {code})", v.name()) }.into())
+        }
     }
 }
 

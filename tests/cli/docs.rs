@@ -129,6 +129,14 @@ fn the_gate_of_the_readme_runs() {
             let out = c.args(line.strip_prefix("lowbit ").unwrap().split(' ')).output().unwrap();
             let wanted = if line.starts_with("lowbit gate") { verdict } else { 0 };
             assert_eq!(out.status.code(), Some(wanted), "{line}: {}", stderr(&out));
+            // What is beside the record, what comes next, and what the exit code means.
+            let says = match (line.split(' ').nth(1), wanted) {
+                (Some("eval"), _) => ".items.jsonl",
+                (Some("quantize"), _) => "next: ",
+                (_, 2) => "inconclusive (exit code 2)",
+                _ => "",
+            };
+            assert!(stderr(&out).contains(says), "{line}: {}", stderr(&out));
         }
         let page = std::fs::read_to_string(tmp.path().join("ci/report.html")).unwrap();
         assert!(page.contains(if verdict == 0 { "Pass" } else { "Inconclusive" }));
