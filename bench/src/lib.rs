@@ -73,7 +73,8 @@ impl BenchOptions {
         self.prompt.saturating_add(self.depth).saturating_add(self.generate)
     }
 
-    fn check(&self, compared: bool) -> Result<()> {
+    /// Fails where a count is zero or nothing would be measured, and where a comparison (`compared`) has fewer than two repetitions.
+    pub fn check(&self, compared: bool) -> Result<()> {
         let positive = |what, n: usize| if n == 0 { Err(BenchError::Zero(what)) } else { Ok(()) };
         positive("the number of repetitions", self.repetitions)?;
         for &batch in &self.batches {

@@ -248,7 +248,12 @@ fn messages_of(value: &Value) -> std::result::Result<Vec<Message>, String> {
     let (turns, role_key, content_key) = match (value.get("messages"), value.get("conversations")) {
         (Some(Value::Array(turns)), _) => (turns, "role", "content"),
         (_, Some(Value::Array(turns))) => (turns, "from", "value"),
-        _ => return Err("expected an object with a `text`, `messages` or `conversations` field".to_string()),
+        _ => {
+            return Err(format!(
+                "expected an object with `text`, `messages` or `conversations`, found {}",
+                found(value)
+            ));
+        }
     };
     let mut messages = Vec::with_capacity(turns.len());
     for (i, turn) in turns.iter().enumerate() {
@@ -263,6 +268,19 @@ fn messages_of(value: &Value) -> std::result::Result<Vec<Message>, String> {
         messages.push(Message { role: role.to_string(), content });
     }
     if messages.is_empty() { Err("the conversation has no turns".to_string()) } else { Ok(messages) }
+}
+
+/// What a record is that holds no text: its fields, or else its type.
+fn found(value: &Value) -> String {
+    match value {
+        Value::Object(fields) if fields.is_empty() => "an empty one".to_string(),
+        Value::Object(fields) => fields.keys().take(8).map(|k| format!("`{k}`")).collect::<Vec<_>>().join(", "),
+        Value::Array(_) => "a list".to_string(),
+        Value::String(_) => "a string".to_string(),
+        Value::Number(_) => "a number".to_string(),
+        Value::Bool(_) => "true or false".to_string(),
+        Value::Null => "null".to_string(),
+    }
 }
 
 /// A string, or the `text` parts of a list of typed parts.
@@ -315,7 +333,7 @@ mod tests {
         assert_eq!(load_texts(&path, None).unwrap(), ["one", ""]);
         let (_dir, path) = write("a.jsonl", b"{\"text\": \"one\"}\n{\"txt\": 1}\n");
         let error = load_texts(&path, None).unwrap_err().to_string();
-        assert!(error.contains("a.jsonl, line 2: "), "{error}");
+        assert!(error.contains("a.jsonl, line 2: ") && error.ends_with("found `txt`"), "{error}");
         let (_dir, path) = write("a.txt", b"one\n\xff");
         let error = load_texts(&path, None).unwrap_err().to_string();
         assert!(error.contains("a.txt, line 2: not UTF-8"), "{error}");

@@ -155,6 +155,7 @@ pub fn eval(ctx: &Context, args: &EvalArgs) -> Result<()> {
     if let Some(output) = &output {
         write_atomic(&output.record, &serde_json::to_vec_pretty(&record)?)?;
         output.finish()?;
+        output.announce(ctx, &record);
     }
     ctx.print(&record, || summary(&record))
 }

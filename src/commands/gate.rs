@@ -58,7 +58,11 @@ pub fn gate(ctx: &Context, args: &GateArgs) -> Result<()> {
     ctx.print(&record, || summary(&record))?;
     match record.verdict {
         Verdict::Pass => Ok(()),
-        v => Err(VerdictError { code: v.exit_code(), text: format!("{}: {}", v.name(), record.reason) }.into()),
+        // The reason stands on stdout.
+        v => {
+            let code = v.exit_code();
+            Err(VerdictError { code, text: format!("{} (exit code {code})", v.name()) }.into())
+        }
     }
 }
 
@@ -92,6 +96,14 @@ pub fn judged(ctx: &Context, args: &GateArgs) -> Result<Option<GateRecord>> {
     Ok(Some(record))
 }
 
+/// Fails unless `--margin` is absent or a number of percentage points.
+pub fn check_margin(margin: Option<f64>) -> Result<()> {
+    match margin.filter(|m| !(0.0..=100.0).contains(m)) {
+        Some(m) => bail!("--margin is in percentage points between 0 and 100, found {m}"),
+        None => Ok(()),
+    }
+}
+
 fn check(args: &GateArgs) -> Result<()> {
     let share = |name: &str, v: f64| {
         if v > 0.0 && v < 1.0 { Ok(()) } else { bail!("{name} is a probability between 0 and 1, found {v}") }
@@ -101,9 +113,7 @@ fn check(args: &GateArgs) -> Result<()> {
     if args.alpha > 0.5 {
         bail!("--alpha {} is no error one would accept\nhint: 0.05", args.alpha);
     }
-    if let Some(m) = args.margin.filter(|m| !(0.0..=100.0).contains(m)) {
-        bail!("--margin is in percentage points between 0 and 100, found {m}");
-    }
+    check_margin(args.margin)?;
     if args.simulate {
         share("--discordant", args.discordant)?;
         if args.loss.abs() > 100.0 * args.discordant {

@@ -285,7 +285,12 @@ pub fn quantize(ctx: &Context, args: &QuantizeArgs) -> Result<()> {
         ctx.say(format!("note: {note}"));
     }
     let record = execute(ctx, &ckpt, &made, &args.quant, &args.output, args.force, args.fresh)?;
-    ctx.print(&record, || summary(&record))
+    ctx.print(&record, || summary(&record))?;
+    let (out, model) = (args.output.display(), &args.model);
+    ctx.say(format!(
+        "next: what it lost: lowbit eval {out} --reference {model} --tasks FILE -o eval.json; to serve it: lowbit serve {out}"
+    ));
+    Ok(())
 }
 
 /// Writing over the input is refused.

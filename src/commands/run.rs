@@ -34,6 +34,11 @@ pub fn run(ctx: &Context, args: &RunArgs) -> Result<()> {
         }
     }
     let options = quantize::options(&q)?;
+    let timing = BenchOptions { repetitions: args.repetitions, threads: ctx.threads, ..BenchOptions::default() };
+    if !args.no_bench {
+        timing.check(true)?;
+    }
+    run_accuracy::check_limits(args, demo)?;
     let located = models::locate_floats(ctx, &args.model)?;
     let ckpt = located.open_floats()?;
     let dir = &args.output;
@@ -53,6 +58,10 @@ pub fn run(ctx: &Context, args: &RunArgs) -> Result<()> {
         );
     }
     let resume = same && !args.force;
+    if !(resume && model_dir.exists()) {
+        // Mistakes in task files and texts come before the work, not after it.
+        run_accuracy::check(ctx, args, &located.name, demo)?;
+    }
     ctx.say(quantize::describe(&made.record));
     std::fs::create_dir_all(dir).map_err(|e| CheckpointError::io(dir, e))?;
     if !resume {
@@ -112,16 +121,15 @@ pub fn run(ctx: &Context, args: &RunArgs) -> Result<()> {
         None => None,
     };
     if !args.no_bench {
-        let wanted = BenchOptions { repetitions: args.repetitions, threads: ctx.threads, ..BenchOptions::default() };
         let old: Option<BenchRecord> = if resume { read(&dir.join("bench.json")) } else { None };
         if old.is_some_and(|b| {
             b.provenance.model_sha256 == sha
-                && b.provenance.options == bench::option_map(&wanted)
+                && b.provenance.options == bench::option_map(&timing)
                 && b.provenance.threads == ctx.threads
         }) {
             ctx.say("bench: done before");
         } else {
-            let b = bench::measure(ctx, &quantized, Some(&located), &wanted, KvCacheArg::Float)?;
+            let b = bench::measure(ctx, &quantized, Some(&located), &timing, KvCacheArg::Float)?;
             write_atomic(&dir.join("bench.json"), &serde_json::to_vec_pretty(&b)?)?;
             ctx.say(bench::summary(&b));
         }

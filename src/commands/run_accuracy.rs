@@ -6,7 +6,7 @@ use anyhow::{Result, bail};
 use lowbit_checkpoint::CheckpointError;
 use lowbit_checkpoint::writer::write_atomic;
 use lowbit_eval::verdict::GateRecord;
-use lowbit_eval::{EvalRecord, KlOptions, Source};
+use lowbit_eval::{EvalRecord, KlOptions, Protocol, Source};
 use serde_json::Value;
 
 use crate::args::{BlameArg, EndpointArgs, EvalArgs, GateArgs, JudgeArgs, KvCacheArg, RunArgs, TaskArgs};
@@ -41,36 +41,80 @@ pub struct Pair<'a> {
     pub sha256: &'a str,
 }
 
-/// `eval.json`; none where neither a text nor a task was given.
-pub fn evaluate(ctx: &Context, args: &RunArgs, pair: &Pair, demo: bool, resume: bool) -> Result<Option<EvalRecord>> {
-    let path = args.output.join("eval.json");
+/// What an evaluation asks.
+struct Asked {
+    /// As `lowbit eval` takes it.
+    args: EvalArgs,
+    /// Texts.
+    request: eval::Request,
+    /// Tasks, rendered.
+    job: Option<Job>,
+}
+
+/// Fails where a limit is on something that this run does not measure: it would not be judged, and the exit code would say pass.
+pub fn check_limits(args: &RunArgs, demo: bool) -> Result<()> {
+    let text = demo || args.eval_text.is_some();
+    let tasks = !args.tasks.is_empty() || (demo && !args.no_gate);
+    gate::check_margin(args.margin)?;
+    if args.margin.is_some() && !tasks {
+        bail!("--margin is of tasks\nhint: give --tasks; --max-kl and --max-ppl-ratio judge an --eval-text");
+    }
+    if args.max_kl.is_some() && !text {
+        bail!("--max-kl is of a text\nhint: give --eval-text TEXT");
+    }
+    if args.max_ppl_ratio.is_some() && !text && !tasks {
+        bail!("--max-ppl-ratio is of a text\nhint: give --eval-text TEXT");
+    }
+    Ok(())
+}
+
+/// Finds what is wrong with texts and tasks before there is a model to ask.
+pub fn check(ctx: &Context, args: &RunArgs, original: &str, demo: bool) -> Result<()> {
+    let quantized = args.output.join("model").display().to_string();
+    let output = Output::of(&args.output.join("eval.json"))?;
+    prepare(ctx, args, (quantized.as_str(), original), demo, &output).map(drop)
+}
+
+/// Reads all that an evaluation needs beside the models (named quantized, original); none where neither a text nor a task was given.
+fn prepare(ctx: &Context, args: &RunArgs, names: (&str, &str), demo: bool, output: &Output) -> Result<Option<Asked>> {
     let source = match &args.eval_text {
         Some(p) => Some(Source::read(p)?),
         None if demo => Some(Source::from_text("demo-text/evaluation.txt", models::DEMO_TEXT.to_string())),
         None => None,
     };
-    let wanted = eval_args(args, pair, demo, source.is_some())?;
+    let wanted = eval_args(args, names, demo, source.is_some())?;
     if source.is_none() && wanted.tasks.tasks.is_empty() {
-        // Records of an earlier text would end up in the report of this run.
-        forget(&args.output)?;
-        ctx.say("eval: neither --eval-text nor --tasks, so nothing on accuracy");
         return Ok(None);
     }
     let protocol = args.protocol.clone().unwrap_or_else(|| if demo { "gptq-512".into() } else { "gptq-2048".into() });
+    protocol.parse::<Protocol>()?;
     let kl = KlOptions { window: if demo { 512 } else { 1024 }, limit: Some(args.kl_windows) };
     let request = eval::Request {
         perplexity: source.clone().map(|s| (s, vec![protocol])),
         kl: source.map(|s| (s, kl)),
         limit: Some(args.limit),
     };
-    let output = Output::of(&path)?;
-    let mut job = match wanted.tasks.tasks.is_empty() {
+    let job = match wanted.tasks.tasks.is_empty() {
         true => None,
-        false => Some(Job::prepare(ctx, &wanted, Some(&output))?),
+        false => Some(Job::prepare(ctx, &wanted, Some(output))?),
     };
     if let Some((task, _)) = job.as_ref().and_then(|j| j.suite.judges().next()) {
         bail!("{task} is judged by a language model\nhint: leave it out, and score it with `lowbit eval --judge URL`");
     }
+    Ok(Some(Asked { args: wanted, request, job }))
+}
+
+/// `eval.json`; none where neither a text nor a task was given.
+pub fn evaluate(ctx: &Context, args: &RunArgs, pair: &Pair, demo: bool, resume: bool) -> Result<Option<EvalRecord>> {
+    let path = args.output.join("eval.json");
+    let output = Output::of(&path)?;
+    let names = (pair.quantized.name.as_str(), pair.original.name.as_str());
+    let Some(Asked { args: wanted, request, mut job }) = prepare(ctx, args, names, demo, &output)? else {
+        // Records of an earlier text would end up in the report of this run.
+        forget(&args.output)?;
+        ctx.say("eval: neither --eval-text nor --tasks, so nothing on accuracy");
+        return Ok(None);
+    };
     if let Some(job) = &mut job {
         // `limit` is that of texts.
         let limit = job.options.remove("limit").unwrap_or(Value::Null);
@@ -113,7 +157,7 @@ pub fn forget(dir: &Path) -> Result<()> {
 }
 
 /// As `lowbit eval` takes them.
-fn eval_args(args: &RunArgs, pair: &Pair, demo: bool, text: bool) -> Result<EvalArgs> {
+fn eval_args(args: &RunArgs, (quantized, original): (&str, &str), demo: bool, text: bool) -> Result<EvalArgs> {
     let demo = demo && !args.no_gate;
     let mut tasks = args.tasks.clone();
     if demo && tasks.is_empty() {
@@ -121,8 +165,8 @@ fn eval_args(args: &RunArgs, pair: &Pair, demo: bool, text: bool) -> Result<Eval
     }
     Ok(EvalArgs {
         command: None,
-        model: Some(pair.quantized.name.clone()),
-        reference: Some(pair.original.name.clone()),
+        model: Some(quantized.to_string()),
+        reference: Some(original.to_string()),
         ppl: None,
         protocol: Vec::new(),
         kl: None,

@@ -85,6 +85,14 @@ impl Output {
         Ok(())
     }
 
+    /// Says what was written: without its items a record cannot be judged.
+    pub fn announce(&self, ctx: &Context, record: &EvalRecord) {
+        if record.items.candidate.is_some() {
+            let items = name(&self.candidate);
+            ctx.say(format!("wrote {} and {items} beside it, which the gate reads", self.record.display()));
+        }
+    }
+
     /// Files of another run are not overwritten without --force; those of this run, cut short, are.
     pub fn refuse_items(&self, force: bool) -> Result<()> {
         let ours = force || self.journals.iter().any(|j| j.exists());

@@ -166,6 +166,32 @@ fn existing_output_is_kept() {
 }
 
 #[test]
+fn run_refuses_what_it_cannot_measure_before_the_work() {
+    let tmp = tempfile::tempdir().unwrap();
+    let target = tmp.path().join("out");
+    let text = super::root().join("assets/demo-text/evaluation.txt");
+    let text = text.to_str().unwrap();
+    let cases: [(&[&str], &str); 8] = [
+        (&["--repetitions", "1"], "at least 2 repetitions"),
+        (&["--margin", "1"], "hint: give --tasks"),
+        (&["--margin", "101", "--tasks", "arc_easy"], "between 0 and 100"),
+        (&["--max-kl", "0.1"], "hint: give --eval-text"),
+        (&["--max-ppl-ratio", "1.1"], "hint: give --eval-text"),
+        (&["--eval-text", "none.txt"], "none.txt"),
+        (&["--eval-text", text, "--protocol", "gptq"], "gptq"),
+        (&["--tasks", "none.yaml"], "none.yaml"),
+    ];
+    for (args, says) in cases {
+        let mut c = lowbit(tmp.path());
+        c.args(["--device", "cpu", "run"]).arg(demo()).arg("-o").arg(&target);
+        let out = c.args(["--method", "rtn", "--group-size", "64"]).args(args).output().unwrap();
+        let said = stderr(&out);
+        assert!(out.status.code() == Some(3) && said.contains(says), "{args:?}: {said}");
+        assert!(!target.exists(), "{args:?}: {said}");
+    }
+}
+
+#[test]
 fn unknown_architecture() {
     let tmp = tempfile::tempdir().unwrap();
     let dir = damaged(tmp.path(), |_| ());

@@ -173,6 +173,16 @@ fn mistakes_name_file_task_row_and_column() {
         (CHOICE.into(), with("{\"question\": "), vec!["rows.jsonl: row 2", "not JSON"]),
         (CHOICE.replace("label\n", "labell\n"), with(""), vec!["column `labell`", "row 1"]),
         (CHOICE.replace("output_type", "output_typ"), with(""), vec!["unknown key", "did you mean `output_type`"]),
+        (
+            CHOICE.replace("output_type", "output_typ") + "metric_list:\n  - metric: acc\n",
+            with(""),
+            vec!["unknown key", "did you mean `output_type`"],
+        ),
+        (
+            CHOICE.into(),
+            String::new(),
+            vec!["no data for its `test` split", "rows.jsonl holds no rows", "hint: a row a"],
+        ),
         (CHOICE.replace("{{question}}", "{{question"), with(""), vec!["`doc_to_text`", "does not parse"]),
         (
             CHOICE.replace("rows.jsonl", "gone.jsonl"),

@@ -83,7 +83,12 @@ impl Task {
         let Rows { rows, sha256, files } = rows;
         if rows.is_empty() {
             let file = files.first().cloned().unwrap_or_default();
-            return Err(TaskError::Data { file, row: 1, problem: "no rows".into() });
+            return Err(TaskError::NoData {
+                task: config.task.clone(),
+                split,
+                problem: format!("{} holds no rows", file.display()),
+                hint: "a row a document: in .jsonl a JSON object a line".into(),
+            });
         }
         let prepare = |rows: Vec<Row>, twin: Option<Twin>| -> Result<Vec<Doc>> {
             rows.into_iter()

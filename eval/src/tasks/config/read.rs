@@ -235,8 +235,15 @@ pub fn parse(place: &Place, map: &Map<String, Json>) -> Result<TaskConfig> {
         output_type,
         repeats: k.count("repeats")?.unwrap_or(1).max(1),
         filters: filters(k)?,
-        metrics: metrics(k, output_type, pipeline.as_ref(), &mut unscored)?,
         cluster: k.string("cluster")?,
+        metrics: match metrics(k, output_type, pipeline.as_ref(), &mut unscored) {
+            Ok(metrics) => metrics,
+            // A key misspelt is told before what follows from its absence.
+            Err(e) => {
+                k.finish()?;
+                return Err(e);
+            }
+        },
         pipeline,
         unscored,
         version: map.get("metadata").and_then(|m| m.get("version")).cloned().unwrap_or(Json::Null),
