@@ -4,7 +4,7 @@
 //! 127.5 for int8 (codes −128 to 127), 448 for E4M3 and 6 for E2M1. A span of zeros has the scale [`f32::EPSILON`]. NaN stays NaN.
 
 use crate::error::{KernelError, Result};
-use crate::minifloat::{E2M1_MAX, E4M3_MAX, round_e2m1, round_e4m3};
+use crate::minifloat::{E2M1_MAX, E4M3_MAX, round_e2m1, round_e4m3, to_e4m3};
 
 /// What values are rounded to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -96,6 +96,31 @@ impl InputRule {
                 never_zero(largest(values) / self.code.half_range(), f32::EPSILON)
             }
         }
+    }
+
+    /// What [`Self::apply`] multiplies by its scale again, where it is one byte and a row has one scale ([`crate::w8a8::input_code`]):
+    /// codes `[rows, width]`, int8 or E4M3, and scales `[rows]`. A row with a NaN, or with an infinity and a scale of its own, has the
+    /// scale NaN and codes 0.
+    pub fn codes(&self, x: &[f32], width: usize) -> Result<(Vec<u8>, Vec<f32>)> {
+        let span = self.span(width)?;
+        if crate::w8a8::input_code(self).is_none() || span == 0 {
+            let why = format!("codes of {self:?} in rows of {width}");
+            return Err(KernelError::Unsupported { backend: "scalar", op: "rounded_linears", why });
+        }
+        let own = self.scale == InputScale::Token;
+        let (mut codes, mut scales) = (Vec::with_capacity(x.len()), Vec::with_capacity(x.len() / span));
+        for values in x.chunks_exact(span) {
+            let most = largest(values);
+            let bad = most.is_nan() || (own && most.is_infinite());
+            let scale = if bad { f32::NAN } else { self.scale(0, values) };
+            codes.extend(values.iter().map(|v| match self.code {
+                _ if bad => 0,
+                InputCode::Int8 => self.code.round(v / scale) as i8 as u8,
+                _ => to_e4m3(v / scale),
+            }));
+            scales.push(scale);
+        }
+        Ok((codes, scales))
     }
 
     /// Rounds rows of `width` in place. Rows do not see each other.

@@ -309,6 +309,17 @@ pub trait Backend: Send + Sync {
         rule.apply(&mut values, width)?;
         self.upload(&values)
     }
+    /// [`Self::linears`] of x rounded as `rule` says. Default: [`Self::quantize_input`], then the products. A device may multiply codes
+    /// of eight bits as they are ([`crate::w8a8`]): equal to rounding, and for integers nothing but scales is rounded.
+    fn rounded_linears(
+        &self,
+        x: &Buffer,
+        rule: &InputRule,
+        weights: &[(&WeightHandle, Option<&Buffer>)],
+    ) -> Result<Vec<Buffer>> {
+        let Some((first, _)) = weights.first() else { return Ok(Vec::new()) };
+        self.linears(&self.quantize_input(x, first.in_features, rule)?, weights)
+    }
     /// `x − y`. Default: through the host.
     fn subtract(&self, x: &Buffer, y: &Buffer) -> Result<Buffer> {
         check_len("subtrahend", x.len, y.len)?;

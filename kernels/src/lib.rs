@@ -29,6 +29,7 @@ pub mod quantized;
 pub mod random;
 pub mod scheme;
 pub mod solver;
+pub mod w8a8;
 
 pub use error::{KernelError, Result};
 pub use qdq::ScaleType;

@@ -8,7 +8,7 @@ use std::sync::{Arc, OnceLock};
 
 use cases::{Noise, Sizes};
 use lowbit_kernels::backend::Backend;
-use lowbit_kernels::cuda::{Device, DeviceOptions, EmulatorOptions, GpuBackend};
+use lowbit_kernels::cuda::{Arithmetic, Device, DeviceOptions, EmulatorOptions, GpuBackend};
 
 const SIZES: Sizes<'_> =
     Sizes { tokens: &[1, 2, 3, 8, 9, 15, 16, 17, 64], widths: &[32, 64, 96, 256], rows: &[1, 15, 17, 64] };
@@ -65,6 +65,23 @@ fn inputs_round_alike() {
 }
 
 #[test]
+fn products_of_codes_have_the_bits_of_the_reference() {
+    // Every kernel: up to 8, 16 and 32 tokens, and more; a step of columns begun, whole steps and a part; tiles begun and two of them.
+    let sizes = Sizes { tokens: &[1, 8, 9, 17, 33, 65], widths: &[16, 208], rows: &[17, 130] };
+    each(|list| cases::rounded_linears_agree(list, &sizes, true));
+    // Widths that are no multiple of 16 are rounded and widened.
+    each(|list| cases::rounded_linears_agree(list, &Sizes { tokens: &[3], widths: &[40], rows: &[5] }, false));
+}
+
+#[test]
+fn reproducible_products_of_rounded_inputs_are_the_cpus() {
+    let gpu = emulated(EmulatorOptions { threads: 2, ..EmulatorOptions::default() });
+    let gpu = gpu.with_arithmetic(Arithmetic::Reproducible);
+    let list: [(String, &dyn Backend); 1] = [("reproducible".to_string(), &gpu)];
+    cases::rounded_linears_agree(&list, &Sizes { tokens: &[3], widths: &[64], rows: &[17] }, false);
+}
+
+#[test]
 fn a_token_scores_the_same_alone_and_in_a_batch() {
     let (mut noise, n, k) = (Noise(2), 70, 96);
     for (name, w) in cases::weights(&mut noise, n, k) {
@@ -106,6 +123,8 @@ fn checked_kernels_touch_only_their_own_memory() {
     let list: [(String, &dyn Backend); 1] = [("checked".to_string(), &checked)];
     let sizes = Sizes { tokens: &[1, 8, 17], widths: &[96], rows: &[17] };
     cases::linears_agree(&list, &sizes, |name, _| !name.contains("shuffled=true"));
+    let codes = Sizes { tokens: &[8, 33], widths: &[208], rows: &[17] };
+    cases::rounded_linears_agree(&list, &codes, true);
     cases::embedding_is_exact(&list);
     cases::rope_agrees(&list);
     cases::scores_agree(&list);

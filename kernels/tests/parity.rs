@@ -36,6 +36,13 @@ fn inputs_round_alike() {
 }
 
 #[test]
+fn products_of_rounded_inputs_agree() {
+    each(|list| {
+        cases::rounded_linears_agree(list, &Sizes { tokens: &[1, 17], widths: &[32, 208], rows: &[17] }, false);
+    });
+}
+
+#[test]
 fn a_token_scores_the_same_alone_and_beside_others_in_both_phases() {
     let mut noise = Noise(2);
     let (n, k) = (70, 96);

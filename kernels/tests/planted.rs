@@ -4,6 +4,7 @@
 use half::bf16;
 use lowbit_kernels::KernelError;
 use lowbit_kernels::cuda::device::{Arg, Device, EmulatorOptions, Launch, Memory};
+use lowbit_kernels::minifloat::e4m3;
 
 /// Not a multiple of four: the end of the buffers is not at a guard page.
 const N: usize = 101;
@@ -171,6 +172,37 @@ fn matrix_instructions_agree() {
             assert!((f64::from(*got) - want).abs() <= 1e-5, "element {e}: {got} against {want}");
         }
         assert!(floats(&d, &y)[0] <= 1e-5);
+    }
+}
+
+/// Fragments of bytes, every element of them told apart: exact as integers, in f32 as E4M3.
+#[test]
+fn products_of_bytes_agree_with_the_host() {
+    let byte = |seed: usize| move |i: usize| ((i * 37 + seed) * 7919 % 241) as u8;
+    // 0x7f and 0xff are no numbers in E4M3.
+    let number = |b: u8| if b & 0x7f == 0x7f { b & 0x3f } else { b };
+    let (a, b): (Vec<u8>, Vec<u8>) =
+        ((0..16 * 32).map(byte(1)).map(number).collect(), (0..8 * 32).map(byte(2)).map(number).collect());
+    let (whole, real): (Vec<i32>, Vec<f32>) = ((0..128).map(|i| i * 7 - 300).collect(), vec![0.25; 128]);
+    for checked in [false, true] {
+        let d = device(checked, 1);
+        let (da, db) = (d.upload(&a).unwrap(), d.upload(&b).unwrap());
+        let raw = whole.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<_>>();
+        let (c, f) = (d.upload(&raw).unwrap(), d.upload(&bytes(&real)).unwrap());
+        let args = [Arg::In(&da), Arg::In(&db), Arg::Out(&c), Arg::Out(&f)];
+        d.launch("planted_matrix_bytes", launch_of(1), &args).unwrap();
+        let integers = d.read(&c, 0..c.bytes()).unwrap();
+        for (e, (got, float)) in integers.as_chunks::<4>().0.iter().zip(floats(&d, &f)).enumerate() {
+            let (a, b) = (&a[e / 8 * 32..][..32], &b[e % 8 * 32..][..32]);
+            let sum: i32 = a.iter().zip(b).map(|(a, b)| i32::from(*a as i8) * i32::from(*b as i8)).sum();
+            assert_eq!(i32::from_le_bytes(*got), whole[e] + sum, "element {e}");
+            let products = a.iter().zip(b).map(|(a, b)| f64::from(e4m3(*a)) * f64::from(e4m3(*b)));
+            let (sum, size) = products.fold((0.25, 0.25), |(s, m): (f64, f64), p| (s + p, m + p.abs()));
+            assert!(
+                (f64::from(float) - sum).abs() <= size * 32.0 * f64::from(f32::EPSILON),
+                "element {e}: {float} {sum}"
+            );
+        }
     }
 }
 

@@ -56,14 +56,18 @@ impl Linear {
 
     /// `x · Wᵀ + b`, x rounded first where [`Self::input`] says so.
     pub fn apply(&self, backend: &dyn Backend, x: &Buffer) -> Result<Buffer> {
-        let rounded = self.rounded(backend, x)?;
-        backend.linear(rounded.as_ref().unwrap_or(x), &self.weight, self.bias.as_ref()).at(&self.module)
+        let Some(rule) = &self.input else {
+            return backend.linear(x, &self.weight, self.bias.as_ref()).at(&self.module);
+        };
+        let made = backend.rounded_linears(x, rule, &[(&self.weight, self.bias.as_ref())]).at(&self.module)?;
+        let [y] = results(made, &self.module)?;
+        Ok(y)
     }
+}
 
-    fn rounded(&self, backend: &dyn Backend, x: &Buffer) -> Result<Option<Buffer>> {
-        let rule = self.input.as_ref();
-        rule.map(|r| backend.quantize_input(x, self.weight.in_features, r).at(&self.module)).transpose()
-    }
+/// As many results as there are linears.
+fn results<const N: usize>(ys: Vec<Buffer>, place: &str) -> Result<[Buffer; N]> {
+    ys.try_into().map_err(|_| ModelError::Argument(format!("{place}: the backend returned another number of results")))
 }
 
 /// Called with the full name of a linear and its input `[T, in]`.
@@ -238,13 +242,12 @@ impl Block {
             Some(first) if linears.iter().any(|l| l.input != first.input) => {
                 linears.iter().map(|l| l.apply(b, x)).collect::<Result<Vec<_>>>()?
             }
-            first => {
-                let rounded = first.map(|l| l.rounded(b, x)).transpose()?.flatten();
-                b.linears(rounded.as_ref().unwrap_or(x), &weights).at(place)?
-            }
+            first => match first.and_then(|l| l.input.as_ref()) {
+                Some(rule) => b.rounded_linears(x, rule, &weights).at(place)?,
+                None => b.linears(x, &weights).at(place)?,
+            },
         };
-        ys.try_into()
-            .map_err(|_| ModelError::Argument(format!("{place}: the backend returned another number of results")))
+        results(ys, place)
     }
 
     fn norm(&self, b: &dyn Backend, x: &Buffer, weight: &Buffer, width: usize, place: &str) -> Result<Buffer> {

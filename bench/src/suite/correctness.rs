@@ -79,6 +79,7 @@ impl Activations {
 /// The table.
 pub fn cases(activations: Activations) -> Vec<Case> {
     let mut list = linears(activations);
+    codes(&mut list);
     embeddings(&mut list);
     list.extend(attentions(activations));
     rows(&mut list);
@@ -152,6 +153,37 @@ pub fn linears(activations: Activations) -> Vec<Case> {
         one(format, 520, 1024, 300);
     }
     list
+}
+
+/// Products whose inputs are rounded to codes of eight bits, of weights of such codes. A device that multiplies integer codes gives the
+/// reference's bits; the tolerance is that of one that multiplies rounded values in f32.
+fn codes(list: &mut Vec<Case>) {
+    let rule = |code, scale| InputRule { code, scale };
+    for (name, rule) in [
+        ("w8a8", rule(InputCode::Int8, InputScale::Token)),
+        ("w8a8-static", rule(InputCode::Int8, InputScale::Stored(vec![0.007]))),
+        ("fp8-dynamic", rule(InputCode::Fp8, InputScale::Token)),
+        ("fp8-static", rule(InputCode::Fp8, InputScale::Stored(vec![0.002]))),
+    ] {
+        for (out, cols, tokens) in [(70, 144, 1), (70, 144, 9), (70, 144, 17), (70, 144, 65), (264, 1024, 130)] {
+            // Of E4M3 a tensor core may keep 13 bits of the largest addend only.
+            let lost = if rule.code == InputCode::Fp8 { 1.0 / 8192.0 } else { 0.0 };
+            let tolerance = (2.0 * EPS + lost) * cols as f64;
+            let rule = rule.clone();
+            let case = format!("{name} {out}x{cols}, {}", token_count(tokens));
+            add(list, "rounded_linears", case, tolerance, move |b| {
+                let mut noise = Noise(15);
+                let w = match rule.code {
+                    InputCode::Fp8 => data::fp8(&mut noise, out, cols),
+                    _ => weight("w8-channel", &mut noise, out, cols),
+                };
+                let w = b.upload_weight(&w)?;
+                let (x, bias) = (b.upload(&noise.many(tokens * cols))?, b.upload(&noise.many(out))?);
+                let made = b.rounded_linears(&x, &rule, &[(&w, Some(&bias))])?;
+                Ok(made.iter().map(|y| b.download(y)).collect::<Result<Vec<_>, _>>()?.concat())
+            });
+        }
+    }
 }
 
 fn embeddings(list: &mut Vec<Case>) {
@@ -360,6 +392,7 @@ mod tests {
         }
         let ops = [
             "linear",
+            "rounded_linears",
             "embed",
             "rms_norm",
             "rope",

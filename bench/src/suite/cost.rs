@@ -1,5 +1,6 @@
 //! What an operation has to move and compute, from its shape alone.
 
+use lowbit_kernels::activation::{InputCode, InputRule, InputScale};
 use lowbit_kernels::{GroupSize, Scheme};
 use serde::{Deserialize, Serialize};
 
@@ -23,11 +24,15 @@ pub enum Format {
     W8a16,
     /// 4-bit codes, groups of [`GROUP`], symmetric.
     W4a16,
+    /// 8-bit codes, a scale a row, symmetric; inputs rounded to int8, a scale a token.
+    W8a8,
+    /// E4M3, a scale a row; inputs rounded to E4M3, a scale a token.
+    Fp8,
 }
 
 impl Format {
     /// Every format, the reference first.
-    pub const ALL: [Format; 3] = [Format::Bf16, Format::W8a16, Format::W4a16];
+    pub const ALL: [Format; 5] = [Format::Bf16, Format::W8a16, Format::W4a16, Format::W8a8, Format::Fp8];
 
     /// `w4a16-g128`.
     pub fn name(self) -> &'static str {
@@ -35,25 +40,39 @@ impl Format {
             Format::Bf16 => "bf16",
             Format::W8a16 => "w8a16-g128",
             Format::W4a16 => "w4a16-g128",
+            Format::W8a8 => "w8a8-channel",
+            Format::Fp8 => "fp8-dynamic",
         }
     }
 
-    /// The scheme of a packed format.
+    /// The scheme of a format of packed integers.
     pub fn scheme(self) -> Option<Scheme> {
-        let bits = match self {
-            Format::Bf16 => return None,
-            Format::W8a16 => 8,
-            Format::W4a16 => 4,
+        let (bits, group) = match self {
+            Format::Bf16 | Format::Fp8 => return None,
+            Format::W8a16 => (8, GroupSize::Cols(GROUP)),
+            Format::W4a16 => (4, GroupSize::Cols(GROUP)),
+            Format::W8a8 => (8, GroupSize::PerChannel),
         };
-        Some(Scheme { bits, symmetric: true, group: GroupSize::Cols(GROUP) })
+        Some(Scheme { bits, symmetric: true, group })
+    }
+
+    /// How inputs are rounded first.
+    pub fn input(self) -> Option<InputRule> {
+        let code = match self {
+            Format::W8a8 => InputCode::Int8,
+            Format::Fp8 => InputCode::Fp8,
+            Format::Bf16 | Format::W8a16 | Format::W4a16 => return None,
+        };
+        Some(InputRule { code, scale: InputScale::Token })
     }
 
     /// Bytes of a weight `[out, in]` as stored: codes and 16-bit scales, or bfloat16.
     pub fn weight_bytes(self, out: usize, cols: usize) -> u64 {
         let cells = out as u64 * cols as u64;
-        match self.scheme() {
-            None => 2 * cells,
-            Some(s) => cells * u64::from(s.bits) / 8 + 2 * out as u64 * (cols / GROUP) as u64,
+        match (self, self.scheme()) {
+            (Format::Fp8, _) => cells + 2 * out as u64,
+            (_, None) => 2 * cells,
+            (_, Some(s)) => cells * u64::from(s.bits) / 8 + 2 * out as u64 * (cols / s.group_cols(cols).max(1)) as u64,
         }
     }
 }
@@ -202,6 +221,8 @@ mod tests {
         assert_eq!(Format::Bf16.weight_bytes(2, 256), 1024);
         assert_eq!(Format::W8a16.weight_bytes(2, 256), 512 + 8);
         assert_eq!(Format::W4a16.weight_bytes(2, 256), 256 + 8);
+        // A byte a weight and a scale of 2 bytes a row.
+        assert_eq!((Format::W8a8.weight_bytes(2, 256), Format::Fp8.weight_bytes(2, 256)), (516, 516));
         let k = Kernel::Linear { format: Format::W4a16, out: 2, cols: 256, tokens: 3 };
         // x: 3 · 256 · 4 = 3072; y: 3 · 2 · 4 = 24; 2 · 3 · 2 · 256 = 3072 flops.
         assert_eq!((k.bytes(), k.flops()), (264 + 3072 + 24, 3072));

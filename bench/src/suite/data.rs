@@ -3,6 +3,7 @@
 use half::{bf16, f16};
 use lowbit_kernels::Scheme;
 use lowbit_kernels::backend::{Bytes, FloatType, HostWeight, PackedWeight};
+use lowbit_kernels::floats::{FloatCode, FloatScales, FloatWeight};
 use lowbit_kernels::pack::words_for;
 
 use super::cost::Format;
@@ -51,6 +52,7 @@ pub fn floats(n: usize) -> Vec<f32> {
 pub fn weight(format: Format, out: usize, cols: usize) -> HostWeight {
     let mut noise = Noise(12);
     match format.scheme() {
+        None if format == Format::Fp8 => fp8(&mut noise, out, cols),
         None => {
             let pairs = repeated(out * cols, || bf16::from_f32(noise.one()).to_le_bytes());
             let data = Bytes::from_vec(pairs.into_flattened());
@@ -75,6 +77,17 @@ pub fn weight(format: Format, out: usize, cols: usize) -> HostWeight {
             })
         }
     }
+}
+
+/// A weight of E4M3 with a scale a row, elements below 1.
+pub fn fp8(noise: &mut Noise, out: usize, cols: usize) -> HostWeight {
+    // No NaN: bit 0 is never set.
+    let codes = Bytes::from_vec(repeated(out * cols, || noise.bits() as u8 & 0xfe));
+    // 16 bits, as checkpoints keep them; 448 is the largest code.
+    let values = (0..out).map(|_| bf16::from_f32((1.5 + noise.one() / 2.0) / 1024.0).to_f32()).collect();
+    let scales = FloatScales::Blocks { values, rows: 1, cols };
+    let code = FloatCode::E4m3;
+    HostWeight::Float(FloatWeight { code, out_features: out, in_features: cols, codes, scales })
 }
 
 /// A small dense weight of any dtype.

@@ -152,7 +152,7 @@ mod tests {
         let c = ceilings(&b, &sizes, &quick(), &|_| ()).unwrap();
         assert_eq!(c.bytes_per_second, c.copy_bytes_per_second.max(c.add_bytes_per_second));
         let timed = run(&b, &small(), &c, &quick(), Instant::now(), &|_| ()).unwrap();
-        assert_eq!((timed.rows.len(), timed.left.len()), (6, 0), "{:?}", timed.left);
+        assert_eq!((timed.rows.len(), timed.left.len()), (8, 0), "{:?}", timed.left);
         for r in &timed.rows {
             assert_eq!(r.samples_ns.len(), 3, "{}", r.op);
             assert!((1..=5).contains(&r.calls) && r.median_ns > 0.0, "{}", r.op);
@@ -195,11 +195,11 @@ mod tests {
         let mut rows = small();
         rows.insert(0, Row { model: "m", layers: "broken", kernel: broken });
         let timed = run(&b, &rows, &c, &quick(), Instant::now(), &|_| ()).unwrap();
-        assert_eq!((timed.rows.len(), timed.left.len()), (6, 1));
+        assert_eq!((timed.rows.len(), timed.left.len()), (8, 1));
         assert!(timed.left[0].failed && timed.left[0].row.contains("broken"), "{:?}", timed.left);
         let none = SuiteOptions { limit: Some(Duration::ZERO), ..quick() };
         let timed = run(&b, &rows, &c, &none, Instant::now(), &|_| ()).unwrap();
-        assert_eq!((timed.rows.len(), timed.left.len()), (0, 7));
+        assert_eq!((timed.rows.len(), timed.left.len()), (0, 9));
         assert!(timed.left.iter().all(|l| !l.failed));
         let never = SuiteOptions { repetitions: 0, ..quick() };
         assert!(run(&b, &rows, &c, &never, Instant::now(), &|_| ()).is_err());

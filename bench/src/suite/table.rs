@@ -6,6 +6,10 @@ use super::cost::{Format, Kernel, tokens};
 pub const BATCHES: [usize; 6] = [1, 4, 8, 16, 64, 256];
 /// Tokens of a prompt or of many sequences, of the formats that are compared there.
 pub const PROMPTS: [usize; 3] = [128, 512, 4096];
+/// Tokens of a product of codes with codes, which are timed on [`CODES_LAYERS`] of the first model only: their uploads take long.
+const CODES: [usize; 4] = [1, 16, 256, 4096];
+/// Layers of these.
+const CODES_LAYERS: &str = "gate, up";
 /// Tokens a Hessian is given at a time: one calibration window.
 const WINDOW: usize = 2048;
 
@@ -78,11 +82,12 @@ pub fn rows(element: usize) -> Vec<Row> {
     let mut rows = Vec::new();
     for m in &MODELS {
         for &(layers, out, cols) in m.linears {
-            for format in Format::ALL {
-                let mut counts = BATCHES.to_vec();
+            let codes = m.name == MODELS[0].name && layers == CODES_LAYERS;
+            for format in Format::ALL.into_iter().filter(|f| codes || f.input().is_none()) {
+                let mut counts = if format.input().is_none() { BATCHES.to_vec() } else { CODES.to_vec() };
                 // A prompt's logits are not computed for every token.
                 let head = if layers == "head" { 2 } else { PROMPTS.len() };
-                if format != Format::W8a16 {
+                if matches!(format, Format::Bf16 | Format::W4a16) {
                     counts.extend(&PROMPTS[..head]);
                 }
                 rows.extend(counts.into_iter().map(|tokens| {
@@ -124,7 +129,7 @@ mod tests {
     #[test]
     fn every_shape_is_there_once() {
         let rows = rows(4);
-        let linears = (5 + 6) * (3 * BATCHES.len() + 2 * PROMPTS.len()) - 2 * 2;
+        let linears = (5 + 6) * (3 * BATCHES.len() + 2 * PROMPTS.len()) - 2 * 2 + 2 * CODES.len();
         assert_eq!(rows.len(), linears + 2 * (4 + 6 + 1) + 4 + 2);
         for (i, r) in rows.iter().enumerate() {
             assert!(!rows[..i].contains(r), "{} twice", r.name());

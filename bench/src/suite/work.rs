@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use lowbit_kernels::activation::InputRule;
 use lowbit_kernels::backend::{AttentionShape, Backend, Buffer, KvBuffer, Segment, WeightHandle};
 use lowbit_kernels::solver::{DampedHessian, GptqTask, Solver};
 use lowbit_kernels::{GroupSize, KernelError, ScaleType, Scheme};
@@ -16,7 +17,7 @@ const COPIES: u64 = 256;
 
 /// Operands on the device; calls take turns on their copies.
 enum Operands {
-    Linear { x: Buffer },
+    Linear { x: Buffer, input: Option<InputRule> },
     RmsNorm { x: Vec<Buffer>, gain: Buffer, width: usize },
     Attention { q: Buffer, caches: Vec<KvBuffer>, shape: AttentionShape, segments: Vec<Segment> },
     Hessian { h: Buffer, x: Buffer, n: usize },
@@ -135,7 +136,9 @@ impl<'a> Work<'a> {
         weights.prepare(backend, kernel, options)?;
         let up = |n: usize| backend.upload(&data::floats(n));
         let operands = match *kernel {
-            Kernel::Linear { cols, tokens, .. } => Operands::Linear { x: up(tokens * cols)? },
+            Kernel::Linear { format, cols, tokens, .. } => {
+                Operands::Linear { x: up(tokens * cols)?, input: format.input() }
+            }
             Kernel::RmsNorm { tokens, width } => {
                 let one = data::floats(tokens * width);
                 let x = (0..copies(options.cold_bytes, 4 * one.len() as u64)).map(|_| backend.upload(&one));
@@ -184,7 +187,10 @@ impl<'a> Work<'a> {
         let (b, turn) = (self.backend, self.next % self.copies().max(1));
         self.next += 1;
         Ok(match &mut self.operands {
-            Operands::Linear { x } => Some(b.linear(x, &self.weights.handles[turn], None)?),
+            Operands::Linear { x, input: None } => Some(b.linear(x, &self.weights.handles[turn], None)?),
+            Operands::Linear { x, input: Some(rule) } => {
+                b.rounded_linears(x, rule, &[(&self.weights.handles[turn], None)])?.pop()
+            }
             Operands::RmsNorm { x, gain, width } => Some(b.rms_norm(&x[turn], gain, *width, 1e-5, 0.0)?),
             Operands::Attention { q, caches, shape, segments } => {
                 Some(b.attention(q, &caches[turn], shape, segments)?)

@@ -6,10 +6,12 @@ use half::{bf16, f16};
 
 use super::checks::{self, buffer, host, host_mut};
 use super::scalar;
+use crate::activation::InputRule;
 use crate::backend::{
     Activation, AttentionShape, Backend, Buffer, FloatType, HostWeight, KvBuffer, Segment, TokenScore, WeightHandle,
 };
 use crate::error::{KernelError, Result, check_len};
+use crate::w8a8::{self, RowCodes};
 
 const NAME: &str = "scalar";
 
@@ -24,8 +26,11 @@ impl ScalarBackend {
     }
 }
 
-/// `[out, in]` f32.
-struct Weight(Vec<f32>);
+/// `[out, in]` f32, and the codes where they are of eight bits with a scale a row.
+struct Weight {
+    values: Vec<f32>,
+    codes: Option<RowCodes>,
+}
 
 /// `[slots, capacity, kv_heads · head_dim]` each.
 struct Cache {
@@ -33,9 +38,12 @@ struct Cache {
     values: Vec<f32>,
 }
 
+fn held(w: &WeightHandle) -> Result<&Weight> {
+    w.memory.downcast_ref().ok_or(KernelError::ForeignHandle { backend: NAME, what: "weight" })
+}
+
 fn weight(w: &WeightHandle) -> Result<&[f32]> {
-    let w = w.memory.downcast_ref::<Weight>();
-    w.map(|w| w.0.as_slice()).ok_or(KernelError::ForeignHandle { backend: NAME, what: "weight" })
+    Ok(&held(w)?.values)
 }
 
 fn widen(dtype: FloatType, bytes: &[u8]) -> Vec<f32> {
@@ -75,7 +83,8 @@ impl Backend for ScalarBackend {
             HostWeight::Float(f) => f.dequantize()?,
         };
         check_len("weight", checks::product("weight", out_features, in_features)?, values.len())?;
-        Ok(WeightHandle { out_features, in_features, stored_bytes: w.stored_bytes(), memory: Box::new(Weight(values)) })
+        let memory = Box::new(Weight { values, codes: RowCodes::of(w)? });
+        Ok(WeightHandle { out_features, in_features, stored_bytes: w.stored_bytes(), memory })
     }
 
     fn embed(&self, table: &WeightHandle, ids: &[u32], scale: f32) -> Result<Buffer> {
@@ -104,6 +113,26 @@ impl Backend for ScalarBackend {
             check_len("bias", w.out_features, b.len())?;
         }
         Ok(buffer(scalar::linear(x, weight(w)?, w.in_features, w.out_features, bias)))
+    }
+
+    fn rounded_linears(
+        &self,
+        x: &Buffer,
+        rule: &InputRule,
+        weights: &[(&WeightHandle, Option<&Buffer>)],
+    ) -> Result<Vec<Buffer>> {
+        let product = |(w, bias): &(&WeightHandle, Option<&Buffer>)| {
+            let codes = held(w)?.codes.as_ref().filter(|c| w8a8::input_code(rule) == Some(c.code()));
+            let Some(codes) = codes else {
+                return self.linear(&self.quantize_input(x, w.in_features, rule)?, w, *bias);
+            };
+            let x = host(NAME, x)?;
+            checks::rows("linear input", x.len(), w.in_features)?;
+            let bias = bias.map(|b| host(NAME, b)).transpose()?;
+            bias.map_or(Ok(()), |b| check_len("bias", w.out_features, b.len()))?;
+            Ok(buffer(codes.linear(x, rule, bias)?))
+        };
+        weights.iter().map(product).collect()
     }
 
     fn rope(

@@ -367,6 +367,16 @@ impl Device {
         }
     }
 
+    /// Whether the kernels of E4M3 products are there: GPUs from `sm_89` on with code for them, and the emulator.
+    pub fn has_fp8_products(&self) -> bool {
+        match &self.inner {
+            #[cfg(feature = "emulated")]
+            Inner::Emulated(_) => true,
+            #[cfg(feature = "cuda")]
+            Inner::Cuda(d) => d.has_fp8_products(),
+        }
+    }
+
     /// The argument in the low bytes of a word.
     #[cfg(feature = "cuda")]
     fn word(&self, arg: &Arg<'_>) -> Result<u64> {

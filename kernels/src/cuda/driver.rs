@@ -136,6 +136,8 @@ pub struct CudaDevice {
     multiprocessors: usize,
     /// A launch may begin early: Hopper on, and kernels that wait for what they read.
     early: bool,
+    /// Products of E4M3: Ada on, and code for it (the embedded PTX for most GPUs is older).
+    fp8: bool,
 }
 
 impl CudaDevice {
@@ -187,8 +189,8 @@ impl CudaDevice {
         let count = sys::CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
         let count = shared.context.attribute(count).map_err(|e| failed("multiprocessors", e))?;
         let multiprocessors = usize::try_from(count).unwrap_or(1).max(1);
-        let early = native && major >= 9;
-        let device = Self { shared: Arc::new(shared), arch, image, recorder: None, multiprocessors, early };
+        let (early, fp8) = (native && major >= 9, native && (major, minor) >= (8, 9));
+        let device = Self { shared: Arc::new(shared), arch, image, recorder: None, multiprocessors, early, fp8 };
         device.check_memory()?;
         Ok(device)
     }
@@ -206,8 +208,8 @@ impl CudaDevice {
     pub fn recorder(&self) -> Result<Self> {
         let recorder = Some(Recorder::new(&self.shared)?);
         let (arch, image) = (self.arch.clone(), self.image.clone());
-        let (multiprocessors, early) = (self.multiprocessors, self.early);
-        Ok(Self { shared: self.shared.clone(), arch, image, recorder, multiprocessors, early })
+        let (multiprocessors, early, fp8) = (self.multiprocessors, self.early, self.fp8);
+        Ok(Self { shared: self.shared.clone(), arch, image, recorder, multiprocessors, early, fp8 })
     }
 
     fn own_recorder(&self) -> Result<&Recorder> {
@@ -248,6 +250,11 @@ impl CudaDevice {
     /// The GPU's architecture, for which NVRTC compiles: `sm_90a`.
     pub fn arch(&self) -> &str {
         &self.arch
+    }
+
+    /// Whether there are kernels of E4M3 products: a GPU of `sm_89` or later, and code compiled for it.
+    pub fn has_fp8_products(&self) -> bool {
+        self.fp8
     }
 
     /// What kernels run and who compiled them: `cubin sm_90a, NVRTC 13.0` (with `, from the cache` when not now), or

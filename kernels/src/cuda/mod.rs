@@ -4,7 +4,8 @@
 //! Activations, caches and weights stay on the device; the host sends token ids, targets and, once a forward pass,
 //! the slot and position of each row. The device finishes what it was given only when something is copied back.
 //!
-//! Results do not depend on the rest of the batch, with limits: a product of more than eight tokens, one of more than 32, and
+//! Results do not depend on the rest of the batch, with limits: a product of more than eight tokens, one of more than 32 (but where both
+//! sides are int8 codes: there sums are exact), and
 //! attention in a call of more than single tokens, may round differently from smaller ones; so may products of different
 //! numbers of tokens from 33 on in [`Arithmetic::Half`].
 //!
@@ -37,6 +38,7 @@ mod ops_random;
 mod ops_reproducible;
 mod ops_rope;
 mod ops_score;
+mod ops_w8a8;
 mod ops_wide;
 #[cfg(feature = "cuda")]
 pub mod ptx;
@@ -58,6 +60,7 @@ use self::ops_rope::CacheView;
 use self::rows::{RowTable, bytes_of};
 use self::steps::StepInputs;
 use self::weights::DeviceWeight;
+use crate::activation::InputRule;
 use crate::backend::{Buffer, FloatType, KvBuffer, Segment, WeightHandle};
 use crate::cpu::checks;
 use crate::error::{KernelError, Result};
@@ -231,17 +234,9 @@ impl GpuBackend {
     fn product(&self, x: &Buffer, weights: &[(&WeightHandle, Option<&Buffer>)]) -> Result<Vec<Buffer>> {
         let Some((first, _)) = weights.first() else { return Ok(Vec::new()) };
         let tokens = checks::rows("linear input", x.len, first.in_features)?;
-        let y = |(w, _): &(&WeightHandle, Option<&Buffer>)| {
-            self.new_buffer(checks::product("linear output", tokens, w.out_features)?)
-        };
-        let made = weights.iter().map(y).collect::<Result<Vec<_>>>()?;
+        let made = self.new_outputs(tokens, weights)?;
         let (d, terms, narrow) = (&self.device, self.arithmetic.terms(), self.in_one_launch(x, weights)?);
-        let mut outputs = Vec::with_capacity(weights.len());
-        for ((w, bias), y) in weights.iter().zip(&made) {
-            let bias = bias.map(|b| self.mem(b)).transpose()?;
-            outputs.push(ops_narrow::Output { weight: self.weight(w)?, bias, y: self.mem(y)? });
-        }
-        let x = self.mem(x)?;
+        let (x, outputs) = (self.mem(x)?, self.outputs(weights, &made)?);
         if narrow {
             ops_narrow::linears(d, &self.counters, x, &outputs, tokens, terms)?;
             return Ok(made);
@@ -254,6 +249,46 @@ impl GpuBackend {
             }
         }
         Ok(made)
+    }
+
+    /// The product of x, rounded to codes, with weights of codes, where [`ops_w8a8`] has the kernels; in reproducible arithmetic it is
+    /// the CPU's.
+    fn code_product(
+        &self,
+        x: &Buffer,
+        rule: &InputRule,
+        weights: &[(&WeightHandle, Option<&Buffer>)],
+    ) -> Result<Option<Vec<Buffer>>> {
+        let Some((first, _)) = weights.first().filter(|_| !self.is_reproducible()) else { return Ok(None) };
+        let held = weights.iter().map(|(w, _)| self.weight(w)).collect::<Result<Vec<_>>>()?;
+        if !ops_w8a8::takes(&held, rule) {
+            return Ok(None);
+        }
+        let tokens = checks::rows("linear input", x.len, first.in_features)?;
+        let made = self.new_outputs(tokens, weights)?;
+        ops_w8a8::linears(&self.device, self.mem(x)?, rule, &self.outputs(weights, &made)?, tokens)?;
+        Ok(Some(made))
+    }
+
+    /// A result for each weight.
+    fn new_outputs(&self, tokens: usize, weights: &[(&WeightHandle, Option<&Buffer>)]) -> Result<Vec<Buffer>> {
+        let y = |(w, _): &(&WeightHandle, Option<&Buffer>)| {
+            self.new_buffer(checks::product("linear output", tokens, w.out_features)?)
+        };
+        weights.iter().map(y).collect()
+    }
+
+    /// Weights with their biases and results, as launchers take them.
+    fn outputs<'a>(
+        &self,
+        weights: &[(&'a WeightHandle, Option<&'a Buffer>)],
+        made: &'a [Buffer],
+    ) -> Result<Vec<ops_narrow::Output<'a>>> {
+        let output = |(&(w, bias), y): (&(&'a WeightHandle, Option<&'a Buffer>), &'a Buffer)| {
+            let bias = bias.map(|b| self.mem(b)).transpose()?;
+            Ok::<_, KernelError>(ops_narrow::Output { weight: self.weight(w)?, bias, y: self.mem(y)? })
+        };
+        weights.iter().zip(made).map(output).collect()
     }
 
     /// Slots and positions of a call's rows, on the device.

@@ -16,7 +16,7 @@ use sha2::{Digest, Sha256};
 use crate::error::{KernelError, Result};
 
 /// The device code, in the order it is compiled: one translation unit, as in `emulator/registry.cpp`.
-pub const SOURCES: [(&str, &str); 24] = [
+pub const SOURCES: [(&str, &str); 25] = [
     ("gpu.h", include_str!("src/gpu.h")),
     ("elementwise.cu", include_str!("src/elementwise.cu")),
     ("norm.cu", include_str!("src/norm.cu")),
@@ -33,6 +33,7 @@ pub const SOURCES: [(&str, &str); 24] = [
     ("linear_gemm.cu", include_str!("src/linear_gemm.cu")),
     ("linear_narrow.cu", include_str!("src/linear_narrow.cu")),
     ("linear_wide.cu", include_str!("src/linear_wide.cu")),
+    ("linear_w8a8.cu", include_str!("src/linear_w8a8.cu")),
     ("hessian.cu", include_str!("src/hessian.cu")),
     ("hessian_wide.cu", include_str!("src/hessian_wide.cu")),
     ("random.cu", include_str!("src/random.cu")),

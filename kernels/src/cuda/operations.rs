@@ -320,6 +320,19 @@ impl Backend for GpuBackend {
         Ok(y)
     }
 
+    fn rounded_linears(
+        &self,
+        x: &Buffer,
+        rule: &InputRule,
+        weights: &[(&WeightHandle, Option<&Buffer>)],
+    ) -> Result<Vec<Buffer>> {
+        let Some((first, _)) = weights.first() else { return Ok(Vec::new()) };
+        match self.code_product(x, rule, weights)? {
+            Some(made) => Ok(made),
+            None => self.linears(&self.quantize_input(x, first.in_features, rule)?, weights),
+        }
+    }
+
     fn abs_max(&self, x: &Buffer) -> Result<f32> {
         ops_elementwise::abs_max(&self.device, self.mem(x)?, x.len)
     }

@@ -4,7 +4,7 @@
 //! |---|---|
 //! | dense f32, f16, bf16 | `raw` `[out, in]`, the stored bytes |
 //! | 4 and 8 bits, no column → group table, group a multiple of 16 | `words` `[out, in·bits/32]` u32 as stored: column c of a row in bits `c·bits % 32 ..` of word `c·bits / 32`; `scales` `[out, groups]` f32; `zeros` `[out, groups]` u8, the middle code where the scheme is symmetric |
-//! | float codes (E4M3, E2M1) | decoded at upload to dense f32: they save disk here, neither memory nor traffic |
+//! | float codes (E4M3, E2M1) | decoded at upload to dense f32: they save disk here, neither memory nor traffic. E4M3 with one scale a row, on a device with products of E4M3 (GPUs from sm_89 on with kernels compiled for them, the emulator), stays as codes as well, `[out, in]` bytes and `[out]` f32: products with inputs rounded to E4M3 read these ([`Fp8Codes`]), all others the f32 |
 //! | everything else (2, 3, 5, 6, 7 bits, `g_idx`, other groups) | dequantized at upload to dense f32: those formats save disk here, neither memory nor traffic |
 //!
 //! Rows stay in checkpoint order, so one copy serves products and embedding: 16-byte loads from it fall straight into
@@ -13,6 +13,7 @@
 
 use super::device::{Device, Memory};
 use super::ops_narrow::Narrow;
+use super::ops_w8a8::Fp8Codes;
 use super::rows::bytes_of;
 use crate::backend::{FloatType, HostWeight, PackedWeight};
 use crate::error::{KernelError, Result, check_len};
@@ -33,6 +34,8 @@ pub struct DeviceWeight {
     pub layout: Layout,
     /// How the kernels for few tokens read it; `None` where they cannot.
     pub narrow: Option<Narrow>,
+    /// E4M3 codes beside the layout, for products with inputs that are such codes too; `None` where there are none.
+    pub fp8: Option<Fp8Codes>,
 }
 
 /// Device storage of a matrix; see the module's table.
@@ -91,13 +94,14 @@ impl DeviceWeight {
                 Layout::Dense { raw: d.upload(&bytes_of(&f.dequantize()?))?, dtype: FloatType::F32 }
             }
         };
-        Self::new(d, out_features, in_features, layout)
+        let fp8 = if let HostWeight::Float(f) = w { Fp8Codes::of(d, f)? } else { None };
+        Ok(Self { fp8, ..Self::new(d, out_features, in_features, layout)? })
     }
 
     /// A matrix that is on the device.
     pub fn new(d: &Device, out_features: usize, in_features: usize, layout: Layout) -> Result<Self> {
         let narrow = Narrow::of(d, out_features, in_features, &layout)?;
-        Ok(Self { out_features, in_features, layout, narrow })
+        Ok(Self { out_features, in_features, layout, narrow, fp8: None })
     }
 }
 

@@ -74,6 +74,7 @@ enum Type { F16, BF16 };
 u32 movmatrix(u32 a);
 void mma_16816(float* d, const u32* a, const u32* b, Type type);
 void mma_16832_s8(int* d, const u32* a, const u32* b);
+void mma_16832_e4m3(float* d, const u32* a, const u32* b);
 u64 wgmma_desc(const void* p);
 // d [64, n] (+)= a b^T; a from shared memory, or from each thread's registers where `a` is not null.
 void wgmma(float* d, u32 n, const u32* a, u64 da, u64 db, Type type, bool add);
@@ -278,6 +279,8 @@ DEV u32 movmatrix_trans(u32 a) { return emu::movmatrix(a); }
 DEV void mma_16816_f16(float (&d)[4], const u32 (&a)[4], const u32* b) { emu::mma_16816(d, a, b, emu::F16); }
 DEV void mma_16816_bf16(float (&d)[4], const u32 (&a)[4], const u32* b) { emu::mma_16816(d, a, b, emu::BF16); }
 DEV void mma_16832_s8(int (&d)[4], const u32 (&a)[4], const u32* b) { emu::mma_16832_s8(d, a, b); }
+#define GPU_HAS_FP8 1
+DEV void mma_16832_e4m3(float (&d)[4], const u32 (&a)[4], const u32* b) { emu::mma_16832_e4m3(d, a, b); }
 #define GPU_HAS_WGMMA 1
 DEV u64 wgmma_desc(const void* p) { return emu::wgmma_desc(p); }
 DEV void wgmma_fence() {}

@@ -122,6 +122,42 @@ void mma_16832_s8(int* d, const u32* a, const u32* b) {
   }, nullptr);
 }
 
+// E4M3: a sign, four bits of exponent (bias 7), three of mantissa; no infinity, 0x7f is NaN.
+static float e4m3(u8 code) {
+  u32 magnitude = code & 0x7f;
+  float v = magnitude == 0x7f ? NAN : magnitude < 8 ? magnitude / 512.f : ldexpf(8 + (magnitude & 7), (int)(magnitude >> 3) - 10);
+  return code & 0x80 ? -v : v;
+}
+void mma_16832_e4m3(float* d, const u32* a, const u32* b) {
+  Fragments mine = {d, a, b};
+  warp_meet(0xffffffffu, &mine, [](void** args, const void*) {
+    alignas(64) float A[16][32], B[32][8], C[16][8];
+    for (u32 l = 0; l < 32; l++) {
+      const Fragments& m = *static_cast<Fragments*>(args[l]);
+      u32 g = l >> 2, t = l & 3;
+      for (u32 j = 0; j < 4; j++) {
+        for (u32 i = 0; i < 4; i++) A[g + (i & 1) * 8][t * 4 + j + (i >> 1) * 16] = e4m3((u8)(m.a[i] >> 8 * j));
+        for (u32 i = 0; i < 2; i++) B[t * 4 + j + i * 16][g] = e4m3((u8)(m.b[i] >> 8 * j));
+      }
+      for (u32 i = 0; i < 4; i++) C[g + (i >> 1) * 8][t * 2 + (i & 1)] = static_cast<const float*>(m.d)[i];
+    }
+    for (u32 row = 0; row < 16; row++) {
+      v8 sum, b;
+      memcpy(&sum, C[row], 32);
+      for (u32 k = 0; k < 32; k++) {
+        memcpy(&b, B[k], 32);
+        sum += A[row][k] * b;
+      }
+      memcpy(C[row], &sum, 32);
+    }
+    for (u32 l = 0; l < 32; l++) {
+      u32 g = l >> 2, t = (l & 3) * 2;
+      float* d = static_cast<float*>(static_cast<Fragments*>(args[l])->d);
+      for (u32 i = 0; i < 4; i++) d[i] = C[g + (i >> 1) * 8][t + (i & 1)];
+    }
+  }, nullptr);
+}
+
 // ---- wgmma: carried out at the wait, so that a missing wait, or an operand overwritten too early, shows in the result.
 u64 wgmma_desc(const void* p) {
   u32 at = shared_offset(p);

@@ -126,6 +126,29 @@ KERNEL BOUNDS(128, 1) planted_transpose(const u32* x, u32* y) {
   if (threadIdx.x < 32) y[threadIdx.x] = movmatrix_trans(x[threadIdx.x]);
 }
 
+// A [16, 32] B [8, 32]^T of bytes by the first warp: as integers into c [16, 8], as E4M3 into f [16, 8], each added to what is there.
+KERNEL BOUNDS(128, 1) planted_matrix_bytes(const u8* a, const u8* b, int* c, float* f) {
+  const int lane = threadIdx.x, g = lane >> 2, t = lane & 3;
+  if (lane >= 32) return;
+  u32 fa[4], fb[2];
+  for (int i = 0; i < 4; i++) fa[i] = *reinterpret_cast<const u32*>(a + (g + (i & 1) * 8) * 32 + t * 4 + (i >> 1) * 16);
+  for (int i = 0; i < 2; i++) fb[i] = *reinterpret_cast<const u32*>(b + g * 32 + t * 4 + i * 16);
+  int whole[4];
+  float real[4];
+  for (int e = 0; e < 4; e++) {
+    const int at = (g + (e >> 1) * 8) * 8 + t * 2 + (e & 1);
+    whole[e] = c[at];
+    real[e] = f[at];
+  }
+  mma_16832_s8(whole, fa, fb);
+  mma_16832_e4m3(real, fa, fb);
+  for (int e = 0; e < 4; e++) {
+    const int at = (g + (e >> 1) * 8) * 8 + t * 2 + (e & 1);
+    c[at] = whole[e];
+    f[at] = real[e];
+  }
+}
+
 // C [64, 64] += A [64, 64] B [64, 64]^T in bf16 by mma and by wgmma; y[0] becomes their largest difference.
 KERNEL BOUNDS(128, 1) planted_matrix(const u16* a, const u16* b, float* c, float* y) {
   SHARED_DYN_ALIGNED(u16, s);  // A, B: 64 rows of 128 bytes, chunks swizzled

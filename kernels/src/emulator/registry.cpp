@@ -30,6 +30,7 @@ namespace EMU_SIDE {
 #include "../cuda/src/linear_gemm.cu"
 #include "../cuda/src/linear_narrow.cu"
 #include "../cuda/src/linear_wide.cu"
+#include "../cuda/src/linear_w8a8.cu"
 #include "../cuda/src/hessian.cu"
 #include "../cuda/src/hessian_wide.cu"
 #include "../cuda/src/random.cu"
@@ -92,11 +93,12 @@ const emu::Kernel EMU_TABLE[] = {
     K(linear_reproducible), K(hessian_reproducible), K(rms_norm_reproducible), K(rope_reproducible),
     K(activation_reproducible), K(scores_reproducible), K(weights_reproducible), K(mix_reproducible),
     K(factor_prepare), K(factor_diagonal), K(factor_panel), K(factor_update), K(factor_inverse), K(factor_check),
-    K(gptq_scales), K(gptq_gather), K(gptq_block), K(gptq_update), K(gptq_loss), K(round_input),
+    K(gptq_scales), K(gptq_gather), K(gptq_block), K(gptq_update), K(gptq_loss), K(round_input), K(input_codes),
+    K(w8a8_few_1), K(w8a8_few_2), K(w8a8_few_4), K(w8a8_many), K(fp8_few_1), K(fp8_few_2), K(fp8_few_4), K(fp8_many),
     K(planted_clean), K(planted_read_past_end), K(planted_write_past_end), K(planted_write_beside),
     K(planted_write_input), K(planted_race), K(planted_race_global), K(planted_race_of_blocks), K(planted_last_block), K(planted_missing_fence),
     K(planted_divergent_barrier), K(planted_two_barriers), K(planted_mask), K(planted_shared_overrun),
-    K(planted_missing_wait), K(planted_matrix), K(planted_matrix_wide), K(planted_transpose), K(planted_null),
+    K(planted_missing_wait), K(planted_matrix), K(planted_matrix_wide), K(planted_matrix_bytes), K(planted_transpose), K(planted_null),
     K(planted_stack),
     {nullptr, nullptr, nullptr},
 };

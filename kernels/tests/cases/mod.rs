@@ -192,6 +192,70 @@ pub fn linears_agree(backends: &[(String, &dyn Backend)], sizes: &Sizes<'_>, sel
     }
 }
 
+/// A weight of bytes with a scale a row, and the rules of inputs that meet it: `w8a8`, its asymmetric form, and E4M3.
+fn eight_bits(noise: &mut Noise, n: usize, k: usize) -> Vec<(String, HostWeight, Vec<InputRule>)> {
+    let rules = |code, stored: f32| {
+        [InputScale::Token, InputScale::Stored(vec![stored])].map(|scale| InputRule { code, scale }).to_vec()
+    };
+    let mut list = Vec::new();
+    for symmetric in [true, false] {
+        let scheme = Scheme { bits: 8, symmetric, group: GroupSize::PerChannel };
+        list.push((scheme.full_name(), packed(noise, scheme, n, k, false), rules(InputCode::Int8, 0.007)));
+    }
+    let float = floats(noise, n, k).into_iter().filter(|(name, _)| ["fp8-tensor", "fp8-channel"].contains(&&**name));
+    list.extend(float.map(|(name, w)| (name, w, rules(InputCode::Fp8, 0.002))));
+    list
+}
+
+/// Products of inputs and weights that are both eight-bit codes. Where a backend multiplies the codes (`codes`), integers give the bits of
+/// the reference, the exact sum scaled; else, and for E4M3, they agree to rounding. A token computes the same alone and in company, among
+/// few tokens and among many; a NaN is its own row's.
+pub fn rounded_linears_agree(backends: &[(String, &dyn Backend)], sizes: &Sizes<'_>, codes: bool) {
+    let (scalar, mut noise) = (ScalarBackend::new(), Noise(17));
+    let run = |b: &dyn Backend, w: &HostWeight, x: &[f32], rule: &InputRule, bias: &[f32]| {
+        let (handle, bias) = (b.upload_weight(w).unwrap(), b.upload(bias).unwrap());
+        let weights = [(&handle, Some(&bias)), (&handle, None)];
+        let made = b.rounded_linears(&b.upload(x).unwrap(), rule, &weights).unwrap();
+        made.iter().map(|y| b.download(y).unwrap()).collect::<Vec<_>>()
+    };
+    for (&k, &n) in sizes.widths.iter().flat_map(|k| sizes.rows.iter().map(move |n| (k, n))) {
+        for (name, w, rules) in eight_bits(&mut noise, n, k) {
+            for (rule, &t) in rules.iter().flat_map(|r| sizes.tokens.iter().map(move |t| (r, t))) {
+                let (mut x, bias) = (noise.many(t * k), noise.many(n));
+                // A row of zeros has a scale too.
+                if t > 1 {
+                    x[..k].fill(0.0);
+                }
+                let want = run(&scalar, &w, &x, rule, &bias);
+                for (label, b) in backends {
+                    let case = format!("{name} {rule:?} t={t} k={k} n={n} {label}");
+                    let got = run(*b, &w, &x, rule, &bias);
+                    if codes && rule.code == InputCode::Int8 {
+                        assert_eq!(got, want, "{case}");
+                    }
+                    // |x| and |w| are about 1; an asymmetric sum passes through code·x and zero·x. A tensor core's sum of E4M3 products
+                    // may lose 2^-13 of its largest addend with each: not checked on a GPU yet.
+                    let lost = if label == "cuda" && rule.code == InputCode::Fp8 { 1.0 / 8192.0 } else { 0.0 };
+                    for (got, want) in got.iter().zip(&want) {
+                        close(got, want, k as f32 * (2.0 * f32::EPSILON + lost), &case);
+                    }
+                    let last = run(*b, &w, &x[(t - 1) * k..], rule, &bias);
+                    let exact = rule.code == InputCode::Int8 || t <= 32;
+                    for (alone, all) in last.iter().zip(&got).filter(|_| codes && exact) {
+                        assert_eq!(alone[..], all[(t - 1) * n..], "{case}: the last token alone");
+                    }
+                    let mut bad = x.clone();
+                    bad[(t - 1) * k] = f32::NAN;
+                    let bad = run(*b, &w, &bad, rule, &bias);
+                    let (others, own) = bad[1].split_at((t - 1) * n);
+                    assert_eq!(others, &got[1][..(t - 1) * n], "{case}: beside a NaN");
+                    assert!(own.iter().all(|v| v.is_nan()), "{case}: a NaN");
+                }
+            }
+        }
+    }
+}
+
 /// Embeddings are the dequantized rows exactly; an id outside the table is an error.
 pub fn embedding_is_exact(backends: &[(String, &dyn Backend)]) {
     let (scalar, mut noise) = (ScalarBackend::new(), Noise(4));

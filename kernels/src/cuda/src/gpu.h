@@ -170,6 +170,17 @@ DEV void mma_16832_s8(int (&d)[4], const u32 (&a)[4], const u32* b) {
                : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
+// Bytes: A 16x32 (row g or g+8, columns 4t..4t+3 and 16+4t..): a[0] (g, lo) a[1] (g+8, lo) a[2] (g, hi) a[3] (g+8, hi); B 32x8 (k 4t..4t+3
+// and 16+4t.., column g): b[0] lo, b[1] hi; C as above.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+#define GPU_HAS_FP8 1
+DEV void mma_16832_e4m3(float (&d)[4], const u32 (&a)[4], const u32* b) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+#endif
 
 // ---- Hopper (sm_90a): warpgroup matrix multiply. Both operands are K-major tiles in shared memory, rows of 128 bytes
 // with the 128-byte swizzle: 16-byte chunk c of row r lies at chunk c ^ (r & 7). Tiles start at multiples of 1024 bytes.
