@@ -160,14 +160,14 @@ fn hint_of(cause: &(dyn Error + 'static)) -> Option<String> {
 
 // A transparent wrapper stands in the chain for what it wraps, which is not there beside it: it is opened here.
 
-fn calibration_error(cause: &(dyn Error + 'static)) -> Option<&CalibrationError> {
+fn calibration_error<'a>(cause: &'a (dyn Error + 'static)) -> Option<&'a CalibrationError> {
     match cause.downcast_ref() {
         Some(QuantizeError::Calibration(e)) => Some(e),
         _ => cause.downcast_ref(),
     }
 }
 
-fn model_error(cause: &(dyn Error + 'static)) -> Option<&ModelError> {
+fn model_error<'a>(cause: &'a (dyn Error + 'static)) -> Option<&'a ModelError> {
     if let Some(QuantizeError::Model(e)) = cause.downcast_ref() {
         return Some(e);
     }
@@ -186,7 +186,7 @@ fn model_error(cause: &(dyn Error + 'static)) -> Option<&ModelError> {
     cause.downcast_ref()
 }
 
-fn checkpoint_error(cause: &(dyn Error + 'static)) -> Option<&CheckpointError> {
+fn checkpoint_error<'a>(cause: &'a (dyn Error + 'static)) -> Option<&'a CheckpointError> {
     if let Some(ModelError::Checkpoint(e)) = model_error(cause) {
         return Some(e);
     }
@@ -202,7 +202,7 @@ fn checkpoint_error(cause: &(dyn Error + 'static)) -> Option<&CheckpointError> {
     cause.downcast_ref()
 }
 
-fn kernel_error(cause: &(dyn Error + 'static)) -> Option<&KernelError> {
+fn kernel_error<'a>(cause: &'a (dyn Error + 'static)) -> Option<&'a KernelError> {
     if let Some(ModelError::Kernel { source, .. }) = model_error(cause) {
         return Some(source);
     }

@@ -14,13 +14,11 @@ fn model(tmp: &Path, family: &str) -> PathBuf {
     model_as(tmp, family, family, &|dir, config, tensors| weights::write(dir, &config, &tensors))
 }
 
+/// Writes a model's folder.
+type WriteModel = dyn Fn(&Path, serde_json::Value, Vec<(String, weights::Tensor)>);
+
 /// The same under a name, written in some way.
-fn model_as(
-    tmp: &Path,
-    family: &str,
-    name: &str,
-    write: &dyn Fn(&Path, serde_json::Value, Vec<(String, weights::Tensor)>),
-) -> PathBuf {
+fn model_as(tmp: &Path, family: &str, name: &str, write: &WriteModel) -> PathBuf {
     let dir = tmp.join(name);
     let mut config = weights::config_of(family);
     config["vocab_size"] = 2048.into();

@@ -9,6 +9,9 @@ use super::{SequentialPass, advance};
 use crate::error::CalibrationError;
 use crate::lanes::{Chunk, nothing};
 
+/// What a caller makes of a block, and the linears it may replace, once a device.
+pub type OnWholeBlock<'a, E> = dyn FnMut(WholeBlock, &mut [Block]) -> std::result::Result<(), E> + 'a;
+
 /// Inputs and wanted outputs of a block, on the host: tokens · hidden · 8 bytes.
 #[derive(Clone, Debug, Default)]
 pub struct WholeBlock {
@@ -30,7 +33,7 @@ impl SequentialPass<'_> {
         &mut self,
         blocks: &mut [Block],
         originals: Option<&[Block]>,
-        on_block: &mut dyn FnMut(WholeBlock, &mut [Block]) -> std::result::Result<(), E>,
+        on_block: &mut OnWholeBlock<'_, E>,
         tick: &mut dyn FnMut() -> std::result::Result<(), E>,
     ) -> std::result::Result<(), E> {
         let index = blocks.first().map_or(0, |b| b.index);

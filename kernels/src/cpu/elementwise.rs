@@ -225,16 +225,16 @@ impl Turns {
 /// Rotates rows of `width` whose position is known.
 pub fn rope(simd: Simd, x: &mut [f32], width: usize, head_dim: usize, turns: &Turns) {
     let half = turns.inv_freq.len();
-    let rows = turns.table.par_chunks(half.max(1)).zip(&turns.positions);
-    let turn_row = |(row, (turns, position)): (&mut [f32], (&[(f32, f32)], &Option<usize>))| {
-        if position.is_some() {
+    let turn_row = |(i, row): (usize, &mut [f32])| {
+        let known = turns.positions.get(i).is_some_and(Option::is_some);
+        if let Some(turns) = turns.table.get(i * half..(i + 1) * half).filter(|_| known) {
             row.chunks_exact_mut(head_dim).for_each(|head| simd.run(RotateHead(head, turns)));
         }
     };
     if x.len() <= CHUNK {
-        x.chunks_mut(width).zip(turns.table.chunks(half.max(1)).zip(&turns.positions)).for_each(turn_row);
+        x.chunks_mut(width).enumerate().for_each(turn_row);
     } else {
-        x.par_chunks_mut(width).zip(rows).with_min_len((CHUNK / 8 / width).max(1)).for_each(turn_row);
+        x.par_chunks_mut(width).enumerate().with_min_len((CHUNK / 8 / width).max(1)).for_each(turn_row);
     }
 }
 
