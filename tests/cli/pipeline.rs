@@ -274,6 +274,7 @@ fn threads_do_not_change_the_bytes() {
         &["--method", "fast", "--asymmetric"],
         &["--method", "round", "--learn-steps", "3"],
         &["--method", "hqq", "--asymmetric"],
+        &["--method", "rtn"],
     ] {
         let on = |threads: &str| {
             let args = [method, &["--threads", threads]].concat();

@@ -64,8 +64,11 @@ fn killed(mut c: Command, wait: Duration) -> bool {
 
 #[test]
 fn killed_at_any_time_it_goes_on_and_ends_the_same() {
-    // LOWBIT_KILLS=30 for the long run.
-    let kills: u32 = std::env::var("LOWBIT_KILLS").ok().and_then(|k| k.parse().ok()).unwrap_or(4);
+    // LOWBIT_KILLS=30 for the long run; LOWBIT_KILL_SEED=N for other moments.
+    let number = |key: &str| std::env::var(key).ok().map(|v| v.parse::<u32>().unwrap());
+    let kills = number("LOWBIT_KILLS").unwrap_or(4);
+    let seed = number("LOWBIT_KILL_SEED").unwrap_or(7);
+    eprintln!("LOWBIT_KILLS={kills} LOWBIT_KILL_SEED={seed}");
     let tmp = tempfile::tempdir().unwrap();
     let calm = tmp.path().join("calm");
     let start = Instant::now();
@@ -73,7 +76,7 @@ fn killed_at_any_time_it_goes_on_and_ends_the_same() {
     let whole = start.elapsed();
     let wanted = contents(&calm);
     let (mut struck, mut gone_on) = (0, 0);
-    let mut state = 7u32;
+    let mut state = seed;
     for i in 0..kills {
         let out = tmp.path().join(format!("out{i}"));
         // Twice in some runs; early and late points alike.
