@@ -388,9 +388,12 @@ fn released_gpt_oss_is_quantized_from_the_floats_of_its_codes() {
     assert!(record.experts.len() == 3 && record.experts.iter().all(|c| c.tokens[STARVED] == 0 && c.dead > 0));
     let ckpt = Checkpoint::open(&at("w8")).unwrap();
     assert!(verify(&ckpt, Some(&record), Some(&source)).unwrap().packed_linears >= 3 * 8 * 3);
-    // Eight bits in groups of eight change a weight by 0.4 % of its group's largest.
-    let d = distance(&logits(&at("w8")), &logits(&at("released")));
-    assert!(d > 0.0 && d < 0.2, "{d}");
+    // Eight bits in groups of eight change a weight by 0.4 % of its group's largest. Where that tips the choice of an expert, a position
+    // becomes another; half of them stay.
+    let (quantized, float, vocab) = (logits(&at("w8")), logits(&at("released")), source.config.vocab_size);
+    let mut each: Vec<f64> = quantized.chunks(vocab).zip(float.chunks(vocab)).map(|(a, b)| distance(a, b)).collect();
+    each.sort_by(f64::total_cmp);
+    assert!(each[0] > 0.0 && each[each.len() / 2] < 0.05, "{each:?}");
 
     let refused = |ckpt: &Checkpoint, options: &QuantizeOptions| match plan::make(ckpt, options, None, 384) {
         Err(e @ QuantizeError::Plan { .. }) => e.to_string(),

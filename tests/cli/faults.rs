@@ -65,7 +65,7 @@ fn interrupted_anywhere_it_is_as_if_killed_and_the_hint_says_how_to_go_on() {
     for case in all() {
         let calm = case.calm();
         let (calls, mut heard) = (&calm.calls, 0);
-        for at in points(calls, 6) {
+        for at in points(calls, 12) {
             let tmp = calm.folder();
             let when = format!("interrupted at call {at} of {}, {}", calls.len(), calls[at - 1]);
             let out = case.struck(tmp.path(), at, "int");

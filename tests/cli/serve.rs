@@ -405,6 +405,16 @@ fn streams_equal_one(kv: &[&str]) {
     assert_eq!(first["usage"]["prompt_tokens_details"]["cached_tokens"], 0);
     let n = second["usage"]["prompt_tokens"].as_u64().unwrap();
     assert_eq!(second["usage"]["prompt_tokens_details"]["cached_tokens"], n - 1);
+
+    // Prompts that arrive together are computed together, but for one that begins as another does: it waits and finds that.
+    let s = start(kv, &[]);
+    let other = prompt(4).repeat(20);
+    let three = json!({"prompt": [&long, &other, &long], "max_tokens": 16, "temperature": 0, "ignore_eos": true});
+    let three = s.complete(three);
+    for i in [0, 2] {
+        assert_eq!(three["choices"][i]["text"], first["choices"][0]["text"], "prompt {i}");
+    }
+    assert_eq!(three["usage"]["prompt_tokens_details"]["cached_tokens"], n - 1);
 }
 
 #[test]
