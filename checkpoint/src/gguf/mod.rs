@@ -1,5 +1,5 @@
 //! GGUF files. Import: tensors, configuration and tokenizer as a Hugging Face
-//! directory would hold them. Export: [`write`].
+//! directory would hold them. Export: [`mod@write`].
 //!
 //! [`GgufModel::open`] checks the whole header and every tensor's place in the file
 //! before anything is decoded, so that a truncated or hostile file is an error. Tensors
