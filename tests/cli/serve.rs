@@ -131,6 +131,15 @@ impl Serving {
     }
 }
 
+/// Reads a stream up to its first event. Its head alone says only that the request was accepted.
+fn hear(stream: &mut TcpStream) {
+    let (mut said, mut byte) = (Vec::new(), [0]);
+    while !said.ends_with(b"data: ") {
+        stream.read_exact(&mut byte).unwrap();
+        said.push(byte[0]);
+    }
+}
+
 /// A whole response.
 pub(super) fn reply(bytes: &[u8]) -> Reply {
     let text = String::from_utf8(bytes.to_vec()).unwrap();
@@ -427,8 +436,8 @@ fn a_client_that_leaves_frees_its_pages_and_a_full_queue_says_so() {
         s.send("POST", "/v1/completions", "", body.to_string().as_bytes())
     };
     let mut running = open(1);
-    // Once it has said something it runs; a reader this slow holds up nobody.
-    running.read_exact(&mut [0; 40]).unwrap();
+    // Once it has said something it runs, and waits no more; a reader this slow holds up nobody.
+    hear(&mut running);
     // The answers of one request come one after the other and fill the queue for as long as a hundred of them take,
     // whether or not the first request has ended meanwhile.
     let waiting = open(128);
@@ -477,7 +486,7 @@ fn sigterm_finishes_what_runs_and_refuses_the_rest() {
     let mut s = start(&[], &[]);
     let body = json!({"prompt": prompt(1), "max_tokens": 300, "temperature": 0, "ignore_eos": true, "stream": true});
     let mut running = s.send("POST", "/v1/completions", "", body.to_string().as_bytes());
-    running.read_exact(&mut [0; 40]).unwrap();
+    hear(&mut running);
     ok(Command::new("kill").args(["-TERM", &s.child.id().to_string()]));
     let mut rest = String::new();
     running.read_to_string(&mut rest).unwrap();
