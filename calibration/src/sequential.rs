@@ -20,7 +20,7 @@ use lowbit_model::block::{Block, LinearGroup};
 pub use self::whole::WholeBlock;
 use crate::error::{CalibrationError, Result};
 use crate::experts::HESSIAN_BYTES;
-use crate::lanes::{Chunk, Lane, Seen, nothing};
+use crate::lanes::{Chunk, Lane, Seen, Take, nothing};
 use crate::stats::{Accumulator, FloatSide, InputStats};
 
 /// Tokens per call: enough rows for the matrix products, few enough for the cache.
@@ -191,26 +191,10 @@ impl<'a> SequentialPass<'a> {
             blocks,
             originals,
             &mut |s| sum.add(&s),
-            &|Chunk { lane, i, block, original, .. }, put| {
-                let b = lane.backend;
-                let x = lane.x.load(i)?;
-                let range = noted.map(|by_head| (&mut lane.range, by_head));
-                let y = attend(b, block, &x, &lane.segments[i], window, range)?;
-                let weights = token_weights(b, block, &x, weighted)?;
-                match original {
-                    Some(o) => {
-                        let xf = lane.float.load(i)?;
-                        let yf = attend(b, o, &xf, &lane.segments[i], window, None)?;
-                        let residuals = block.adds_output_directly().then_some((&xf, &x));
-                        let float = FloatSide { input: &yf, residuals };
-                        put(Seen::new(&y, Some(float)).weighted(weights.as_deref()))?;
-                        lane.float.restore(i, xf)?;
-                        lane.float_held.store(i, yf)?;
-                    }
-                    None => put(Seen::new(&y, None).weighted(weights.as_deref()))?,
-                }
-                lane.x.restore(i, x)?;
-                lane.held.store(i, y)
+            &|chunk, put| {
+                add_and_hold(chunk, put, weighted, &|b, block, x, segments, range| {
+                    attend(b, block, x, segments, window, range.zip(noted))
+                })
             },
             tick,
         )?;
@@ -254,26 +238,7 @@ impl<'a> SequentialPass<'a> {
             blocks,
             originals,
             &mut |s| sum.add(&s),
-            &|Chunk { lane, i, block, original, .. }, put| {
-                let b = lane.backend;
-                let x = lane.x.load(i)?;
-                let y = activate(b, block, &x)?;
-                let weights = token_weights(b, block, &x, weighted)?;
-                match original {
-                    Some(o) => {
-                        let xf = lane.float.load(i)?;
-                        let yf = activate(b, o, &xf)?;
-                        let residuals = block.adds_output_directly().then_some((&xf, &x));
-                        let float = FloatSide { input: &yf, residuals };
-                        put(Seen::new(&y, Some(float)).weighted(weights.as_deref()))?;
-                        lane.float.restore(i, xf)?;
-                        lane.float_held.store(i, yf)?;
-                    }
-                    None => put(Seen::new(&y, None).weighted(weights.as_deref()))?,
-                }
-                lane.x.restore(i, x)?;
-                lane.held.store(i, y)
-            },
+            &|chunk, put| add_and_hold(chunk, put, weighted, &|b, block, x, _, _| activate(b, block, x)),
             tick,
         )?;
         on_groups(vec![(LinearGroup::Down, sum.finish()?)], blocks)?;
@@ -437,6 +402,38 @@ pub(crate) fn token_weights(b: &dyn Backend, block: &Block, x: &Buffer, weighted
     let squares = b.mean_squares(x, block.hidden_size())?;
     let weight = |s: f32| if s > 0.0 && s.is_finite() { 1.0 / s.sqrt() } else { 1.0 };
     Ok(Some(squares.into_iter().map(weight).collect()))
+}
+
+/// The input of a linear of the block, from the residual stream before its half of the block and the rows of the windows; the range takes
+/// in keys and values where the stage has them.
+type StageInput<'f> = dyn Fn(&dyn Backend, &Block, &Buffer, &[Segment], Option<&mut KvRange>) -> Result<Buffer> + 'f;
+
+/// The stage of o or down for one chunk: adds the linear's `input` with both streams' residuals, which its output joins, and with the
+/// tokens' weights, and holds it for the step onto the residual stream.
+fn add_and_hold(
+    Chunk { lane, i, block, original, .. }: Chunk<'_, '_>,
+    put: &mut Take<'_>,
+    weighted: bool,
+    input: &StageInput<'_>,
+) -> Result<()> {
+    let b = lane.backend;
+    let x = lane.x.load(i)?;
+    let y = input(b, block, &x, &lane.segments[i], Some(&mut lane.range))?;
+    let weights = token_weights(b, block, &x, weighted)?;
+    match original {
+        Some(o) => {
+            let xf = lane.float.load(i)?;
+            let yf = input(b, o, &xf, &lane.segments[i], None)?;
+            let residuals = block.adds_output_directly().then_some((&xf, &x));
+            let float = FloatSide { input: &yf, residuals };
+            put(Seen::new(&y, Some(float)).weighted(weights.as_deref()))?;
+            lane.float.restore(i, xf)?;
+            lane.float_held.store(i, yf)?;
+        }
+        None => put(Seen::new(&y, None).weighted(weights.as_deref()))?,
+    }
+    lane.x.restore(i, x)?;
+    lane.held.store(i, y)
 }
 
 /// The input of o; `noted` takes in the keys' and values' range, by head if it says so.

@@ -14,7 +14,7 @@ use crate::error::{At, ModelError, Result};
 use crate::experts::{Experts, Routing};
 use crate::latent::Latent;
 use crate::rope::Rope;
-pub use crate::shapes::{LinearGroup, LinearShape, linear_shapes, router_modules};
+pub use crate::shapes::{LinearGroup, LinearShape, linear_shapes, matrices, router_modules};
 use crate::source::Source;
 
 /// Rows of experts' outputs that are held before they are added up: few enough for memory, many enough for one step of the device.

@@ -48,6 +48,17 @@ impl LinearShape {
     }
 }
 
+/// Module, rows and columns of every linear of the blocks of the decoder `prefix`, block by block in graph order, and last of the
+/// embedding. Not of the head: it has a matrix of its own or not.
+pub fn matrices(c: &ModelConfig, prefix: &str) -> Vec<(String, usize, usize)> {
+    let of_block = |i: usize| {
+        let row = move |s: LinearShape| (format!("{prefix}.layers.{i}.{}", s.suffix), s.out_features, s.in_features);
+        linear_shapes(c, i).into_iter().map(row)
+    };
+    let embedding = (format!("{prefix}.embed_tokens"), c.vocab_size, c.hidden_size);
+    (0..c.num_layers).flat_map(of_block).chain([embedding]).collect()
+}
+
 /// The linears of a block, in graph order: attention, the dense MLP or the shared expert, the experts.
 pub fn linear_shapes(c: &ModelConfig, layer: usize) -> Vec<LinearShape> {
     let h = c.hidden_size;

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use lowbit_checkpoint::{Checkpoint, linear};
 use lowbit_kernels::backend::HostWeight;
-use lowbit_model::block::linear_shapes;
+use lowbit_model::block::matrices;
 use lowbit_model::decoder;
 use serde::Serialize;
 
@@ -30,15 +30,7 @@ pub fn verify(ckpt: &Checkpoint, record: Option<&QuantizeRecord>, original: Opti
     let mut problems = Vec::new();
     let c = &ckpt.config;
     let prefix = decoder::prefix(ckpt)?;
-    let mut modules: Vec<(String, usize, usize)> = Vec::new();
-    for i in 0..c.num_layers {
-        modules.extend(
-            linear_shapes(c, i)
-                .iter()
-                .map(|s| (format!("{prefix}.layers.{i}.{}", s.suffix), s.out_features, s.in_features)),
-        );
-    }
-    modules.push((format!("{prefix}.embed_tokens"), c.vocab_size, c.hidden_size));
+    let mut modules = matrices(c, prefix);
     if !c.tie_word_embeddings {
         let head = if prefix == "model" { "lm_head" } else { "language_model.lm_head" };
         modules.push((head.into(), c.vocab_size, c.hidden_size));

@@ -11,7 +11,7 @@ use lowbit_checkpoint::writer::{CheckpointWriter, DEFAULT_SHARD_BYTES, Declared}
 use lowbit_checkpoint::{Checkpoint, CheckpointError, Dtype, linear};
 use lowbit_kernels::backend::{FloatType, HostWeight};
 use lowbit_kernels::{LinearScheme, QuantizedWeight};
-use lowbit_model::block::{linear_shapes, router_modules};
+use lowbit_model::block::{matrices, router_modules};
 use lowbit_model::decoder;
 use lowbit_quantize::Progress;
 
@@ -190,15 +190,7 @@ fn repack(ctx: &Context, ckpt: &Checkpoint, args: &ConvertArgs) -> Result<()> {
 fn collect(ckpt: &Checkpoint, q: &QuantConfig, target: Option<Layout>) -> Result<(Vec<Item>, Vec<String>)> {
     let c = &ckpt.config;
     let prefix = decoder::prefix(ckpt)?;
-    let mut modules: Vec<(String, usize, usize)> = Vec::new();
-    for i in 0..c.num_layers {
-        modules.extend(
-            linear_shapes(c, i)
-                .iter()
-                .map(|s| (format!("{prefix}.layers.{i}.{}", s.suffix), s.out_features, s.in_features)),
-        );
-    }
-    modules.push((format!("{prefix}.embed_tokens"), c.vocab_size, c.hidden_size));
+    let mut modules = matrices(c, prefix);
     if ckpt.has_weight("lm_head") {
         modules.push(("lm_head".into(), c.vocab_size, c.hidden_size));
     }

@@ -1,7 +1,7 @@
-//! Every writing command, stopped at each of its calls that change files: killed, interrupted, on a disk that fills up, on one that
-//! became read-only. A library preloaded into the program (`faults/shim.c`) counts the calls and strikes, so the points are the same
-//! on every machine. At no point is there half an output at its place, and the same command completes afterwards. Which test holds
-//! which line of the table in `docs/security.md` is checked by `docs.rs`.
+//! Every writing command, stopped at some of its calls that change files, spread over all of them ([`cases::points`]): killed, interrupted,
+//! on a disk that fills up, on one that became read-only. A library preloaded into the program (`faults/shim.c`) counts the calls and
+//! strikes, so the points are the same on every machine. At none of them is there half an output at its place, and the same command
+//! completes afterwards. Which test holds which line of the table in `docs/security.md` is checked by `docs.rs`.
 
 mod cases;
 

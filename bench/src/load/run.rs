@@ -457,3 +457,54 @@ fn models(target: &Target, mut stream: TcpStream, options: &LoadOptions) -> Resu
         .and_then(|v| Some(v.get("data")?.as_array()?.first()?.get("id")?.as_str()?.to_string()));
     Ok((head.server.clone(), listed.ok_or_else(|| "no model is listed".to_string())))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::load::trace::Outcome;
+
+    const MS: u64 = 1_000_000;
+
+    /// What is said against a client whose every request is late by `late_ns`: answers take a second, their first chunk 20 ms, both from
+    /// when they were due. Five hundredths of 20 ms are the floor, a hundredth of a second is 10 ms.
+    fn said(streams: Option<usize>, late_ns: u64) -> Vec<String> {
+        let trace = |i: u64| {
+            let due = i * 1000 * MS;
+            RequestTrace {
+                scheduled_ns: due,
+                sent_ns: due + late_ns,
+                chunks_ns: vec![due + 20 * MS],
+                chunk_tokens: Vec::new(),
+                end_ns: due + 1000 * MS,
+                input_tokens: Some(10),
+                output_tokens: 1,
+                counted_by_server: true,
+                outcome: Outcome::Ok,
+            }
+        };
+        // As many as bound a median although requests that follow each other count as one.
+        let end_ns = 400 * 1000 * MS;
+        let traces = StageTraces {
+            traces: (0..400).map(trace).collect(),
+            stop_ns: end_ns,
+            end_ns,
+            stopped_by: "requests".into(),
+            cpu_frac: None,
+            connections: 1,
+            resent: 0,
+            rejected: 0,
+        };
+        stage_record("stage", None, streams, traces, Window { from_ns: 0, to_ns: end_ns }, None, false).client.invalid
+    }
+
+    #[test]
+    fn a_closed_loop_may_be_late_by_a_hundredth_of_its_answers() {
+        assert_eq!(said(Some(1), 9_900_000), Vec::<String>::new());
+        let late = said(Some(1), 10_100_000);
+        assert!(late.len() == 1 && late[0].starts_with("schedule delay p99 10.10 ms, above 10.00 ms"), "{late:?}");
+        // A schedule has no such room.
+        let open = said(None, 9_900_000);
+        assert!(open.len() == 1 && open[0].starts_with("schedule delay p99 9.90 ms, above 1.00 ms"), "{open:?}");
+        assert_eq!(said(None, 900_000), Vec::<String>::new());
+    }
+}

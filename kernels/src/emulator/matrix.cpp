@@ -59,6 +59,19 @@ struct Fragments {
   void* d;
   const u32 *a, *b;
 };
+// C += A B, each sum along k.
+template <u32 K>
+static void add_product(const float (&A)[16][K], const float (&B)[K][8], float (&C)[16][8]) {
+  for (u32 row = 0; row < 16; row++) {
+    v8 sum, b;
+    memcpy(&sum, C[row], 32);
+    for (u32 k = 0; k < K; k++) {
+      memcpy(&b, B[k], 32);
+      sum += A[row][k] * b;
+    }
+    memcpy(C[row], &sum, 32);
+  }
+}
 void mma_16816(float* d, const u32* a, const u32* b, Type type) {
   Fragments mine = {d, a, b};
   WarpOp op = [](void** args, const void* common) {
@@ -82,15 +95,7 @@ void mma_16816(float* d, const u32* a, const u32* b, Type type) {
       C[g + 8][t] = d[2];
       C[g + 8][t + 1] = d[3];
     }
-    for (u32 row = 0; row < 16; row++) {
-      v8 sum, b;
-      memcpy(&sum, C[row], 32);
-      for (u32 k = 0; k < 16; k++) {
-        memcpy(&b, B[k], 32);
-        sum += A[row][k] * b;
-      }
-      memcpy(C[row], &sum, 32);
-    }
+    add_product(A, B, C);
     for (u32 l = 0; l < 32; l++) {
       u32 g = l >> 2, t = (l & 3) * 2;
       float* d = static_cast<float*>(static_cast<Fragments*>(args[l])->d);
@@ -141,15 +146,7 @@ void mma_16832_e4m3(float* d, const u32* a, const u32* b) {
       }
       for (u32 i = 0; i < 4; i++) C[g + (i >> 1) * 8][t * 2 + (i & 1)] = static_cast<const float*>(m.d)[i];
     }
-    for (u32 row = 0; row < 16; row++) {
-      v8 sum, b;
-      memcpy(&sum, C[row], 32);
-      for (u32 k = 0; k < 32; k++) {
-        memcpy(&b, B[k], 32);
-        sum += A[row][k] * b;
-      }
-      memcpy(C[row], &sum, 32);
-    }
+    add_product(A, B, C);
     for (u32 l = 0; l < 32; l++) {
       u32 g = l >> 2, t = (l & 3) * 2;
       float* d = static_cast<float*>(static_cast<Fragments*>(args[l])->d);
