@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 use lowbit_checkpoint::CheckpointError;
 use lowbit_checkpoint::writer::write_atomic;
@@ -15,10 +16,12 @@ use crate::{
     view_serving, view_size, view_speculation, view_speed, view_verdict,
 };
 
-/// The page: one file without a single fetch, light and dark, for screens from 360 px on and for paper.
-///
-/// One variant, or several side by side. What there is no record of has no section.
-pub fn html(variants: &[Variant]) -> Result<String, ReportError> {
+/// The templates of the page, compiled once.
+fn templates() -> Result<&'static Environment<'static>, ReportError> {
+    static TEMPLATES: OnceLock<Environment<'static>> = OnceLock::new();
+    if let Some(env) = TEMPLATES.get() {
+        return Ok(env);
+    }
     let mut env = Environment::new();
     env.set_undefined_behavior(UndefinedBehavior::Strict);
     env.set_auto_escape_callback(|_| AutoEscape::Html);
@@ -26,6 +29,13 @@ pub fn html(variants: &[Variant]) -> Result<String, ReportError> {
     env.add_template("report.css", include_str!("report.css"))?;
     env.add_template("macros.html", include_str!("macros.html.j2"))?;
     env.add_template("report.html", include_str!("report.html.j2"))?;
+    Ok(TEMPLATES.get_or_init(|| env))
+}
+
+/// The page: one file without a single fetch, light and dark, for screens from 360 px on and for paper.
+///
+/// One variant, or several side by side. What there is no record of has no section.
+pub fn html(variants: &[Variant]) -> Result<String, ReportError> {
     let several = variants.len() > 1;
     let single = variants.first().filter(|_| !several);
     let context = json!({
@@ -50,7 +60,7 @@ pub fn html(variants: &[Variant]) -> Result<String, ReportError> {
         "capacity": view_serving::capacity(variants),
         "provenance": view_provenance::provenance(variants),
     });
-    Ok(env.get_template("report.html")?.render(Serde(&context))?)
+    Ok(templates()?.get_template("report.html")?.render(Serde(&context))?)
 }
 
 /// What a reader must know, each under its variant's name.

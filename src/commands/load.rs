@@ -198,6 +198,11 @@ fn trim(args: &LoadArgs) -> Result<Trim> {
     Ok(Trim { warmup: args.warmup, cooldown: args.cooldown })
 }
 
+/// Seconds of a stage, where time ends it. Something must; a trace ends by itself.
+fn stage_seconds(duration: Option<f64>, max_requests: Option<u64>, replay: bool) -> Option<f64> {
+    duration.or((max_requests.is_none() && !replay).then_some(30.0))
+}
+
 fn options(args: &LoadArgs, data: Data, replay: bool, trim: Trim, slo: Option<Slo>) -> Result<LoadOptions> {
     let headers = args.header.iter().map(|h| {
         let (name, value) = h.split_once(':').with_context(|| format!("--header {h:?} is not NAME: VALUE"))?;
@@ -217,12 +222,9 @@ fn options(args: &LoadArgs, data: Data, replay: bool, trim: Trim, slo: Option<Sl
             .with_context(|| format!("{name} {v} is not a number of seconds above 0"))
     };
     let limits = Limits {
-        duration: match (args.duration, args.max_requests) {
-            (Some(s), _) => Some(seconds("--duration", s)?),
-            // Something must end a stage; a trace ends by itself.
-            (None, None) if !replay => Some(Duration::from_secs(30)),
-            _ => None,
-        },
+        duration: stage_seconds(args.duration, args.max_requests, replay)
+            .map(|s| seconds("--duration", s))
+            .transpose()?,
         requests: args.max_requests,
         errors: args.max_errors,
         error_rate: Some(args.max_error_rate),
@@ -290,4 +292,18 @@ fn counter(ctx: &Context, args: &LoadArgs) -> Result<Option<CountTokens>> {
     let tokenizer = Tokenizer::load(&models::locate(ctx, model)?.dir)?;
     let count: CountTokens = Arc::new(move |text: &str| tokenizer.encode(text, false).map_or(0, |ids| ids.len()));
     Ok(Some(count))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn time_ends_what_nothing_else_does() {
+        assert_eq!(stage_seconds(None, None, false), Some(30.0));
+        assert_eq!(stage_seconds(None, Some(9), false), None);
+        assert_eq!(stage_seconds(None, None, true), None, "a trace is replayed to its end");
+        assert_eq!(stage_seconds(Some(5.0), Some(9), false), Some(5.0));
+        assert_eq!(stage_seconds(Some(5.0), None, true), Some(5.0));
+    }
 }

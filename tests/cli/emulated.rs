@@ -4,13 +4,21 @@ use std::path::Path;
 
 use super::{demo, json, lowbit, ok, root};
 
+/// A model (`model`) and its perplexity on 128 tokens (`eval.json`).
 fn run(tmp: &Path, device: &str) -> std::path::PathBuf {
     let out = tmp.join(device);
-    let mut c = lowbit(tmp);
-    c.args(["--quiet", "--device", device, "--arithmetic", "reproducible", "run"]).arg(demo()).arg("-o").arg(&out);
-    c.args(["--calib", "self", "--samples", "4", "--seq-len", "48", "--group-size", "64", "--no-bench"]);
-    c.arg("--eval-text").arg(root().join("assets/demo-text/evaluation.txt"));
-    ok(c.args(["--protocol", "gptq-128", "--limit", "1", "--kl-windows", "1"]));
+    std::fs::create_dir(&out).unwrap();
+    let command = |name: &str| {
+        let mut c = lowbit(tmp);
+        c.args(["--quiet", "--device", device, "--arithmetic", "reproducible", name]);
+        c
+    };
+    let mut c = command("quantize");
+    c.arg(demo()).arg("-o").arg(out.join("model"));
+    ok(c.args(["--calib", "self", "--samples", "4", "--seq-len", "48", "--group-size", "64"]));
+    let mut c = command("eval");
+    c.arg(out.join("model")).arg("--ppl").arg(root().join("assets/demo-text/evaluation.txt"));
+    ok(c.args(["--protocol", "gptq-128", "--limit", "1", "-o"]).arg(out.join("eval.json")));
     out
 }
 

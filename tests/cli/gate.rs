@@ -9,18 +9,17 @@ use serde_json::{Value, json};
 use super::scores::tasks;
 use super::{demo, json as read, lowbit, ok, root, stderr};
 
-/// Quantizes the demo by RTN, and evaluates it beside the demo.
-fn evaluated(dir: &Path, scheme: &str, more: &[&str]) -> std::path::PathBuf {
+/// Quantizes the demo by RTN, and evaluates it beside the demo on `items` of each of two tasks.
+fn evaluated(dir: &Path, scheme: &str, items: usize, more: &[&str]) -> std::path::PathBuf {
     let model = dir.join(scheme);
     let mut q = lowbit(dir);
     q.args(["--quiet", "quantize"]).arg(demo()).arg("--force").arg("-o").arg(&model);
     ok(q.args(["--method", "rtn", "--scheme", scheme, "--group-size", "64"]));
-    let (words, pick) = tasks(dir, 600);
+    let (words, pick) = tasks(dir, items);
     let out = dir.join(format!("{scheme}.json"));
     let mut c = lowbit(dir);
     c.args(["--quiet", "eval"]).arg(&model).args(["--reference", "demo", "--tasks"]);
     c.arg(format!("{},{}", words.display(), pick.display()));
-    c.arg("--kl").arg(root().join("assets/demo-text/evaluation.txt")).args(["--kl-window", "256"]);
     ok(c.args(more).arg("--force").arg("-o").arg(&out));
     out
 }
@@ -37,7 +36,9 @@ fn record(out: &Output) -> Value {
 fn two_bits_are_a_regression_and_eight_pass() {
     let tmp = tempfile::tempdir().unwrap();
     let dir = tmp.path();
-    let (two, eight) = (evaluated(dir, "w2a16", &[]), evaluated(dir, "w8a16", &[]));
+    let text = root().join("assets/demo-text/evaluation.txt");
+    let kl = ["--kl", text.to_str().unwrap(), "--kl-window", "256", "--windows", "8"];
+    let (two, eight) = (evaluated(dir, "w2a16", 600, &kl), evaluated(dir, "w8a16", 600, &kl));
     assert_eq!((read(&two)["bits"].as_u64(), read(&eight)["bits"].as_u64()), (Some(2), Some(8)));
 
     let file = |name: &str| dir.join(name).to_str().unwrap().to_owned();
@@ -136,8 +137,8 @@ fn smollm2_at_three_bits_is_a_regression_and_at_eight_within_two_points() {
 fn a_clear_verdict_ends_the_run() {
     let tmp = tempfile::tempdir().unwrap();
     let dir = tmp.path();
-    let whole = read(&evaluated(dir, "w2a16", &[]))["items"]["candidate"]["items"].as_u64().unwrap();
-    let path = evaluated(dir, "w2a16", &["--until-decided", "--looks", "4"]);
+    let whole: u64 = 2 * 600;
+    let path = evaluated(dir, "w2a16", 600, &["--until-decided", "--looks", "4"]);
     let record = read(&path);
     let used = record["items"]["candidate"]["items"].as_u64().unwrap();
     let index = record["look"]["index"].as_u64().unwrap() as usize;
@@ -148,9 +149,9 @@ fn a_clear_verdict_ends_the_run() {
     let out = gate(dir, &[path.to_str().unwrap()]);
     assert_eq!((out.status.code(), &super::gate::record(&out)["policy"]["look"]), (Some(1), &record["look"]));
     // What cannot be decided runs to the end.
-    let path = evaluated(dir, "w8a16", &["--until-decided", "--looks", "3", "--margin", "0.001"]);
+    let path = evaluated(dir, "w8a16", 150, &["--until-decided", "--looks", "3", "--margin", "0.001"]);
     let record = read(&path);
-    assert_eq!((&record["look"]["index"], &record["items"]["candidate"]["items"]), (&json!(2), &json!(whole)));
+    assert_eq!((&record["look"]["index"], &record["items"]["candidate"]["items"]), (&json!(2), &json!(2 * 150)));
     // The gate goes by the margin of the looks, unless it is told another.
     let margin = |more: &[&str]| {
         let out = gate(dir, &[&[path.to_str().unwrap()][..], more].concat());

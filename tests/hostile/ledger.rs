@@ -42,9 +42,13 @@ pub fn now() -> (String, String) {
     (said("date", &["-u", "+%F"]), commit)
 }
 
-/// All lines of a ledger; none when there is no file.
+/// All lines of a ledger; none when there is no file. Waits for whoever adds to it.
 pub fn read(path: &Path) -> Vec<Entry> {
-    parse(&std::fs::read_to_string(path).unwrap_or_default())
+    let Ok(mut file) = File::open(path) else { return Vec::new() };
+    file.lock_shared().unwrap();
+    let mut text = String::new();
+    file.read_to_string(&mut text).unwrap();
+    parse(&text)
 }
 
 fn parse(text: &str) -> Vec<Entry> {
@@ -70,10 +74,11 @@ pub fn add(path: &Path, new: Entry) {
         }
         None => entries.push(new),
     }
-    let lines: Vec<String> = entries.iter().map(|e| serde_json::to_string(e).unwrap() + "\n").collect();
+    let text: String = entries.iter().map(|e| serde_json::to_string(e).unwrap() + "\n").collect();
+    // Over what was there, in one write: whoever is killed here leaves a whole ledger, for sums only grow.
     file.rewind().unwrap();
-    file.set_len(0).unwrap();
-    file.write_all(lines.concat().as_bytes()).unwrap();
+    file.write_all(text.as_bytes()).unwrap();
+    file.set_len(text.len() as u64).unwrap();
 }
 
 /// Sums of one target's lines; none when it never ran.

@@ -7,6 +7,7 @@
 //! ```text
 //! LOWBIT_HOSTILE_TARGET=gguf LOWBIT_HOSTILE_SEED=7 LOWBIT_HOSTILE_TIMES=10 cargo test --release --workspace --test hostile
 //! LOWBIT_HOSTILE_GOAL=10000000 LOWBIT_HOSTILE_MINUTES=60 cargo test --release --workspace --test hostile -- --ignored
+//! for c in 0 1; do taskset -c $c cargo test --release --workspace --test hostile -- --ignored & done; wait
 //! LOWBIT_HOSTILE_TABLE=1 cargo test --release --workspace --test hostile table
 //! ```
 //!
@@ -60,6 +61,8 @@ fn harmful(target: &str, input: &[u8]) -> PathBuf {
 
 /// One input in so many is made from those that cost most, [`HEAVY`].
 const SELDOM: usize = 10_000;
+/// Fewer inputs than every target has in the default run.
+const FEW: u64 = 4_000;
 /// Files of the corpus that cost most by design: loops without end, bombs.
 const HEAVY: &str = "heavy-";
 
@@ -127,8 +130,10 @@ struct Done {
 /// A target, with what its inputs are made of.
 struct Hunt<'a> {
     target: &'a Target,
-    seeds: Vec<Vec<u8>>,
-    heavy: Vec<Vec<u8>>,
+    seeds: mutate::Pool,
+    heavy: mutate::Pool,
+    /// Whether the inputs that are kept were given.
+    replayed: bool,
     read: targets::Reader,
     _dir: tempfile::TempDir,
 }
@@ -145,7 +150,8 @@ impl<'a> Hunt<'a> {
         let read_all = |files: Vec<&PathBuf>| files.into_iter().map(|f| std::fs::read(f).unwrap()).collect::<Vec<_>>();
         let mut seeds = (target.seeds)();
         seeds.extend(read_all(light));
-        Self { target, seeds, heavy: read_all(heavy), read: (target.open)(dir.path()), _dir: dir }
+        let (seeds, heavy) = (mutate::Pool::new(seeds), mutate::Pool::new(read_all(heavy)));
+        Self { target, seeds, heavy, replayed: false, read: (target.open)(dir.path()), _dir: dir }
     }
 
     /// One input; counts nothing but what it did.
@@ -174,25 +180,30 @@ impl<'a> Hunt<'a> {
         }
     }
 
-    /// All inputs that are kept, then `count` changed ones.
-    fn run(&mut self, seed: u64, count: u64) -> Done {
+    /// All inputs that are kept, the first time; then `count` changed ones, or as many as there is time for (one at least).
+    fn run(&mut self, seed: u64, count: u64, until: Option<Instant>) -> Done {
         let mut random = mutate::Random::new(seed);
         let mut done = Done::default();
-        for whole in self.seeds.iter().chain(&self.heavy).cloned().collect::<Vec<_>>() {
-            self.give(whole, &mut done);
+        if !self.replayed {
+            self.replayed = true;
+            for whole in [self.seeds.inputs(), self.heavy.inputs()].concat() {
+                self.give(whole, &mut done);
+            }
         }
         done.accepted = 0;
-        while done.executions < count && done.faults.len() <= 20 {
-            let seldom = !self.heavy.is_empty() && random.below(SELDOM) == 0;
-            let input = mutate::mutated(if seldom { &self.heavy } else { &self.seeds }, &mut random);
+        let in_time = |executions: u64| executions == 0 || until.is_none_or(|end| Instant::now() < end);
+        while done.executions < count && done.faults.len() <= 20 && in_time(done.executions) {
+            let seldom = !self.heavy.inputs().is_empty() && random.below(SELDOM) == 0;
+            let pool = if seldom { &self.heavy } else { &self.seeds };
+            let input = pool.mutated(&mut random);
             done.executions += 1;
             self.give(input, &mut done);
         }
         CURRENT.lock().unwrap().0 = "";
-        // A target that takes nothing would find nothing.
+        // A target that takes nothing would find nothing; of few inputs none may be taken.
         let (accepted, name) = (done.accepted, self.target.name);
         assert!(
-            accepted > done.executions / 1000,
+            done.executions < FEW || accepted > done.executions / 1000,
             "{name}: {accepted} inputs of {} were what they claim to be",
             done.executions
         );
@@ -207,7 +218,7 @@ fn nothing_read_from_strangers_does_harm() {
     let mut faults = Vec::new();
     for target in chosen() {
         let start = Instant::now();
-        let done = Hunt::new(&target).run(seed, target.runs * times);
+        let done = Hunt::new(&target).run(seed, target.runs * times, None);
         let (n, took) = (done.executions, start.elapsed().as_secs_f64());
         eprintln!("{}: {n} inputs in {took:.1} s, {} accepted, {} bytes", target.name, done.accepted, done.peak);
         faults.extend(done.faults);
@@ -219,23 +230,46 @@ fn ledger_file() -> PathBuf {
     root().join("fuzz/ledger.jsonl")
 }
 
+/// Holds a target for this process, so that no seed is taken twice; none where another process has it.
+fn claimed(name: &str) -> Option<std::fs::File> {
+    let dir = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("hostile");
+    std::fs::create_dir_all(&dir).unwrap();
+    let file = std::fs::File::create(dir.join(format!("{name}.lock"))).unwrap();
+    file.try_lock().ok().map(|()| file)
+}
+
 /// Seeds that no run had, target by target, those with the fewest executions first, until each has `LOWBIT_HOSTILE_GOAL` or the
-/// `LOWBIT_HOSTILE_MINUTES` are over. Several processes may run at a time when their targets differ.
+/// `LOWBIT_HOSTILE_MINUTES` are over. Several processes may run at a time, each on a target of its own; on a core of its own
+/// (`taskset`) none waits for the threads of another.
 #[test]
 #[ignore = "long; adds to fuzz/ledger.jsonl"]
 fn long_runs_add_up() {
-    const CHUNK: u64 = 250_000;
+    /// Executions of a seed at most.
+    const CHUNK: u64 = 1_000_000;
+    /// Time of a seed at most: what a run that is cut off loses.
+    const LONGEST: Duration = Duration::from_secs(120);
     let _one = watched();
     let (goal, minutes) = (number("LOWBIT_HOSTILE_GOAL", 10_000_000), number("LOWBIT_HOSTILE_MINUTES", 60));
-    let (start, targets) = (Instant::now(), chosen());
+    let (end, targets) = (Instant::now() + Duration::from_secs(minutes * 60), chosen());
+    let mut hunts: Vec<Option<Hunt<'_>>> = targets.iter().map(|_| None).collect();
     let mut faults = Vec::new();
-    while start.elapsed() < Duration::from_secs(minutes * 60) && faults.is_empty() {
+    while Instant::now() < end && faults.is_empty() {
         let entries = ledger::read(&ledger_file());
-        let so_far = |t: &Target| ledger::total(&entries, t.name).map_or(0, |e| e.executions);
-        let Some(target) = targets.iter().filter(|t| so_far(t) < goal).min_by_key(|t| so_far(t)) else { break };
-        let seed = ledger::total(&entries, target.name).map_or(1, |e| e.seeds[1] + 1);
+        let so_far = |i: usize| ledger::total(&entries, targets[i].name).map_or(0, |e| e.executions);
+        let mut behind: Vec<usize> = (0..targets.len()).filter(|i| so_far(*i) < goal).collect();
+        behind.sort_by_key(|i| so_far(*i));
+        let free = behind.into_iter().find_map(|i| Some((i, claimed(targets[i].name)?)));
+        let Some((at, _claim)) = free else { break };
+        // Read again: who held the target until now has added to it.
+        let known = ledger::total(&ledger::read(&ledger_file()), targets[at].name);
+        let (had, seed) = known.map_or((0, 1), |e| (e.executions, e.seeds[1] + 1));
+        if had >= goal {
+            continue;
+        }
         let (began, (date, commit)) = (Instant::now(), ledger::now());
-        let done = Hunt::new(target).run(seed, CHUNK.min(goal - so_far(target)));
+        let target = &targets[at];
+        let hunt = hunts[at].get_or_insert_with(|| Hunt::new(target));
+        let done = hunt.run(seed, CHUNK.min(goal - had), Some(end.min(began + LONGEST)));
         let seconds = began.elapsed().as_secs();
         ledger::add(
             &ledger_file(),
@@ -350,11 +384,8 @@ fn the_measure_itself() {
     assert!((100_000..110_000).contains(&seen[4]), "{seen:?}");
     let mut a = mutate::Random::new(3);
     let mut b = mutate::Random::new(3);
-    let seeds = [b"{\"a\": [1, 2]}".to_vec(), vec![]];
-    let made: Vec<_> = (0..200).map(|_| mutate::mutated(&seeds, &mut a)).collect();
-    assert!(
-        made == (0..200).map(|_| mutate::mutated(&seeds, &mut b)).collect::<Vec<_>>(),
-        "the same inputs every time"
-    );
-    assert!(made.iter().filter(|m| **m == seeds[0]).count() < 20);
+    let pool = mutate::Pool::new(vec![b"{\"a\": [1, 2]}".to_vec(), vec![]]);
+    let made: Vec<_> = (0..200).map(|_| pool.mutated(&mut a)).collect();
+    assert!(made == (0..200).map(|_| pool.mutated(&mut b)).collect::<Vec<_>>(), "the same inputs every time");
+    assert!(made.iter().filter(|m| **m == pool.inputs()[0]).count() < 20);
 }

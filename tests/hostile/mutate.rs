@@ -135,27 +135,67 @@ fn changed(value: &mut Value, random: &mut Random) {
     }
 }
 
-/// The same of a whole input, after a tag or a length where it has one; none where it holds no JSON.
-fn changed_json(input: &[u8], random: &mut Random) -> Option<Vec<u8>> {
-    let start = input.iter().take(9).position(|b| *b == b'{' || *b == b'[')?;
-    let mut values = serde_json::Deserializer::from_slice(&input[start..]).into_iter::<Value>();
-    let mut value = values.next()?.ok()?;
-    let rest = &input[start + values.byte_offset()..];
-    for _ in 0..1 + random.below(3) {
-        changed(&mut value, random);
-    }
-    let text = value.to_string().into_bytes();
-    let head = if start == 8 { (text.len() as u64).to_le_bytes().to_vec() } else { input[..start].to_vec() };
-    Some([&head[..], &text, rest].concat())
+/// The JSON of an input, after a tag or a length where it has one.
+struct Held {
+    value: Value,
+    /// Bytes before it.
+    start: usize,
+    /// Where the bytes after it begin.
+    end: usize,
 }
 
-/// One input made from others.
-pub fn mutated(seeds: &[Vec<u8>], random: &mut Random) -> Vec<u8> {
-    if random.below(2) == 0
-        && let Some(out) = changed_json(&seeds[random.below(seeds.len())], random)
-    {
-        return out;
+impl Held {
+    /// None where the input holds no JSON.
+    fn find(input: &[u8]) -> Option<Self> {
+        let start = input.iter().take(9).position(|b| *b == b'{' || *b == b'[')?;
+        let mut values = serde_json::Deserializer::from_slice(&input[start..]).into_iter::<Value>();
+        let value = values.next()?.ok()?;
+        Some(Self { value, start, end: start + values.byte_offset() })
     }
+
+    /// The input with its JSON changed.
+    fn changed(&self, input: &[u8], random: &mut Random) -> Vec<u8> {
+        let mut value = self.value.clone();
+        for _ in 0..1 + random.below(3) {
+            changed(&mut value, random);
+        }
+        let text = value.to_string().into_bytes();
+        let head =
+            if self.start == 8 { (text.len() as u64).to_le_bytes().to_vec() } else { input[..self.start].to_vec() };
+        [&head[..], &text, &input[self.end..]].concat()
+    }
+}
+
+/// Inputs that others are made from. Their JSON is read once: that would cost more than most readers do.
+pub struct Pool {
+    inputs: Vec<Vec<u8>>,
+    held: Vec<Option<Held>>,
+}
+
+impl Pool {
+    pub fn new(inputs: Vec<Vec<u8>>) -> Self {
+        let held = inputs.iter().map(|input| Held::find(input)).collect();
+        Self { inputs, held }
+    }
+
+    pub fn inputs(&self) -> &[Vec<u8>] {
+        &self.inputs
+    }
+
+    /// One input made from these.
+    pub fn mutated(&self, random: &mut Random) -> Vec<u8> {
+        if random.below(2) == 0 {
+            let at = random.below(self.inputs.len());
+            if let Some(held) = &self.held[at] {
+                return held.changed(&self.inputs[at], random);
+            }
+        }
+        spoilt(&self.inputs, random)
+    }
+}
+
+/// One input with bytes of others, whatever they mean.
+fn spoilt(seeds: &[Vec<u8>], random: &mut Random) -> Vec<u8> {
     let mut out = seeds[random.below(seeds.len())].clone();
     for _ in 0..1 + random.below(4) {
         let (len, at) = (out.len(), random.below(out.len()));

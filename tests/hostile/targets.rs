@@ -153,6 +153,9 @@ fn packed(dir: &Path) -> Reader {
     })
 }
 
+/// Bytes of a file in which a name of its tensors stands.
+const NAMES: usize = 4096;
+
 /// Weights as compressed-tensors or as GPTQ has them, by the names in the file.
 fn tensors(dir: &Path) -> Reader {
     let folders = [("words", tiny::packed()), ("gptq", tiny::packed_gptq())].map(|(name, files)| {
@@ -165,7 +168,9 @@ fn tensors(dir: &Path) -> Reader {
     });
     let backend = backend();
     Box::new(move |bytes| {
-        let folder = &folders[usize::from(bytes.windows(7).any(|w| w == b"qweight"))];
+        // The names stand before the numbers.
+        let names = &bytes[..bytes.len().min(NAMES)];
+        let folder = &folders[usize::from(names.windows(7).any(|w| w == b"qweight"))];
         std::fs::write(folder.join("model.safetensors"), bytes).unwrap();
         let Ok(ckpt) = Checkpoint::open(folder) else { return false };
         lowbit_quantize::verify::verify(&ckpt, None, None).is_ok() & steps(&ckpt, &backend)
