@@ -230,6 +230,7 @@ impl Run<'_> {
             kv_ranges: kv.map(|kv| kv.per_head),
             token_weights: recipe.token_weights,
             expert_bytes: self.plan.options.expert_bytes,
+            chunk_tokens: self.plan.options.chunk_tokens,
         };
         let offload = self.plan.options.offload.as_deref();
         let mut pass = SequentialPass::start(backends, &embedding, &windows.tokens, options, offload)?;

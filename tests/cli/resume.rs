@@ -19,7 +19,7 @@ fn command(tmp: &Path, out: &Path, more: &[&str]) -> Command {
 }
 
 /// All files of a checkpoint; of its record everything but times, the command line and the memory.
-fn contents(dir: &Path) -> BTreeMap<String, Vec<u8>> {
+pub(super) fn contents(dir: &Path) -> BTreeMap<String, Vec<u8>> {
     fn without_times(v: &mut Value) {
         match v {
             Value::Object(o) => {
