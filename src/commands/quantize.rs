@@ -330,7 +330,7 @@ pub fn execute(
     let start = Instant::now();
     let needed = made.options.needs_data();
     let windows = needed.then(|| calibration_windows(ctx, ckpt, q, || made.options.no_data())).transpose()?;
-    exit::starts_over(!lowbit_quantize::resume::keeps_blocks(&ckpt.config, &made.options));
+    exit::starts_over(!lowbit_quantize::resume::keeps_blocks(&made.options));
     let backends = if needed { ctx.backends()? } else { vec![ctx.backend()?] };
     let backends: Vec<&dyn Backend> = backends.iter().map(|b| b.as_ref()).collect();
     let writing = ctx.writing();

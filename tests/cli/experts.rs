@@ -10,8 +10,13 @@ use std::path::{Path, PathBuf};
 use super::{demo, json, lowbit, ok, root, stderr};
 
 /// A tiny random model with the demo's tokenizer; hardly a token goes to expert 3.
-fn model(tmp: &Path, family: &str) -> PathBuf {
+pub(super) fn model(tmp: &Path, family: &str) -> PathBuf {
     model_as(tmp, family, family, &|dir, config, tensors| weights::write(dir, &config, &tensors))
+}
+
+/// gpt-oss with its experts in MXFP4, as it is released.
+pub(super) fn released_model(tmp: &Path) -> PathBuf {
+    model_as(tmp, "gpt_oss", "released", &released::write)
 }
 
 /// Writes a model's folder.
@@ -137,7 +142,7 @@ fn other_formats_carry_experts() {
 fn gpt_oss_is_quantized_and_read_back() {
     let tmp = tempfile::tempdir().unwrap();
     let text = root().join("assets/demo-text/evaluation.txt");
-    let models = [model(tmp.path(), "gpt_oss"), model_as(tmp.path(), "gpt_oss", "released", &released::write)];
+    let models = [model(tmp.path(), "gpt_oss"), released_model(tmp.path())];
     for dir in models {
         let out = dir.with_extension("quantized");
         let command = |name: &str| {
