@@ -21,6 +21,7 @@ mod golden;
 mod hardship;
 mod hub;
 mod judge;
+mod large_check;
 mod load;
 mod load_check;
 mod mistakes;
