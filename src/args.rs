@@ -255,6 +255,9 @@ pub struct QuantOptions {
     /// Tokens per window.
     #[arg(long, default_value_t = 512)]
     pub seq_len: usize,
+    /// Samples of calibration computed together. Results do not depend on it, memory does. Default: as many as 2048 tokens make.
+    #[arg(long, value_name = "N")]
+    pub batch_size: Option<usize>,
     /// Draw random windows with this seed instead of the first ones.
     #[arg(long)]
     pub seed: Option<u64>,

@@ -194,7 +194,7 @@ impl<'a> SequentialPass<'a> {
                     let rows = routed.indices();
                     let x = b.gather_rows(&c.input, h, &rows)?;
                     let xf = c.float.as_ref().map(|f| b.gather_rows(f, h, &rows)).transpose()?;
-                    put(Seen { sum, ..Seen::new(&x, side(xf.as_ref())) })?;
+                    put(Seen { sum, rows: Some(routed.rows.as_slice()), ..Seen::new(&x, side(xf.as_ref())) })?;
                 }
                 Ok(())
             },
@@ -252,7 +252,8 @@ impl<'a> SequentialPass<'a> {
                         Ok(o.expert_activation(b, e, &b.gather_rows(x, h, &rows)?)?)
                     })?;
                     let weights = chosen(&c.weights, routed);
-                    let seen = Seen { sum: 2 * at, ..Seen::new(&y, side(yf.as_ref())) };
+                    let rows = Some(routed.rows.as_slice());
+                    let seen = Seen { sum: 2 * at, rows, ..Seen::new(&y, side(yf.as_ref())) };
                     put(seen.weighted(weights.as_deref()))?;
                 }
                 Ok(())

@@ -18,7 +18,8 @@ use lowbit_model::{ModelError, Source};
 use crate::carried::Carried;
 use crate::error::{CalibrationError, Result};
 use crate::sequential::{KvRange, SequentialPass};
-use crate::stats::{Accumulator, FloatSide};
+use crate::stats::FloatSide;
+use crate::units::Piece;
 
 /// Chunks whose results may wait on the host, a device.
 const AHEAD: usize = 1;
@@ -98,12 +99,16 @@ pub(crate) struct Seen<'b> {
     pub(crate) input: &'b Buffer,
     pub(crate) float: Option<FloatSide<'b>>,
     pub(crate) weights: Option<&'b [f32]>,
+    /// Which rows of the chunk these are, ascending; all of them without.
+    pub(crate) rows: Option<&'b [u32]>,
+    /// The units that the chunk's rows are of, as [`SequentialPass::each`] puts them in.
+    pub(crate) pieces: &'b [Piece],
 }
 
 impl<'b> Seen<'b> {
     /// Of the first sum, every row counted once.
     pub(crate) fn new(input: &'b Buffer, float: Option<FloatSide<'b>>) -> Self {
-        Self { sum: 0, input, float, weights: None }
+        Self { sum: 0, input, float, weights: None, rows: None, pieces: &[] }
     }
 
     /// With weights of the rows.
@@ -120,24 +125,18 @@ pub(crate) fn nothing(_: Seen<'_>) -> Result<()> {
     Ok(())
 }
 
-impl Accumulator<'_> {
-    /// Takes in what a chunk adds.
-    pub(crate) fn add(&mut self, seen: &Seen<'_>) -> Result<()> {
-        self.update(seen.input, seen.float.as_ref(), seen.weights)
-    }
-}
-
-/// [`Seen`] on its way from one device to another: on the host.
-struct Sent {
+/// [`Seen`] on the host: on its way from one device to another, or waiting for the rest of its unit.
+pub(crate) struct Sent {
     sum: usize,
     input: Vec<f32>,
     float: Option<Vec<f32>>,
     residuals: Option<[Vec<f32>; 2]>,
     weights: Option<Vec<f32>>,
+    rows: Option<Vec<u32>>,
 }
 
 impl Sent {
-    fn leave(b: &dyn Backend, seen: &Seen<'_>) -> Result<Self> {
+    pub(crate) fn leave(b: &dyn Backend, seen: &Seen<'_>) -> Result<Self> {
         let residuals = seen.float.as_ref().and_then(|f| f.residuals);
         Ok(Self {
             sum: seen.sum,
@@ -148,10 +147,30 @@ impl Sent {
                 None => None,
             },
             weights: seen.weights.map(<[f32]>::to_vec),
+            rows: seen.rows.map(<[u32]>::to_vec),
         })
     }
 
-    fn arrive(self, b: &dyn Backend, take: &mut Take<'_>) -> Result<()> {
+    /// Appends more rows of the same sum.
+    pub(crate) fn extend(&mut self, more: Sent) {
+        let append = |to: &mut Option<Vec<f32>>, from: Option<Vec<f32>>| {
+            if let (Some(to), Some(from)) = (to, from) {
+                to.extend(from);
+            }
+        };
+        self.input.extend(more.input);
+        append(&mut self.float, more.float);
+        append(&mut self.weights, more.weights);
+        if let (Some([rf, rq]), Some([more_rf, more_rq])) = (&mut self.residuals, more.residuals) {
+            rf.extend(more_rf);
+            rq.extend(more_rq);
+        }
+        if let (Some(rows), Some(more)) = (&mut self.rows, more.rows) {
+            rows.extend(more);
+        }
+    }
+
+    pub(crate) fn arrive(self, b: &dyn Backend, take: &mut Take<'_>) -> Result<()> {
         let input = b.upload(&self.input)?;
         let float = self.float.map(|f| b.upload(&f)).transpose()?;
         let residuals = match &self.residuals {
@@ -160,7 +179,8 @@ impl Sent {
         };
         let residuals = residuals.as_ref().map(|[rf, rq]| (rf, rq));
         let float = float.as_ref().map(|input| FloatSide { input, residuals });
-        take(Seen { sum: self.sum, input: &input, float, weights: self.weights.as_deref() })
+        let (weights, rows) = (self.weights.as_deref(), self.rows.as_deref());
+        take(Seen { sum: self.sum, rows, ..Seen::new(&input, float).weighted(weights) })
     }
 }
 
@@ -181,7 +201,7 @@ impl<'a> SequentialPass<'a> {
         work: &Work<'_, 'a, T>,
         tick: &mut dyn FnMut() -> std::result::Result<(), E>,
     ) -> std::result::Result<Vec<T>, E> {
-        let (chunks, count) = (self.chunks(), self.lanes.len());
+        let (chunks, count, units) = (self.chunks(), self.lanes.len(), &self.pieces);
         let held = [Some(blocks), originals];
         if let Some(few) = held.into_iter().flatten().find(|b| b.len() != count) {
             return Err(CalibrationError::Replicas { found: few.len(), expected: count }.into());
@@ -201,11 +221,13 @@ impl<'a> SequentialPass<'a> {
             let mut results = Vec::with_capacity(chunks);
             for number in 0..chunks {
                 let (d, i) = (number % count, number / count);
+                let pieces = units.get(number).map_or(&[][..], Vec::as_slice);
+                let mut take = |seen: Seen<'_>| take(Seen { pieces, ..seen });
                 let result = match d.checked_sub(1).and_then(|d| arriving.get(d)) {
-                    None => work(Chunk { lane: &mut *home, i, number, block, original }, take)?,
+                    None => work(Chunk { lane: &mut *home, i, number, block, original }, &mut take)?,
                     Some(receive) => {
                         let (result, sent) = receive.recv().unwrap_or_else(|_| Err(ended(backend)))?;
-                        sent.into_iter().try_for_each(|s| s.arrive(backend, take))?;
+                        sent.into_iter().try_for_each(|s| s.arrive(backend, &mut take))?;
                         result
                     }
                 };

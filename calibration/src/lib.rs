@@ -8,6 +8,7 @@ pub mod lanes;
 pub mod sequential;
 pub mod stats;
 pub mod survey;
+mod units;
 pub mod windows;
 
 pub use corpus::{Source, load_texts};

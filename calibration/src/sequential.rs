@@ -22,9 +22,10 @@ use crate::error::{CalibrationError, Result};
 use crate::experts::HESSIAN_BYTES;
 use crate::lanes::{Chunk, Lane, Seen, Take, nothing};
 use crate::stats::{Accumulator, FloatSide, InputStats};
+use crate::units::{Piece, UNIT_TOKENS, pieces};
 
-/// Tokens per call: enough rows for the matrix products, few enough for the cache.
-const CHUNK_TOKENS: usize = 2048;
+/// Tokens that go through a block together by default: those of a unit of the sums, which are then added as they are.
+pub const CHUNK_TOKENS: usize = UNIT_TOKENS;
 
 /// What a pass gathers beside the Hessians.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,11 +39,19 @@ pub struct PassOptions {
     pub token_weights: bool,
     /// Most bytes of experts' Hessians at once; does not change the result.
     pub expert_bytes: u64,
+    /// Most tokens that go through a block together, in whole windows, and at least one window; does not change the result.
+    pub chunk_tokens: usize,
 }
 
 impl Default for PassOptions {
     fn default() -> Self {
-        Self { float_stream: false, kv_ranges: None, token_weights: false, expert_bytes: HESSIAN_BYTES }
+        Self {
+            float_stream: false,
+            kv_ranges: None,
+            token_weights: false,
+            expert_bytes: HESSIAN_BYTES,
+            chunk_tokens: CHUNK_TOKENS,
+        }
     }
 }
 
@@ -52,6 +61,8 @@ pub struct SequentialPass<'a> {
     /// One a device; the first makes the sums.
     pub(crate) lanes: Vec<Lane<'a>>,
     chunks: usize,
+    /// By chunk: the units of its rows.
+    pub(crate) pieces: Vec<Vec<Piece>>,
     pub(crate) window_tokens: usize,
     offload: Option<PathBuf>,
     kv_range: KvRange,
@@ -114,8 +125,11 @@ impl<'a> SequentialPass<'a> {
             std::fs::create_dir_all(dir).map_err(|source| CalibrationError::Io { path: dir.to_path_buf(), source })?;
         }
         let window_tokens = windows.iter().map(Vec::len).max().unwrap_or(0);
-        let per_chunk = (CHUNK_TOKENS / window_tokens.max(1)).max(1);
+        let windows_in = |tokens: usize| (tokens / window_tokens.max(1)).max(1);
+        let per_chunk = windows_in(options.chunk_tokens);
         let groups: Vec<&[Vec<u32>]> = windows.chunks(per_chunk).collect();
+        let lengths: Vec<usize> = windows.iter().map(Vec::len).collect();
+        let pieces = pieces(&lengths, per_chunk, windows_in(UNIT_TOKENS));
         let (chunks, count) = (groups.len(), backends.len());
         let mut lanes: Vec<Lane<'a>> =
             backends.iter().enumerate().map(|(d, b)| Lane::new(*b, d, count, chunks, offload)).collect();
@@ -142,7 +156,7 @@ impl<'a> SequentialPass<'a> {
         }
         let offload = offload.map(Path::to_path_buf);
         let kv_range = KvRange::default();
-        Ok(Self { options, lanes, chunks, window_tokens, offload, kv_range })
+        Ok(Self { options, lanes, chunks, pieces, window_tokens, offload, kv_range })
     }
 
     /// Runs one block, which is there once a device. `on_groups` gets the statistics of groups, one group at a time but for experts and

@@ -4,6 +4,7 @@ use lowbit_kernels::KernelError;
 use lowbit_kernels::backend::{Backend, Buffer};
 
 use crate::error::Result;
+use crate::units::Pending;
 
 /// What the data said about one input.
 #[derive(Clone, Debug)]
@@ -71,22 +72,24 @@ pub struct FloatSide<'a> {
     pub residuals: Option<(&'a Buffer, &'a Buffer)>,
 }
 
-/// Accumulates [`InputStats`] chunk by chunk on the device.
+/// Accumulates [`InputStats`] unit by unit on the device; a unit is a fixed number of windows, whatever goes through a block together.
 pub struct Accumulator<'a> {
-    backend: &'a dyn Backend,
+    pub(crate) backend: &'a dyn Backend,
     h: Buffer,
     input_drift: Option<Buffer>,
     residual_drift: Option<(Buffer, usize)>,
-    n: usize,
+    pub(crate) n: usize,
     tokens: u64,
     abs_max: f32,
+    /// Rows that wait for the rest of their unit.
+    pub(crate) pending: Option<Pending>,
 }
 
 impl<'a> Accumulator<'a> {
     /// Starts with zeros for an input of `n` columns.
     pub fn new(backend: &'a dyn Backend, n: usize) -> Result<Self> {
         let h = backend.zeros(square(n, n)?)?;
-        Ok(Self { backend, h, input_drift: None, residual_drift: None, n, tokens: 0, abs_max: 0.0 })
+        Ok(Self { backend, h, input_drift: None, residual_drift: None, n, tokens: 0, abs_max: 0.0, pending: None })
     }
 
     /// Starts with zeros for two streams; `residual` is the width of the residual stream where that counts.
@@ -98,7 +101,7 @@ impl<'a> Accumulator<'a> {
         Ok(Self { input_drift, residual_drift, ..Self::new(backend, n)? })
     }
 
-    /// Adds the rows of x `[T, n]`, each times its weight (1 without `weights`). `float` is needed by an accumulator
+    /// Adds the rows of x `[T, n]` as one unit, each times its weight (1 without `weights`). `float` is needed by an accumulator
     /// made [`Self::with_float`].
     pub fn update(&mut self, x: &Buffer, float: Option<&FloatSide>, weights: Option<&[f32]>) -> Result<()> {
         let b = self.backend;
@@ -132,7 +135,8 @@ impl<'a> Accumulator<'a> {
     }
 
     /// Mirrors the upper triangle, divides by the tokens, and brings the result to the host.
-    pub fn finish(self) -> Result<InputStats> {
+    pub fn finish(mut self) -> Result<InputStats> {
+        self.flush()?;
         let mut h = self.backend.download(&self.h)?;
         let n = self.n;
         let scale = 1.0 / self.tokens.max(1) as f32;

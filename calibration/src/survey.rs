@@ -4,9 +4,9 @@
 //! solves sees the input of o only when q, k and v are done. So the block runs once more, with its float weights, on the
 //! same inputs. Nothing is carried: each chunk goes through the whole block, and the residual stream stays what it was.
 //!
-//! Channels are summed on the host, chunk by chunk in order: results depend neither on threads nor on the device's reductions.
+//! Channels are summed on the host, row by row in order: results depend neither on threads, nor on batches, nor on the device's reductions.
 
-use lowbit_kernels::backend::{Backend, Buffer};
+use lowbit_kernels::backend::Backend;
 use lowbit_model::block::{Block, LinearGroup};
 
 use crate::error::{CalibrationError, Result};
@@ -42,17 +42,17 @@ impl<'a> Sums<'a> {
         Ok(Self { group, total: vec![0.0; n], max: vec![0.0; n], rows: 0, hessian })
     }
 
-    /// Takes in the rows of x `[T, n]`.
-    fn update(&mut self, b: &dyn Backend, x: &Buffer) -> Result<()> {
+    /// Takes in the rows of a chunk.
+    fn update(&mut self, b: &dyn Backend, seen: &Seen<'_>) -> Result<()> {
         let n = self.total.len();
-        for row in b.download(x)?.chunks_exact(n.max(1)) {
+        for row in b.download(seen.input)?.chunks_exact(n.max(1)) {
             for ((total, max), v) in self.total.iter_mut().zip(&mut self.max).zip(row) {
                 *total += f64::from(v.abs());
                 *max = max.max(v.abs());
             }
             self.rows += 1;
         }
-        self.hessian.as_mut().map_or(Ok(()), |h| h.update(x, None, None))
+        self.hessian.as_mut().map_or(Ok(()), |h| h.add(seen))
     }
 
     fn finish(self) -> Result<(LinearGroup, Channels)> {
@@ -84,7 +84,7 @@ impl SequentialPass<'_> {
         self.each(
             blocks,
             None,
-            &mut |s| sums.get_mut(s.sum).map_or(Ok(()), |sum| sum.update(home, s.input)),
+            &mut |s| sums.get_mut(s.sum).map_or(Ok(()), |sum| sum.update(home, &s)),
             &|Chunk { lane, i, block, .. }, put| {
                 let b = lane.backend;
                 let x = lane.x.load(i)?;

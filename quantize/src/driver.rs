@@ -26,7 +26,7 @@ use crate::inputs::{input_rule, scale_of};
 use crate::loss::squared_error;
 use crate::plan::{Method, Plan, PlannedLinear};
 use crate::record::{CalibrationRecord, ExpertCoverage, LayerRecord};
-use crate::resume::{Chain, Resume, linears_of};
+use crate::resume::{Chain, Resume, Taken, linears_of};
 use crate::scale_search::{DataFree, SolverOptions};
 use crate::solve::{Solved, round_any};
 use crate::transform::{BlockFold, Folding, TransformRecord, scaling};
@@ -95,7 +95,7 @@ pub fn quantize(
     progress: &dyn Progress,
     stop: &AtomicBool,
 ) -> Result<(Outcome, CheckpointWriter)> {
-    let chain = Chain::start(resume, ckpt, plan, windows);
+    let chain = Chain::start(resume, plan, windows);
     let folding = Folding::new(ckpt, plan)?;
     let (declared, shard_bytes) = (plan.declared.clone(), plan.options.shard_bytes);
     let writer = match (&plan.gguf, chain.key()) {
@@ -230,6 +230,7 @@ impl Run<'_> {
             kv_ranges: kv.map(|kv| kv.per_head),
             token_weights: recipe.token_weights,
             expert_bytes: self.plan.options.expert_bytes,
+            chunk_tokens: self.plan.options.chunk_tokens,
         };
         let offload = self.plan.options.offload.as_deref();
         let mut pass = SequentialPass::start(backends, &embedding, &windows.tokens, options, offload)?;
@@ -315,8 +316,9 @@ impl Run<'_> {
     /// Takes over the blocks that an earlier run solved; returns how each was transformed.
     fn take_solved(&mut self, progress: &dyn Progress) -> Result<Vec<BlockFold>> {
         let blocks = self.ckpt.config.num_layers;
-        let (folds, records) = self.chain.take(&mut self.writer, self.plan, blocks, progress)?;
-        self.layers.extend(records);
+        let Taken { folds, layers, experts } = self.chain.take(&mut self.writer, self.plan, blocks, progress)?;
+        self.layers.extend(layers);
+        self.experts.extend(experts);
         folds.iter().for_each(|f| self.folding.taken(f));
         if !folds.is_empty() {
             progress.say(&format!("{} of {blocks} blocks were solved before", folds.len()));
@@ -331,7 +333,8 @@ impl Run<'_> {
             self.writer.write(name, self.folding.floats().store.get(name)?.data.as_slice())?;
         }
         let fold = self.folding.works().then(|| self.folding.fold());
-        self.chain.keep(&mut self.writer, plan, block, self.layers.get(before..).unwrap_or_default(), fold)
+        let experts = self.experts.last().filter(|e| e.block == block);
+        self.chain.keep(&mut self.writer, plan, block, self.layers.get(before..).unwrap_or_default(), fold, experts)
     }
 
     /// Puts the quantized linears of a solved block in the place of the original ones, as [`Self::solve_groups`] did.

@@ -1,4 +1,4 @@
-//! What a plan and a record say about the experts of a mixture, and what does not know them yet.
+//! What a plan and a record say about the experts of a mixture, and what a budget does not know yet.
 
 use lowbit_calibration::InputStats;
 use lowbit_calibration::experts::{experts_at_once, tokens_needed};
@@ -26,18 +26,13 @@ pub(crate) fn expert_plan(c: &ModelConfig, options: &QuantizeOptions) -> Option<
     })
 }
 
-/// What of a model the resume of a block and a budget do not know yet: experts, latent attention. `None` in any other model.
-pub(crate) fn unknown_part(c: &ModelConfig) -> Option<&'static str> {
-    match (&c.experts, &c.latent) {
-        (Some(_), _) => Some("experts"),
-        (None, Some(_)) => Some("latent attention"),
-        (None, None) => None,
-    }
-}
-
 /// Fails where a budget would leave a part of the model out.
 pub(crate) fn refuse_budget(c: &ModelConfig) -> Result<()> {
-    let Some(part) = unknown_part(c) else { return Ok(()) };
+    let part = match (&c.experts, &c.latent) {
+        (Some(_), _) => "experts",
+        (None, Some(_)) => "latent attention",
+        (None, None) => return Ok(()),
+    };
     Err(QuantizeError::Plan {
         summary: format!("--bits, --size and --fit cannot weigh the {part} of a `{}` model yet", c.family),
         offenders: vec![],

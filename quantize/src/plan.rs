@@ -9,12 +9,13 @@ mod rules;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
+use lowbit_calibration::sequential::CHUNK_TOKENS;
 use lowbit_checkpoint::gguf::write::FileLayout;
 use lowbit_checkpoint::linear::narrow::declare_kv;
 use lowbit_checkpoint::provenance::Provenance;
 use lowbit_checkpoint::quant_config::Layout;
 use lowbit_checkpoint::writer::Declared;
-use lowbit_checkpoint::{Checkpoint, linear};
+use lowbit_checkpoint::{Checkpoint, ModelConfig, linear};
 use lowbit_kernels::backend::FloatType;
 use lowbit_kernels::ggml::GgmlType;
 use lowbit_kernels::{GroupSize, LinearScheme, Scheme};
@@ -372,7 +373,8 @@ fn assemble(
             resident_tokens(options, tokens),
             options.method.recipe(),
             experts.as_ref().map_or(0, |e| e.hessian_bytes_at_once),
-        ) + transform_bytes(&ckpt.config, options),
+        ) + transform_bytes(&ckpt.config, options)
+            + chunk_memory(&ckpt.config, options, tokens),
         quantized_linears: quantized,
         kept_linears: reasons.len(),
         experts,
@@ -398,9 +400,24 @@ pub(crate) fn component_sizes(tensors: &[PlannedTensor]) -> Vec<ComponentSize> {
     sizes.into_values().collect()
 }
 
-/// Tokens whose activations are in memory at once: offloaded, those of a chunk, unless a method looks at whole blocks.
+/// Tokens whose activations are in memory at once: offloaded, those of a chunk (of a smaller one, rows wait for the usual number to be
+/// summed together), unless a method looks at whole blocks.
 pub(crate) fn resident_tokens(options: &QuantizeOptions, tokens: usize) -> usize {
-    if options.offload.is_some() && !options.method.recipe().learned { tokens.min(2048) } else { tokens }
+    match options.offload.is_some() && !options.method.recipe().learned {
+        true => tokens.min(options.chunk_tokens.max(CHUNK_TOKENS)),
+        false => tokens,
+    }
+}
+
+/// What the values between two stages of a block take where more tokens than usual go through it together; those of a usual chunk
+/// are within the estimate.
+pub(crate) fn chunk_memory(c: &ModelConfig, options: &QuantizeOptions, tokens: usize) -> u64 {
+    let more = options.chunk_tokens.min(tokens).saturating_sub(CHUNK_TOKENS) as u64;
+    let (h, heads) = (c.hidden_size as u64, (c.num_heads * c.head_dim) as u64);
+    // Input and output; queries, keys and values, or gate, up and their product.
+    let dense = 2 * h + 3 * heads.max(c.intermediate_size as u64);
+    let routed = c.experts.as_ref().map_or(0, |e| e.per_token as u64 * (h + 2 * e.intermediate_size as u64));
+    more.saturating_mul(4 * (dense + routed))
 }
 
 /// Tokens of a step of learned rounding: eight windows of the usual length.

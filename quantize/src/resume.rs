@@ -4,19 +4,20 @@
 //! the block before it. The first five make the first block's key; the key of each later one is hashed from the key and the
 //! tensors of the block before, so the first block that does not fit ends what is taken over.
 //!
-//! Of a model with experts or latent attention, and of a GGUF file, nothing is kept: they start over.
+//! Beside its tensors a block has its layer records, how it was transformed, and how many tokens its experts saw.
+//!
+//! Of a GGUF file nothing is kept: it starts over.
 
 use lowbit_calibration::Windows;
 use lowbit_checkpoint::hash::sha256_hex;
+use lowbit_checkpoint::linear;
 use lowbit_checkpoint::writer::{CheckpointWriter, Kept};
-use lowbit_checkpoint::{Checkpoint, ModelConfig, linear};
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use crate::driver::Progress;
 use crate::error::{QuantizeError, Result};
-use crate::experts::unknown_part;
 use crate::plan::{Plan, PlannedLinear, QuantizeOptions};
-use crate::record::LayerRecord;
+use crate::record::{ExpertCoverage, LayerRecord};
 use crate::transform::BlockFold;
 
 /// How a run meets what an earlier one left.
@@ -28,9 +29,20 @@ pub struct Resume {
     pub fresh: bool,
 }
 
-/// Whether solved blocks are kept. Not yet with experts or latent attention, nor of a GGUF file.
-pub fn keeps_blocks(c: &ModelConfig, options: &QuantizeOptions) -> bool {
-    unknown_part(c).is_none() && options.gguf.is_none()
+/// Whether solved blocks are kept: not of a GGUF file.
+pub fn keeps_blocks(options: &QuantizeOptions) -> bool {
+    options.gguf.is_none()
+}
+
+/// What an earlier run left of its solved blocks, beside their tensors.
+#[derive(Default)]
+pub(crate) struct Taken {
+    /// How each block was transformed.
+    pub(crate) folds: Vec<BlockFold>,
+    /// The records of all their linears.
+    pub(crate) layers: Vec<LayerRecord>,
+    /// Of blocks whose experts were calibrated.
+    pub(crate) experts: Vec<ExpertCoverage>,
 }
 
 /// The chain of keys.
@@ -41,8 +53,8 @@ pub(crate) struct Chain {
 
 impl Chain {
     /// The first block's key.
-    pub(crate) fn start(resume: &Resume, ckpt: &Checkpoint, plan: &Plan, windows: Option<&Windows>) -> Self {
-        if !keeps_blocks(&ckpt.config, &plan.options) {
+    pub(crate) fn start(resume: &Resume, plan: &Plan, windows: Option<&Windows>) -> Self {
+        if !keeps_blocks(&plan.options) {
             return Self { key: None };
         }
         let mut options = plan.options.to_map();
@@ -66,7 +78,7 @@ impl Chain {
         self.key = Some(sha256_hex(format!("{key}\n{digest}").as_bytes()));
     }
 
-    /// Keeps a solved block, with how it was transformed where it was.
+    /// Keeps a solved block, with how it was transformed and what its experts saw, where that is so.
     pub(crate) fn keep(
         &mut self,
         writer: &mut CheckpointWriter,
@@ -74,6 +86,7 @@ impl Chain {
         block: usize,
         records: &[LayerRecord],
         fold: Option<&BlockFold>,
+        experts: Option<&ExpertCoverage>,
     ) -> Result<()> {
         let Some(key) = self.key.clone() else { return Ok(()) };
         let mut notes = Vec::with_capacity(records.len());
@@ -82,28 +95,30 @@ impl Chain {
             notes.push(exact(serde_json::to_value(r).unwrap_or_default()));
         }
         let names = tensors_of(plan, block)?;
-        let note = match fold {
-            Some(fold) => json!({"layers": notes, "fold": exact(serde_json::to_value(fold).unwrap_or_default())}),
-            None => Value::Array(notes),
-        };
-        let digest = writer.keep(&unit(block), &key, &names, &note)?;
+        let mut note = Map::from_iter([("layers".to_string(), Value::Array(notes))]);
+        if let Some(fold) = fold {
+            note.insert("fold".into(), exact(serde_json::to_value(fold).unwrap_or_default()));
+        }
+        if let Some(experts) = experts {
+            note.insert("experts".into(), exact(serde_json::to_value(experts).unwrap_or_default()));
+        }
+        let digest = writer.keep(&unit(block), &key, &names, &Value::Object(note))?;
         self.push(&key, &digest);
         Ok(())
     }
 
-    /// Takes over solved blocks from the first on, until one is missing or unusable; the latter is said. Returns how each
-    /// was transformed, and their records.
+    /// Takes over solved blocks from the first on, until one is missing or unusable; the latter is said.
     pub(crate) fn take(
         &mut self,
         writer: &mut CheckpointWriter,
         plan: &Plan,
         blocks: usize,
         progress: &dyn Progress,
-    ) -> Result<(Vec<BlockFold>, Vec<LayerRecord>)> {
+    ) -> Result<Taken> {
         if writer.replaced_unfinished() {
             progress.say("note: an unfinished output of another model, other options or another program was there: starting over");
         }
-        let (mut folds, mut layers) = (Vec::new(), Vec::new());
+        let mut taken = Taken::default();
         for block in 0..blocks {
             let Some(key) = self.key.clone() else { break };
             let names = tensors_of(plan, block)?;
@@ -114,7 +129,7 @@ impl Chain {
                     break;
                 }
                 Kept::Whole { note, digest } => {
-                    let Some((fold, records)) = read_note(note) else {
+                    let Some((fold, records, experts)) = read_note(note) else {
                         progress.say(&format!("note: block {block} is solved anew: its records cannot be read"));
                         break;
                     };
@@ -123,24 +138,24 @@ impl Chain {
                     {
                         return Err(QuantizeError::Strict { module: r.name.clone(), event: event.clone() });
                     }
-                    folds.push(fold);
-                    layers.extend(records);
+                    taken.folds.push(fold);
+                    taken.layers.extend(records);
+                    taken.experts.extend(experts);
                     self.push(&key, &digest);
                 }
             }
         }
-        Ok((folds, layers))
+        Ok(taken)
     }
 }
 
-/// What [`Chain::keep`] noted: records, and with transforms how the block was changed.
-fn read_note(note: Value) -> Option<(BlockFold, Vec<LayerRecord>)> {
-    let (layers, fold) = match inexact(note) {
-        Value::Object(mut both) => (both.remove("layers")?, both.remove("fold")),
-        layers => (layers, None),
-    };
-    let fold = fold.map(serde_json::from_value::<BlockFold>).transpose().ok()?.unwrap_or_default();
-    Some((fold, serde_json::from_value(layers).ok()?))
+/// What [`Chain::keep`] noted: how the block was changed, records, and what its experts saw.
+fn read_note(note: Value) -> Option<(BlockFold, Vec<LayerRecord>, Option<ExpertCoverage>)> {
+    let Value::Object(mut note) = inexact(note) else { return None };
+    let layers = serde_json::from_value(note.remove("layers")?).ok()?;
+    let fold = note.remove("fold").map(serde_json::from_value::<BlockFold>).transpose().ok()?;
+    let experts = note.remove("experts").map(serde_json::from_value::<ExpertCoverage>).transpose().ok()?;
+    Some((fold.unwrap_or_default(), layers, experts))
 }
 
 fn unit(block: usize) -> String {

@@ -75,6 +75,9 @@ fn common(q: &QuantOptions, group: GroupSize, base: QuantizeOptions) -> Result<Q
     if q.samples == 0 || q.seq_len == 0 {
         bail!("--samples and --seq-len must be at least 1");
     }
+    if q.batch_size == Some(0) {
+        bail!("--batch-size must be at least 1\nhint: leave it out for the default");
+    }
     if q.learn_steps == 0 {
         bail!("--learn-steps must be at least 1");
     }
@@ -113,6 +116,7 @@ fn common(q: &QuantOptions, group: GroupSize, base: QuantizeOptions) -> Result<Q
             KvSchemeArg::Int8Head => KvScheme { code: InputCode::Int8, per_head: true },
         }),
         shard_bytes: q.shard_mb.max(1).saturating_mul(1_000_000),
+        chunk_tokens: q.batch_size.map_or(base.chunk_tokens, |n| n.saturating_mul(q.seq_len)),
         ..base
     })
 }
@@ -179,6 +183,9 @@ fn option_map(options: &QuantizeOptions, q: &QuantOptions) -> std::collections::
     m.insert("calib".into(), q.calib.clone().into());
     m.insert("samples".into(), q.samples.into());
     m.insert("seq_len".into(), q.seq_len.into());
+    if let Some(n) = q.batch_size {
+        m.insert("batch_size".into(), n.into());
+    }
     let b = &q.budget;
     if b.bits.is_some() || b.size.is_some() || b.fit.is_some() {
         let asked = serde_json::json!({
@@ -323,7 +330,7 @@ pub fn execute(
     let start = Instant::now();
     let needed = made.options.needs_data();
     let windows = needed.then(|| calibration_windows(ctx, ckpt, q, || made.options.no_data())).transpose()?;
-    exit::starts_over(!lowbit_quantize::resume::keeps_blocks(&ckpt.config, &made.options));
+    exit::starts_over(!lowbit_quantize::resume::keeps_blocks(&made.options));
     let backends = if needed { ctx.backends()? } else { vec![ctx.backend()?] };
     let backends: Vec<&dyn Backend> = backends.iter().map(|b| b.as_ref()).collect();
     let writing = ctx.writing();

@@ -10,8 +10,13 @@ use std::path::{Path, PathBuf};
 use super::{demo, json, lowbit, ok, root, stderr};
 
 /// A tiny random model with the demo's tokenizer; hardly a token goes to expert 3.
-fn model(tmp: &Path, family: &str) -> PathBuf {
+pub(super) fn model(tmp: &Path, family: &str) -> PathBuf {
     model_as(tmp, family, family, &|dir, config, tensors| weights::write(dir, &config, &tensors))
+}
+
+/// gpt-oss with its experts in MXFP4, as it is released.
+pub(super) fn released_model(tmp: &Path) -> PathBuf {
+    model_as(tmp, "gpt_oss", "released", &released::write)
 }
 
 /// Writes a model's folder.
@@ -84,6 +89,31 @@ fn coverage_is_told_recorded_and_strict() {
     assert!(!tmp.path().join("strict").exists());
 }
 
+/// Routed rows are summed in the same units whatever goes through a block together; latent vectors, too.
+#[test]
+fn batch_size_changes_no_byte() {
+    let tmp = tempfile::tempdir().unwrap();
+    for (family, method) in [("mixtral", "gptq"), ("qwen3_moe", "best"), ("deepseek_v3", "best")] {
+        let dir = model(tmp.path(), family);
+        // 2048 tokens are 64 of these windows: a unit and a part of one.
+        let quantized = |batch: &[&str], name: &str| {
+            let out = tmp.path().join(format!("{family}-{name}"));
+            let mut c = lowbit(tmp.path());
+            c.args(["--device", "cpu", "quantize"]).arg(&dir).args(["--samples", "70", "--seq-len", "32"]);
+            c.args(["--group-size", "8", "--method", method, "--calib"])
+                .arg(root().join("assets/demo-text/evaluation.txt"));
+            ok(c.args(batch).arg("-o").arg(&out));
+            let record = json(&out.join("quantize.json"));
+            (std::fs::read(out.join("model.safetensors")).unwrap(), record["experts"].clone())
+        };
+        let usual = quantized(&[], "usual");
+        for n in ["1", "16", "70"] {
+            let found = quantized(&["--batch-size", n], n);
+            assert!(found == usual, "{family}, {method}: --batch-size {n} differs");
+        }
+    }
+}
+
 #[test]
 fn other_formats_carry_experts() {
     let tmp = tempfile::tempdir().unwrap();
@@ -112,7 +142,7 @@ fn other_formats_carry_experts() {
 fn gpt_oss_is_quantized_and_read_back() {
     let tmp = tempfile::tempdir().unwrap();
     let text = root().join("assets/demo-text/evaluation.txt");
-    let models = [model(tmp.path(), "gpt_oss"), model_as(tmp.path(), "gpt_oss", "released", &released::write)];
+    let models = [model(tmp.path(), "gpt_oss"), released_model(tmp.path())];
     for dir in models {
         let out = dir.with_extension("quantized");
         let command = |name: &str| {

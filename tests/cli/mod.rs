@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 mod architecture;
+mod batches;
 mod bench;
 mod budget;
 mod docs;
@@ -20,6 +21,7 @@ mod golden;
 mod hardship;
 mod hub;
 mod judge;
+mod large_check;
 mod load;
 mod load_check;
 mod mistakes;

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
+use super::experts::{model, released_model};
 use super::{demo, lowbit, names, ok, stderr};
 
 /// A method that carries two streams, so that both have to be carried on.
@@ -19,7 +20,7 @@ fn command(tmp: &Path, out: &Path, more: &[&str]) -> Command {
 }
 
 /// All files of a checkpoint; of its record everything but times, the command line and the memory.
-fn contents(dir: &Path) -> BTreeMap<String, Vec<u8>> {
+pub(super) fn contents(dir: &Path) -> BTreeMap<String, Vec<u8>> {
     fn without_times(v: &mut Value) {
         match v {
             Value::Object(o) => {
@@ -178,5 +179,61 @@ fn rounded_inputs_and_scales_of_the_cache_go_on_too() {
         interrupted(command(&out, scheme, more), &partial);
         let said = again();
         assert!(said.contains("other options") && !said.contains("solved before"), "{scheme}: {said}");
+    }
+}
+
+/// Kills `c` as soon as its first block is kept in `partial`; whether it was still at work.
+fn killed_after_a_block(mut c: Command, partial: &Path) -> bool {
+    let entry = partial.join(".journal/block-00000.json");
+    let mut child = c.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    while !entry.exists() && child.try_wait().unwrap().is_none() {
+        std::thread::sleep(Duration::from_micros(200));
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    // The entries are gone before a checkpoint is in place.
+    entry.exists()
+}
+
+/// Experts, latent attention, both; one matrix an expert, or all in one tensor of MXFP4: blocks are put back with their experts, and the
+/// record has the coverage of those that were solved before.
+#[test]
+fn killed_with_experts_or_latent_attention_it_goes_on_and_ends_the_same() {
+    let tmp = tempfile::tempdir().unwrap();
+    let text = super::root().join("assets/demo-text/evaluation.txt");
+    let eight = ["--scheme", "w8a16"];
+    let models = [
+        (model(tmp.path(), "mixtral"), &["--method", "gptq"][..]),
+        (model(tmp.path(), "qwen3_moe"), &["--method", "best"]),
+        (model(tmp.path(), "qwen2_moe"), &["--method", "rtn"]),
+        (model(tmp.path(), "deepseek_v2"), &["--method", "fast"]),
+        (model(tmp.path(), "deepseek_v3"), &["--method", "best"]),
+        (released_model(tmp.path()), &eight),
+    ];
+    for (dir, more) in models {
+        let name = dir.file_name().unwrap().to_string_lossy().into_owned();
+        let (calm, out) = (dir.with_extension("calm"), dir.with_extension("out"));
+        let partial = tmp.path().join(format!(".{name}.out.partial"));
+        let command = |out: &Path| {
+            let mut c = lowbit(tmp.path());
+            c.args(["--device", "cpu", "quantize"]).arg(&dir).arg("-o").arg(out).arg("--calib").arg(&text);
+            c.args(["--samples", "80", "--seq-len", "32", "--group-size", "8"]).args(more);
+            c
+        };
+        ok(&mut command(&calm));
+        let wanted = contents(&calm);
+        // It may be done before the signal comes.
+        let struck = (0..30).any(|_| {
+            let struck = killed_after_a_block(command(&out), &partial);
+            if !struck {
+                let _ = std::fs::remove_dir_all(&out);
+            }
+            struck
+        });
+        assert!(struck, "{name}");
+        let said = stderr(&ok(&mut command(&out)));
+        assert!(said.contains("blocks were solved before"), "{name}: {said}");
+        equal(&out, &wanted, &format!("{name}: {said}"));
+        assert!(!partial.exists(), "{name}");
     }
 }

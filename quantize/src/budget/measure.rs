@@ -65,7 +65,8 @@ pub fn measure(
     let prefix = decoder::prefix(ckpt)?;
     let embedding = Embedding::load(ckpt, backend)?;
     let offload = outline.options.offload.as_deref();
-    let mut pass = SequentialPass::start(&[backend], &embedding, used, PassOptions::default(), offload)?;
+    let options = PassOptions { chunk_tokens: outline.options.chunk_tokens, ..PassOptions::default() };
+    let mut pass = SequentialPass::start(&[backend], &embedding, used, options, offload)?;
     let ids = probes.concat();
     let (mut segments, mut row) = (Vec::with_capacity(probes.len()), 0);
     for (slot, w) in probes.iter().enumerate() {

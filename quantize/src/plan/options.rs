@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use lowbit_calibration::experts::HESSIAN_BYTES;
+use lowbit_calibration::sequential::CHUNK_TOKENS;
 use lowbit_checkpoint::quant_config::{KvScheme, PackFormat};
 use lowbit_checkpoint::writer::DEFAULT_SHARD_BYTES;
 use lowbit_kernels::ggml::GgmlType;
@@ -137,6 +138,8 @@ pub struct QuantizeOptions {
     pub offload: Option<PathBuf>,
     /// Most bytes of experts' Hessians at once. Does not change the result.
     pub expert_bytes: u64,
+    /// Most calibration tokens that go through a block together. Does not change the result.
+    pub chunk_tokens: usize,
     /// Number formats of single modules, by full name, in the place of `scheme` (and of a table's 8 bits): a budget's choice.
     pub chosen: BTreeMap<String, LinearScheme>,
     /// Write one GGUF file with these types; `scheme`, `format` and `shard_bytes` are not read then.
@@ -165,6 +168,7 @@ impl QuantizeOptions {
             shard_bytes: DEFAULT_SHARD_BYTES,
             offload: None,
             expert_bytes: HESSIAN_BYTES,
+            chunk_tokens: CHUNK_TOKENS,
             chosen: BTreeMap::new(),
             gguf: None,
         }
