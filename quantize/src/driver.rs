@@ -91,6 +91,8 @@ struct Run<'a> {
 /// The checkpoint is complete, and not in place yet: the caller adds its record with [`CheckpointWriter::write_file`] and calls
 /// [`CheckpointWriter::finish`], so that a checkpoint is never seen without its record. Blocks solved by an earlier run that was
 /// stopped are taken over as `resume` says, and the result is the same.
+///
+/// Another thread packs and writes meanwhile. It waits for rayon's workers and the caller's thread for it, so the caller is none of them.
 pub fn quantize(
     ckpt: &Checkpoint,
     backends: &[&dyn Backend],

@@ -7,8 +7,7 @@
 //!
 //! Without data nothing but this and reading costs: what a run cannot do without is to read the floats once (2 bytes a weight of a bf16
 //! model), to write the codes and scales once (some 0.52 bytes a weight at 4 bits with groups of 128), and to hash what it writes where
-//! blocks are kept. Floats are asked for a block ahead, widened, rounded and compared by all threads, and
-//! integers and super-blocks are packed by all threads, too.
+//! blocks are kept. Floats are asked for a block ahead; all threads widen, round and compare them, and pack integers and super-blocks.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
