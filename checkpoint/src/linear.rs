@@ -343,7 +343,11 @@ pub fn encode(q: &QuantizedMatrix, layout: Layout) -> lowbit_kernels::Result<Vec
     q.validate()?;
     let (out, n, bits) = (q.out_features, q.in_features, q.scheme.bits);
     let groups = q.scheme.groups(n)?;
-    let le = |w: Vec<u32>| -> Vec<u8> { w.iter().flat_map(|w| w.to_le_bytes()).collect() };
+    let le = |w: Vec<u32>| -> Vec<u8> {
+        let mut bytes = vec![0u8; 4 * w.len()];
+        bytes.as_chunks_mut::<4>().0.iter_mut().zip(&w).for_each(|(b, w)| *b = w.to_le_bytes());
+        bytes
+    };
     match layout.format {
         PackFormat::CompressedTensors => {
             let mut v = vec![

@@ -14,6 +14,9 @@ use std::time::SystemTime;
 
 use crate::error::{CheckpointError, Result};
 
+/// Bytes that [`Mapped::read_ahead`] asks for at a time: Linux reads no more of a longer piece than a disk's read-ahead, which is this.
+const AHEAD_BYTES: usize = 128 << 10;
+
 /// A mapped file. Dropped, its memory is unmapped.
 pub struct Mapped {
     path: PathBuf,
@@ -63,6 +66,15 @@ impl Mapped {
         let _ = self.map.advise_range(memmap2::Advice::PopulateRead, start, part.len());
         #[cfg(not(target_os = "linux"))]
         let _ = start;
+    }
+
+    /// Has the system begin to read a part of the file, without waiting for it. A part that is not of this map, and a system that will
+    /// not, change nothing.
+    pub fn read_ahead(&self, part: &[u8]) {
+        for piece in part.chunks(AHEAD_BYTES) {
+            let Some(start) = self.place(piece) else { return };
+            let _ = self.map.advise_range(memmap2::Advice::WillNeed, start, piece.len());
+        }
     }
 
     /// Where a part begins; `None` of one that is empty or not of this map.
@@ -212,12 +224,15 @@ mod tests {
         std::fs::write(&path, &bytes).unwrap();
         let map = Mapped::open(&path).unwrap();
         for part in [0..40_000, 5000..5001, 39_999..40_000] {
+            map.read_ahead(&map.as_ref()[part.clone()]);
             map.map_ahead(&map.as_ref()[part.clone()]);
             map.release(&map.as_ref()[part]);
         }
         let held: &[u8] = map.as_ref();
         assert!(held == bytes);
         // Not of this map: left alone.
+        map.read_ahead(&bytes);
+        map.read_ahead(&[]);
         map.map_ahead(&bytes);
         map.map_ahead(&[]);
         assert_eq!((map.place(&bytes), map.place(&map.as_ref()[7..9])), (None, Some(7)));

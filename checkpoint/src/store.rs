@@ -180,6 +180,15 @@ impl TensorStore {
         }
     }
 
+    /// Has the system read from disk what the tensors hold whose names start with `prefix`, and does not wait for it. Only time changes
+    /// by it; the memory is the system's until something is read.
+    pub fn read_ahead(&self, prefix: &str) {
+        let all = named(&self.tensors, prefix).chain(named(&self.gathered, prefix));
+        for (_, t) in all.filter(|(_, t)| !t.data.is_made_when_read()) {
+            self.maps.iter().for_each(|m| m.read_ahead(t.data.as_slice()));
+        }
+    }
+
     /// The same store with the tensors afresh whose names start with `prefix` and which are made when they are read: made once more, and
     /// held only by what is returned here. `None` where there are none.
     pub fn afresh(&self, prefix: &str) -> Option<Self> {

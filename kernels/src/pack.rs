@@ -4,6 +4,8 @@
 //! (`qweight` `[in·b/32, out]`). Element `i` of a lane occupies bits `[i·b, i·b+b)`; widths that do not divide
 //! 32 straddle words. Zero points: compressed-tensors packs them along rows of the transposed matrix, GPTQ along `out`.
 
+use rayon::prelude::*;
+
 use crate::error::{KernelError, Result, check_len};
 
 /// Words needed for `n` codes of `bits`.
@@ -36,10 +38,10 @@ pub fn pack_rows(codes: &[u8], rows: usize, cols: usize, bits: u8) -> Result<Vec
     check_codes(codes, rows, cols, bits)?;
     let width = words_for(cols, bits);
     let mut out = vec![0u32; rows * width];
-    for r in 0..rows {
-        for c in 0..cols {
-            put(&mut out[r * width..], 1, c, bits, codes[r * cols + c]);
-        }
+    if width > 0 {
+        out.par_chunks_mut(width).zip(codes.par_chunks(cols)).for_each(|(words, codes)| {
+            codes.iter().enumerate().for_each(|(c, code)| put(words, 1, c, bits, *code));
+        });
     }
     Ok(out)
 }
@@ -59,10 +61,14 @@ pub fn unpack_rows(words: &[u32], rows: usize, cols: usize, bits: u8) -> Result<
 pub fn pack_columns(codes: &[u8], rows: usize, cols: usize, bits: u8) -> Result<Vec<u32>> {
     check_codes(codes, rows, cols, bits)?;
     let mut out = vec![0u32; words_for(rows, bits) * cols];
-    for r in 0..rows {
-        for c in 0..cols {
-            put(&mut out[c..], cols, r, bits, codes[r * cols + c]);
-        }
+    // 32 codes of a column are `bits` whole words, so no other task writes to them.
+    let words = bits as usize * cols;
+    if words > 0 {
+        out.par_chunks_mut(words).zip(codes.par_chunks(32 * cols)).for_each(|(words, codes)| {
+            for (r, codes) in codes.chunks(cols).enumerate() {
+                codes.iter().enumerate().for_each(|(c, code)| put(&mut words[c..], cols, r, bits, *code));
+            }
+        });
     }
     Ok(out)
 }
@@ -209,7 +215,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn packing_round_trips(bits in 1u8..=8, rows in 1usize..5, cols in 1usize..70, seed: u64) {
+        fn packing_round_trips(bits in 1u8..=8, rows in 1usize..70, cols in 1usize..70, seed: u64) {
             let max = ((1u16 << bits) - 1) as u8;
             let codes: Vec<u8> = (0..rows * cols)
                 .map(|i| ((seed.wrapping_mul(i as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32) as u8) & max)

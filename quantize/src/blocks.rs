@@ -26,8 +26,9 @@ pub struct BlockMatrix {
 impl BlockMatrix {
     /// The bytes of the tensor.
     pub fn bytes(&self) -> Vec<u8> {
-        let blocks = self.grids.iter().zip(self.codes.as_chunks::<SUPER>().0);
-        blocks.flat_map(|(grid, codes)| grid.pack(codes)).collect()
+        let blocks = self.grids.par_iter().zip(self.codes.as_chunks::<SUPER>().0);
+        let packed: Vec<Vec<u8>> = blocks.map(|(grid, codes)| grid.pack(codes)).collect();
+        packed.concat()
     }
 
     /// What it stands for, `[rows, cols]`.

@@ -2,25 +2,30 @@
 
 mod groups;
 mod learned;
+mod output;
+#[cfg(test)]
+mod tests;
 
 use std::collections::BTreeMap;
-use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
 use lowbit_calibration::experts::tokens_needed;
 use lowbit_calibration::lanes::load_block;
 use lowbit_calibration::{CalibrationError, KvRange, PassOptions, SequentialPass, Windows};
 use lowbit_checkpoint::quant_config::{KvScheme, PackFormat, QuantConfig};
-use lowbit_checkpoint::store::TensorStore;
+use lowbit_checkpoint::store::{StoredTensor, TensorStore};
 use lowbit_checkpoint::writer::CheckpointWriter;
 use lowbit_checkpoint::{Checkpoint, CheckpointError, converted, linear};
+use lowbit_kernels::WeightFormat;
 use lowbit_kernels::activation::InputRule;
 use lowbit_kernels::backend::{Backend, HostWeight};
-use lowbit_kernels::{KernelError, QuantizedWeight, WeightFormat, ggml};
 use lowbit_model::block::{Block, Linear, LinearGroup};
 use lowbit_model::{Embedding, decoder};
+use rayon::prelude::*;
 
+use self::output::{Halt, Hand, Made, MadeLinear, Output};
 use crate::error::{QuantizeError, Result};
 use crate::inputs::{input_rule, scale_of};
 use crate::loss::squared_error;
@@ -70,12 +75,14 @@ struct Run<'a> {
     ckpt: &'a Checkpoint,
     plan: &'a Plan,
     folding: Folding<'a>,
-    writer: CheckpointWriter,
+    /// Folder of the unfinished output.
+    unfinished: PathBuf,
+    /// To the thread that writes.
+    hand: Hand,
+    halt: Halt<'a>,
     layers: Vec<LayerRecord>,
     experts: Vec<ExpertCoverage>,
     stage_seconds: BTreeMap<String, f64>,
-    stop: &'a AtomicBool,
-    chain: Chain,
 }
 
 /// Quantizes `ckpt` towards `target`. `windows` is needed by methods that calibrate. `backends` are at least one device; several, which
@@ -84,6 +91,8 @@ struct Run<'a> {
 /// The checkpoint is complete, and not in place yet: the caller adds its record with [`CheckpointWriter::write_file`] and calls
 /// [`CheckpointWriter::finish`], so that a checkpoint is never seen without its record. Blocks solved by an earlier run that was
 /// stopped are taken over as `resume` says, and the result is the same.
+///
+/// Another thread packs and writes meanwhile. It waits for rayon's workers and the caller's thread for it, so the caller is none of them.
 pub fn quantize(
     ckpt: &Checkpoint,
     backends: &[&dyn Backend],
@@ -103,20 +112,15 @@ pub fn quantize(
         (None, Some(key)) => CheckpointWriter::resume(target, declared, shard_bytes, force, key, resume.fresh)?,
         (None, None) => CheckpointWriter::create(target, declared, shard_bytes, force)?,
     };
-    let (layers, experts, stage_seconds) = (Vec::new(), Vec::new(), BTreeMap::new());
-    let mut run = Run { ckpt, plan, folding, writer, layers, experts, stage_seconds, stop, chain };
-    match run.all(backends, windows, progress) {
-        Ok(calibration) => {
-            let Run { layers, experts, stage_seconds, writer, folding, .. } = run;
-            let transforms = folding.record();
-            Ok((Outcome { layers, experts, calibration, transforms, stage_seconds }, writer))
-        }
+    let mut output = Output { writer, chain, plan };
+    match output.all(ckpt, folding, backends, windows, progress, stop) {
+        Ok(outcome) => Ok((outcome, output.writer)),
         Err(e) => {
             // What the same command would only run into again is nothing to go on from.
             if !matches!(e, QuantizeError::Interrupted | QuantizeError::Checkpoint(CheckpointError::Io { .. })) {
-                run.writer.forget();
+                output.writer.forget();
             }
-            if let (folder, blocks @ 1..) = run.writer.unfinished() {
+            if let (folder, blocks @ 1..) = output.writer.unfinished() {
                 let folder = folder.display();
                 progress
                     .say(&format!("note: {blocks} solved blocks are kept in {folder}: the same command goes on there"));
@@ -126,38 +130,52 @@ pub fn quantize(
     }
 }
 
-impl Run<'_> {
+impl Output<'_> {
     fn all(
         &mut self,
+        ckpt: &Checkpoint,
+        folding: Folding<'_>,
         backends: &[&dyn Backend],
         windows: Option<&Windows>,
         progress: &dyn Progress,
-    ) -> Result<Option<CalibrationRecord>> {
-        let (ckpt, plan, run) = (self.ckpt, self.plan, self);
-        run.copy(progress)?;
-        let calibration = match windows {
-            _ if !plan.options.needs_data() => {
-                run.data_free(progress)?;
-                None
-            }
-            Some(w) => {
-                run.calibrated(backends, w, progress)?;
-                Some(CalibrationRecord::of(w))
-            }
+        stop: &AtomicBool,
+    ) -> Result<Outcome> {
+        let plan = self.plan;
+        let halt = Halt::new(stop);
+        let start = Instant::now();
+        self.copy(ckpt, &folding, &halt, progress)?;
+        let stage_seconds = BTreeMap::from([("copy".to_string(), start.elapsed().as_secs_f64())]);
+        let windows = match windows {
+            _ if !plan.options.needs_data() => None,
+            Some(w) => Some(w),
             None => return Err(plan.options.no_data()),
         };
-        run.tables(progress)?;
+        let Taken { folds, layers, experts } = self.take_solved(ckpt.config.num_layers, progress)?;
+        let unfinished = self.writer.unfinished().0.to_path_buf();
+        let outcome = self.beside(&halt, progress, |hand| {
+            let halt = halt.clone();
+            let mut run = Run { ckpt, plan, folding, unfinished, hand, halt, layers, experts, stage_seconds };
+            folds.iter().for_each(|f| run.folding.taken(f));
+            match windows {
+                Some(w) => run.calibrated(backends, w, &folds, progress)?,
+                None => run.data_free(folds.len(), progress)?,
+            }
+            run.tables(progress)?;
+            let Run { layers, experts, stage_seconds, folding, .. } = run;
+            let calibration = windows.map(CalibrationRecord::of);
+            Ok(Outcome { layers, experts, calibration, transforms: folding.record(), stage_seconds })
+        })?;
         if plan.gguf.is_none() {
-            run.files()?;
+            self.files(ckpt)?;
         }
-        run.check_stop()?;
+        halt.check()?;
         ckpt.store.unchanged()?;
-        Ok(calibration)
+        Ok(outcome)
     }
 
     /// What stands beside the weights; a GGUF file holds it all itself.
-    fn files(&self) -> Result<()> {
-        let (ckpt, plan) = (self.ckpt, self.plan);
+    fn files(&self, ckpt: &Checkpoint) -> Result<()> {
+        let plan = self.plan;
         // A record of the original's own making is not this checkpoint's.
         self.writer.carry_over(
             &ckpt.dir,
@@ -173,8 +191,49 @@ impl Run<'_> {
         Ok(())
     }
 
+    fn copy(
+        &mut self,
+        ckpt: &Checkpoint,
+        folding: &Folding<'_>,
+        halt: &Halt<'_>,
+        progress: &dyn Progress,
+    ) -> Result<()> {
+        let tables: Vec<&String> = self.plan.rewritten_in(None).collect();
+        progress.stage("copy", (self.plan.copies.len() + tables.len()) as u64);
+        for name in &self.plan.copies {
+            halt.check()?;
+            let t = ckpt.store.get(name)?;
+            if let Some((i, x)) = first_not_finite(t) {
+                return Err(ckpt.store.mismatch(name, "finite values".into(), format!("{x} at element {i}")).into());
+            }
+            match &self.plan.gguf {
+                Some(layout) => self.writer.write(name, &layout.bytes(name, t)?)?,
+                None => self.writer.write(name, t.data.as_slice())?,
+            }
+            ckpt.store.release(name);
+            progress.advance(1);
+        }
+        for name in tables {
+            halt.check()?;
+            self.writer.write(name, folding.tensor(name)?.data.as_slice())?;
+            progress.advance(1);
+        }
+        Ok(())
+    }
+
+    /// Takes over the blocks that an earlier run solved.
+    fn take_solved(&mut self, blocks: usize, progress: &dyn Progress) -> Result<Taken> {
+        let taken = self.chain.take(&mut self.writer, self.plan, blocks, progress)?;
+        if !taken.folds.is_empty() {
+            progress.say(&format!("{} of {blocks} blocks were solved before", taken.folds.len()));
+        }
+        Ok(taken)
+    }
+}
+
+impl Run<'_> {
     fn check_stop(&self) -> Result<()> {
-        if self.stop.load(Ordering::Relaxed) { Err(QuantizeError::Interrupted) } else { Ok(()) }
+        self.halt.check()
     }
 
     fn time<T>(&mut self, stage: &str, start: Instant, value: T) -> T {
@@ -182,39 +241,15 @@ impl Run<'_> {
         value
     }
 
-    fn copy(&mut self, progress: &dyn Progress) -> Result<()> {
-        let start = Instant::now();
-        let tables: Vec<&String> = self.plan.rewritten_in(None).collect();
-        progress.stage("copy", (self.plan.copies.len() + tables.len()) as u64);
-        for name in &self.plan.copies {
-            self.check_stop()?;
-            let t = self.ckpt.store.get(name)?;
-            if let Some((i, x)) = t.first_not_finite() {
-                return Err(self
-                    .ckpt
-                    .store
-                    .mismatch(name, "finite values".into(), format!("{x} at element {i}"))
-                    .into());
-            }
-            match &self.plan.gguf {
-                Some(layout) => self.writer.write(name, &layout.bytes(name, t)?)?,
-                None => self.writer.write(name, t.data.as_slice())?,
-            }
-            self.ckpt.store.release(name);
-            progress.advance(1);
-        }
-        for name in tables {
-            self.check_stop()?;
-            self.writer.write(name, self.folding.tensor(name)?.data.as_slice())?;
-            progress.advance(1);
-        }
-        self.time("copy", start, ());
-        Ok(())
-    }
-
-    fn calibrated(&mut self, backends: &[&dyn Backend], windows: &Windows, progress: &dyn Progress) -> Result<()> {
+    /// `folds` are those of the blocks that were taken over.
+    fn calibrated(
+        &mut self,
+        backends: &[&dyn Backend],
+        windows: &Windows,
+        folds: &[BlockFold],
+        progress: &dyn Progress,
+    ) -> Result<()> {
         let layers = self.ckpt.config.num_layers;
-        let folds = self.take_solved(progress)?;
         let solved = folds.len();
         if solved == layers {
             return Ok(());
@@ -241,10 +276,10 @@ impl Run<'_> {
         progress.stage("quantize", layers as u64 * pass.ticks_per_block() / 4 * looks);
         let whole = Instant::now();
         let (mut solving, mut folding) = (0f64, 0f64);
-        let stop = self.stop;
+        let halt = self.halt.clone();
         let tick = |n: u64| {
             progress.advance(n);
-            if stop.load(Ordering::Relaxed) { Err(QuantizeError::Interrupted) } else { Ok(()) }
+            halt.check()
         };
         for index in 0..layers {
             progress.detail(&format!("block {}/{layers}", index + 1));
@@ -302,7 +337,7 @@ impl Run<'_> {
             if let Some(kv) = kv {
                 self.keep_kv(kv, index, pass.kv_range())?;
             }
-            self.keep_block(index, before)?;
+            self.keep_block(index, before, 0)?;
             self.ckpt.store.release(&format!("{name}."));
         }
         if self.folding.works() {
@@ -313,33 +348,23 @@ impl Run<'_> {
         Ok(())
     }
 
-    /// Takes over the blocks that an earlier run solved; returns how each was transformed.
-    fn take_solved(&mut self, progress: &dyn Progress) -> Result<Vec<BlockFold>> {
-        let blocks = self.ckpt.config.num_layers;
-        let Taken { folds, layers, experts } = self.chain.take(&mut self.writer, self.plan, blocks, progress)?;
-        self.layers.extend(layers);
-        self.experts.extend(experts);
-        folds.iter().for_each(|f| self.folding.taken(f));
-        if !folds.is_empty() {
-            progress.say(&format!("{} of {blocks} blocks were solved before", folds.len()));
-        }
-        Ok(folds)
-    }
-
-    /// Writes what transforms changed in a block beside its linears, and keeps the block; its records are those from `before` on.
-    fn keep_block(&mut self, block: usize, before: usize) -> Result<()> {
+    /// Hands over what transforms changed in a block beside its linears, and has the block kept, which is `steps` of progress; its
+    /// records are those from `before` on.
+    fn keep_block(&mut self, block: usize, before: usize, steps: u64) -> Result<()> {
         let plan = self.plan;
         for name in plan.rewritten_in(Some(block)) {
-            self.writer.write(name, self.folding.floats().store.get(name)?.data.as_slice())?;
+            let data = self.folding.floats().store.get(name)?.data.as_slice().to_vec();
+            self.hand.give(Made::Tensor { name: name.clone(), data })?;
         }
-        let fold = self.folding.works().then(|| self.folding.fold());
-        let experts = self.experts.last().filter(|e| e.block == block);
-        self.chain.keep(&mut self.writer, plan, block, self.layers.get(before..).unwrap_or_default(), fold, experts)
+        let fold = self.folding.works().then(|| self.folding.fold().clone());
+        let experts = self.experts.last().filter(|e| e.block == block).cloned();
+        let records = self.layers.get(before..).unwrap_or_default().to_vec();
+        self.hand.give(Made::Block { block, records, fold, experts, steps })
     }
 
     /// Puts the quantized linears of a solved block in the place of the original ones, as [`Self::solve_groups`] did.
     fn put_back(&self, backends: &[&dyn Backend], index: usize, blocks: &mut [Block]) -> Result<()> {
-        let folder = self.writer.unfinished().0;
+        let folder = &self.unfinished;
         let store = TensorStore::open(folder)?;
         let config = self.plan.config.get("quantization_config");
         let quantization = config.map(|q| QuantConfig::parse(&folder.join("config.json"), q)).transpose()?;
@@ -352,23 +377,26 @@ impl Run<'_> {
         Ok(())
     }
 
-    fn data_free(&mut self, progress: &dyn Progress) -> Result<()> {
+    /// The first `solved` blocks were taken over.
+    fn data_free(&mut self, solved: usize, progress: &dyn Progress) -> Result<()> {
         let start = Instant::now();
         let (plan, blocks) = (self.plan, self.ckpt.config.num_layers);
-        let solved = self.take_solved(progress)?.len();
         progress.stage("quantize", blocks as u64);
         progress.advance(solved as u64);
+        let of_block = |block: usize| format!("{}.{block}.", plan.blocks);
+        self.ckpt.store.read_ahead(&of_block(solved));
         for block in solved..blocks {
+            // The disk reads while this block is rounded.
+            self.ckpt.store.read_ahead(&of_block(block + 1));
             let before = self.layers.len();
             self.folding.begin(block)?;
             for l in linears_of(plan, block) {
                 self.check_stop()?;
                 self.round(l)?;
             }
-            self.keep_block(block, before)?;
+            self.keep_block(block, before, 1)?;
             // Of tensors that hold several linears.
-            self.ckpt.store.release(&format!("{}.{block}.", plan.blocks));
-            progress.advance(1);
+            self.ckpt.store.release(&of_block(block));
         }
         self.time("solve", start, ());
         Ok(())
@@ -418,19 +446,23 @@ impl Run<'_> {
             ..LayerRecord::default()
         };
         self.ckpt.store.release(&format!("{}.", l.source));
-        self.keep(l, &solved, rule.as_ref(), record)
+        self.keep(l, solved, rule, record)
     }
 
     fn dense(&self, l: &PlannedLinear) -> Result<Vec<f32>> {
         read_dense(self.folding.floats(), &l.source, l.out_features, l.in_features)
     }
 
-    /// The largest magnitude of all weights that share `l`'s global scale, where its format has one: engines hold linears that read the
-    /// same input as one matrix.
+    /// The largest magnitude of all weights that share `l`'s global scale: engines hold linears that read the same input as one matrix.
+    /// 0 where its format has no global scale.
     fn set_max(&self, l: &PlannedLinear, w: &[f32]) -> Result<f32> {
-        let largest = |w: &[f32]| w.iter().fold(0f32, |m, v| m.max(v.abs()));
+        if l.scheme.weight != WeightFormat::Nvfp4 {
+            return Ok(0.0);
+        }
+        let part = |w: &[f32]| w.iter().fold(0f32, |m, v| m.max(v.abs()));
+        let largest = |w: &[f32]| w.par_chunks(PART).map(part).reduce(|| 0.0, f32::max);
         let mut most = largest(w);
-        if l.scheme.weight == WeightFormat::Nvfp4 && l.group.is_some() {
+        if l.group.is_some() {
             let set = |o: &&PlannedLinear| o.block == l.block && o.group == l.group && o.module != l.module;
             for other in self.plan.linears.iter().filter(set) {
                 most = most.max(largest(&self.dense(other)?));
@@ -439,33 +471,27 @@ impl Run<'_> {
         Ok(most)
     }
 
-    /// Writes the stored scales of a block's keys and values.
+    /// Hands over the stored scales of a block's keys and values.
     fn keep_kv(&mut self, kv: KvScheme, block: usize, range: &KvRange) -> Result<()> {
         let layout = self.plan.layout;
         for (name, seen) in self.plan.kv_scales(block).into_iter().zip([&range.keys, &range.values]) {
             let scales = seen.iter().map(|m| scale_of(*m, kv.code.half_range(), layout.scales));
             let scales = scales.collect::<std::result::Result<Vec<_>, _>>();
             let scales = scales.map_err(|source| QuantizeError::Solve { module: name.clone(), source })?;
-            self.writer.write(&name, &layout.scale_bytes(scales.into_iter()))?;
+            let data = layout.scale_bytes(scales.into_iter());
+            self.hand.give(Made::Tensor { name, data })?;
         }
         Ok(())
     }
 
-    fn keep(
-        &mut self,
-        l: &PlannedLinear,
-        solved: &Solved,
-        rule: Option<&InputRule>,
-        record: LayerRecord,
-    ) -> Result<()> {
+    /// Hands a linear over to be written, and keeps its record.
+    fn keep(&mut self, l: &PlannedLinear, solved: Solved, rule: Option<InputRule>, record: LayerRecord) -> Result<()> {
         if self.plan.options.strict
             && let Some(event) = record.events.first()
         {
             return Err(QuantizeError::Strict { module: l.module.clone(), event: event.clone() });
         }
-        for (name, bytes) in tensors(self.plan, l, solved, rule)? {
-            self.writer.write(&name, &bytes)?;
-        }
+        self.hand.give(Made::Linear(Box::new(MadeLinear { planned: l.clone(), solved, rule })))?;
         self.layers.push(record);
         Ok(())
     }
@@ -489,33 +515,38 @@ fn replace(
     Ok(())
 }
 
-/// A solved matrix as the output holds it: names and bytes.
-fn tensors(
-    plan: &Plan,
-    l: &PlannedLinear,
-    solved: &Solved,
-    rule: Option<&InputRule>,
-) -> Result<Vec<(String, Vec<u8>)>> {
-    let kernel = |source| QuantizeError::Kernel { module: l.module.clone(), source };
-    let name = format!("{}.weight", l.module);
-    match (&plan.gguf, l.ggml, solved) {
-        (Some(layout), _, Solved::Blocks(b)) => Ok(vec![(name.clone(), layout.arrange(&name, b.bytes())?)]),
-        (Some(layout), Some(kind), Solved::Codes(QuantizedWeight::Int(m))) => {
-            let bytes = ggml::encode_codes(kind, m).map_err(kernel)?;
-            Ok(vec![(name.clone(), layout.arrange(&name, bytes)?)])
-        }
-        (None, None, Solved::Codes(q)) => {
-            let (layout, out, n) = (plan.layout, l.out_features, l.in_features);
-            let declared = linear::declare(&l.module, l.scheme, layout, out, n).map_err(kernel)?;
-            let bytes = linear::encode_weight(q, l.scheme, rule, layout).map_err(kernel)?;
-            Ok(declared.into_iter().map(|d| d.name).zip(bytes).collect())
-        }
-        _ => {
-            let format = plan.options.format_name();
-            let why = format!("{} in {format}", l.scheme_name());
-            Err(kernel(KernelError::Unsupported { backend: "quantize", op: "writing", why }))
-        }
-    }
+/// Elements of a part of a tensor that a thread looks at.
+const PART: usize = 1 << 16;
+
+/// Part `i` of a tensor whose elements are of `size` bytes.
+fn part_of(t: &StoredTensor, i: usize, size: usize) -> Option<StoredTensor> {
+    let bytes = t.data.size();
+    let start = i.checked_mul(PART * size)?;
+    let end = bytes.min(start.checked_add(PART * size)?);
+    let data = t.data.part(start..end)?;
+    Some(StoredTensor { dtype: t.dtype, shape: vec![data.size() / size], data })
+}
+
+/// [`StoredTensor::first_not_finite`] by all threads.
+fn first_not_finite(t: &StoredTensor) -> Option<(usize, f32)> {
+    let size = t.float_type()?.size();
+    // What is made when it is read is made here, by one thread.
+    let parts = t.data.as_slice().len().div_ceil(PART * size);
+    let in_part = |i: usize| part_of(t, i, size)?.first_not_finite().map(|(at, x)| (i * PART + at, x));
+    (0..parts).into_par_iter().find_map_first(in_part)
+}
+
+/// [`StoredTensor::to_f32`] by all threads: of a matrix that only lies on disk each reads some.
+fn widened(t: &StoredTensor) -> Option<Vec<f32>> {
+    let size = t.float_type()?.size();
+    // As above.
+    let mut values = vec![0f32; t.data.as_slice().len() / size];
+    let parts = values.par_chunks_mut(PART).enumerate();
+    parts.try_for_each(|(i, to)| {
+        to.copy_from_slice(&part_of(t, i, size)?.to_f32()?);
+        Some(())
+    })?;
+    Some(values)
 }
 
 /// The original weight of a module, `[out, in]`, checked to be finite.
@@ -527,8 +558,9 @@ pub(crate) fn read_dense(ckpt: &Checkpoint, module: &str, out: usize, n: usize) 
         return Err(ckpt.store.mismatch(&name, expected, format!("{:?}", t.shape)).into());
     }
     let w =
-        t.to_f32().ok_or_else(|| ckpt.store.mismatch(&name, "f32, f16 or bf16".into(), format!("{:?}", t.dtype)))?;
-    if let Some(i) = w.iter().position(|x| !x.is_finite()) {
+        widened(t).ok_or_else(|| ckpt.store.mismatch(&name, "f32, f16 or bf16".into(), format!("{:?}", t.dtype)))?;
+    let in_part = |(at, part): (usize, &[f32])| Some(at * PART + part.iter().position(|x| !x.is_finite())?);
+    if let Some(i) = w.par_chunks(PART).enumerate().find_map_first(in_part) {
         return Err(ckpt.store.mismatch(&name, "finite weights".into(), format!("{} at element {i}", w[i])).into());
     }
     Ok(w)

@@ -111,7 +111,8 @@ impl<'a> OfGroup<'a> {
 }
 
 impl Run<'_> {
-    /// Solves the linears of `groups` of block `index`, writes them, and puts them in the place of the original ones on every device.
+    /// Solves the linears of `groups` of block `index`, hands them over to be written, and puts them in the place of the original ones
+    /// on every device.
     pub(super) fn solve_groups(
         &mut self,
         backends: &[&dyn Backend],
@@ -161,7 +162,7 @@ impl Run<'_> {
                 let group = shared.get(task.group);
                 let factor = if task.first { group.map_or(0.0, |g| g.seconds) } else { 0.0 };
                 let on = group.and_then(|g| g.on(d));
-                self.keep_solved(backends, index, task, stats, on, &solved, loss, seconds + factor, blocks)?;
+                self.keep_solved(backends, index, task, stats, on, solved, loss, seconds + factor, blocks)?;
             }
         }
         Ok(())
@@ -174,7 +175,7 @@ impl Run<'_> {
         task: &Task<'_>,
         stats: &InputStats,
         shared: Option<&Shared>,
-        solved: &Solved,
+        solved: Solved,
         loss: Loss,
         seconds: f64,
         blocks: &mut [Block],
@@ -203,10 +204,10 @@ impl Run<'_> {
             damp_frac: f.map_or(0.0, |f| f.damp_frac),
             events: events.chain(f.into_iter().flat_map(|f| f.events.clone())).collect(),
         };
-        self.keep(planned, solved, rule.as_ref(), record)?;
         let bias = self.folding.floats().bias(&planned.module, planned.out_features)?;
         let kernel = |source| QuantizeError::Kernel { module: planned.module.clone(), source };
         let host = solved.host_weight().map_err(kernel)?;
+        self.keep(planned, solved, rule.clone(), record)?;
         replace(backends, blocks, &planned.module, &host, bias.as_deref(), rule.as_ref())
     }
 }

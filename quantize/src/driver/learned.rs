@@ -19,8 +19,8 @@ use crate::record::LayerRecord;
 use crate::solve::Solved;
 
 impl Run<'_> {
-    /// Learns the rounding of block `index` on `data`, writes its linears, and puts them in the place of the original ones, on every
-    /// device. Learning is the host's.
+    /// Learns the rounding of block `index` on `data`, hands its linears over to be written, and puts them in the place of the original
+    /// ones, on every device. Learning is the host's.
     pub(super) fn learn_block(
         &mut self,
         backends: &[&dyn Backend],
@@ -79,9 +79,9 @@ impl Run<'_> {
                 events: event.iter().cloned().collect(),
                 ..LayerRecord::default()
             };
-            self.keep(p, &solved, None, record)?;
             let kernel = |source| QuantizeError::Kernel { module: p.module.clone(), source };
             let host = solved.host_weight().map_err(kernel)?;
+            self.keep(p, solved, None, record)?;
             let bias = ckpt.bias(&p.module, p.out_features)?;
             replace(backends, blocks, &p.module, &host, bias.as_deref(), None)?;
         }

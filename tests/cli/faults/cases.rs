@@ -173,6 +173,33 @@ pub const CONVERT: Case = Case {
     },
 };
 
+/// Blocks that are solved on data, each kept when it is written: another thread writes while the next is worked on.
+pub const QUANTIZE_SOLVED: Case = Case {
+    name: "quantize on data",
+    args: &[
+        "quantize",
+        "demo",
+        "-o",
+        "out",
+        "--method",
+        "gptq",
+        "--group-size",
+        "64",
+        "--calib",
+        "text.txt",
+        "--samples",
+        "4",
+        "--seq-len",
+        "64",
+    ],
+    exact: &["out/model.safetensors", "out/config.json", "out/tokenizer.json"],
+    last: "out",
+    verdict: false,
+    before: |tmp| {
+        std::fs::copy(root().join("assets/demo-text/evaluation.txt"), tmp.join("text.txt")).unwrap();
+    },
+};
+
 /// Another writer: one file for llama.cpp.
 pub const QUANTIZE_GGUF: Case = Case {
     name: "quantize to GGUF",
@@ -336,9 +363,10 @@ pub const MAN: Case = Case {
 
 /// A case of every command that writes, and of every writer that a command has. (`suite`, which no help lists, writes one file as
 /// `bench` does, after minutes.)
-pub fn all() -> [&'static Case; 13] {
+pub fn all() -> [&'static Case; 14] {
     [
         &QUANTIZE,
+        &QUANTIZE_SOLVED,
         &QUANTIZE_GGUF,
         &CONVERT,
         &CONVERT_GGUF,
