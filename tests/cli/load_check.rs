@@ -28,7 +28,9 @@ fn a_load_is_checked_into_a_record_with_tables() {
     std::fs::set_permissions(&python, std::fs::Permissions::from_mode(0o755)).unwrap();
     let out = tmp.path().join("check.json");
     let mut c = check();
-    c.env("LOWBIT_CACHE", tmp.path()).args(["--requests", "35", "--seconds", "1", "--tries", "1", "--python"]).arg(&python);
+    c.env("LOWBIT_CACHE", tmp.path())
+        .args(["--requests", "35", "--seconds", "1", "--tries", "1", "--python"])
+        .arg(&python);
     let done = c.arg("--out").arg(&out).output().unwrap();
     assert!(matches!(done.status.code(), Some(1 | 2)), "{}", stderr(&done));
     let r = json(&out);

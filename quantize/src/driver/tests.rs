@@ -42,8 +42,8 @@ fn planned(ckpt: &Checkpoint) -> Plan {
     plan::make(ckpt, &options, None, 0).unwrap()
 }
 
-fn output<'a>(target: &Path, ckpt: &Checkpoint, plan: &'a Plan) -> Output<'a> {
-    let chain = Chain::start(&Resume { identity: "test".into(), fresh: false }, ckpt, plan, None);
+fn output<'a>(target: &Path, plan: &'a Plan) -> Output<'a> {
+    let chain = Chain::start(&Resume { identity: "test".into(), fresh: false }, plan, None);
     let key = chain.key().unwrap().to_string();
     let writer = CheckpointWriter::resume(target, plan.declared.clone(), 1 << 20, false, &key, false).unwrap();
     Output { writer, chain, plan }
@@ -79,11 +79,11 @@ fn contents(output: &Output<'_>) -> BTreeMap<String, Vec<u8>> {
 fn beside_the_work_the_same_is_written() {
     let (tmp, ckpt) = (tempfile::tempdir().unwrap(), demo());
     let plan = planned(&ckpt);
-    let mut one_by_one = output(&tmp.path().join("a"), &ckpt, &plan);
+    let mut one_by_one = output(&tmp.path().join("a"), &plan);
     for one in made(&ckpt, &plan) {
         one_by_one.write(one, &Silent).unwrap();
     }
-    let mut beside = output(&tmp.path().join("b"), &ckpt, &plan);
+    let mut beside = output(&tmp.path().join("b"), &plan);
     let (stop, steps) = (AtomicBool::new(false), Steps::default());
     let all = made(&ckpt, &plan);
     let count = all.len();
@@ -105,7 +105,7 @@ fn beside_the_work_the_same_is_written() {
 fn what_cannot_be_written_ends_the_work_and_is_what_is_told() {
     let (tmp, ckpt) = (tempfile::tempdir().unwrap(), demo());
     let plan = planned(&ckpt);
-    let mut output = output(&tmp.path().join("a"), &ckpt, &plan);
+    let mut output = output(&tmp.path().join("a"), &plan);
     let stop = AtomicBool::new(false);
     let halt = Halt::new(&stop);
     let tensor = || Made::Tensor { name: "nothing".into(), data: vec![1] };
@@ -130,7 +130,7 @@ fn what_was_handed_over_is_written_when_the_work_is_stopped_or_panics() {
     let plan = planned(&ckpt);
     let (stop, steps) = (AtomicBool::new(false), Steps::default());
     let halt = Halt::new(&stop);
-    let mut one = output(&tmp.path().join("a"), &ckpt, &plan);
+    let mut one = output(&tmp.path().join("a"), &plan);
     let all = made(&ckpt, &plan);
     let stopped = one.beside(&halt, &steps, |hand| {
         all.into_iter().try_for_each(|one| hand.give(one))?;
@@ -140,7 +140,7 @@ fn what_was_handed_over_is_written_when_the_work_is_stopped_or_panics() {
     assert!(matches!(stopped, Err(QuantizeError::Interrupted)));
     assert_eq!((steps.0.load(Ordering::Relaxed), one.writer.unfinished().1), (BLOCKS as u64, BLOCKS));
 
-    let mut one = output(&tmp.path().join("b"), &ckpt, &plan);
+    let mut one = output(&tmp.path().join("b"), &plan);
     let all = made(&ckpt, &plan);
     let work = || {
         one.beside(&halt, &Silent, |hand| -> Result<()> {
