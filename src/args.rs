@@ -430,6 +430,9 @@ pub struct InspectArgs {
 pub struct PlanArgs {
     /// Model.
     pub model: String,
+    /// Estimate the time: does the work of the first block with a few windows, in the temporary folder.
+    #[arg(long)]
+    pub probe: bool,
     #[command(flatten)]
     pub quant: QuantOptions,
 }

@@ -30,6 +30,7 @@ pub mod learned;
 pub mod loss;
 mod on_device;
 pub mod plan;
+pub mod probe;
 pub mod record;
 pub mod resume;
 mod room;

@@ -375,6 +375,8 @@ fn assemble(
             experts.as_ref().map_or(0, |e| e.hessian_bytes_at_once),
         ) + transform_bytes(&ckpt.config, options)
             + chunk_memory(&ckpt.config, options, tokens),
+        seconds: None,
+        probe_seconds: None,
         quantized_linears: quantized,
         kept_linears: reasons.len(),
         experts,

@@ -64,6 +64,12 @@ pub struct PlanRecord {
     pub after_bytes: u64,
     /// Estimate of the peak resident memory of quantizing.
     pub peak_memory_bytes: u64,
+    /// Estimate of the seconds of quantizing, where it was probed; reading the calibration text comes on top.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub seconds: Option<f64>,
+    /// Seconds that the probe took.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub probe_seconds: Option<f64>,
     /// Linears to quantize.
     pub quantized_linears: usize,
     /// Linears left as they are.

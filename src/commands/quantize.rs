@@ -201,8 +201,28 @@ pub fn plan(ctx: &Context, args: &PlanArgs) -> Result<()> {
     let located = models::locate_floats(ctx, &args.model)?;
     let ckpt = located.open_floats()?;
     let options = options(&args.quant)?;
-    let made = make_plan(ctx, &located, &ckpt, &options, &args.quant, None)?;
+    let mut made = make_plan(ctx, &located, &ckpt, &options, &args.quant, None)?;
+    if args.probe {
+        let start = Instant::now();
+        made.record.seconds = Some(probe(ctx, &ckpt, &made, &args.quant)?);
+        made.record.probe_seconds = Some(start.elapsed().as_secs_f64());
+    }
     ctx.print(&made.record, || describe(&made.record))
+}
+
+/// Seconds that a plan will take, measured; what is written meanwhile is removed.
+fn probe(ctx: &Context, ckpt: &Checkpoint, made: &Plan, q: &QuantOptions) -> Result<f64> {
+    let backends = if made.options.needs_data() { ctx.backends()? } else { vec![ctx.backend()?] };
+    let backends: Vec<&dyn Backend> = backends.iter().map(|b| b.as_ref()).collect();
+    let folder = std::env::temp_dir().join(format!("lowbit-probe-{}", std::process::id()));
+    std::fs::create_dir_all(&folder).map_err(|e| CheckpointError::io(&folder, e))?;
+    let writing = ctx.writing();
+    let found = lowbit_quantize::probe::probe(ckpt, &backends, made, (q.samples, q.seq_len), &folder, &ctx.stop);
+    let removed = std::fs::remove_dir_all(&folder).map_err(|e| CheckpointError::io(&folder, e));
+    drop(writing);
+    let seconds = found?;
+    removed?;
+    Ok(seconds)
 }
 
 /// Plan with provenance.
@@ -254,6 +274,7 @@ pub fn describe(p: &PlanRecord) -> String {
         ]])
         .collect();
     let notes: String = p.notes.iter().map(|n| format!("\nnote: {n}")).collect();
+    let time = p.seconds.map_or(String::new(), |s| format!("; time about {s:.1} s"));
     let experts = p.experts.as_ref().map_or(String::new(), |e| {
         format!(
             "\n{} experts a block, {} a token: Hessians of {} at once ({} in all), {} a block; an expert needs {} tokens",
@@ -266,7 +287,7 @@ pub fn describe(p: &PlanRecord) -> String {
         )
     });
     format!(
-        "{} linears to quantize, {} ignored; peak memory about {}{experts}{notes}\n\n{}",
+        "{} linears to quantize, {} ignored; peak memory about {}{time}{experts}{notes}\n\n{}",
         p.quantized_linears,
         p.kept_linears,
         megabytes(p.peak_memory_bytes),

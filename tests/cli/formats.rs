@@ -113,6 +113,32 @@ fn gguf_files_hold_the_solvers_codes() {
 }
 
 #[test]
+fn a_probed_plan_has_seconds_and_leaves_nothing() {
+    let tmp = tempfile::tempdir().unwrap();
+    let scratch = tmp.path().join("scratch");
+    std::fs::create_dir(&scratch).unwrap();
+    let probed = |args: &[&str]| {
+        let mut command = lowbit(tmp.path());
+        command.env("TMPDIR", &scratch).args(["--device", "cpu", "--quiet", "--json", "plan", "--probe"]);
+        let out = ok(command.arg(demo()).args(["--group-size", "64"]).args(args));
+        let plan: serde_json::Value = serde_json::from_slice(&out.stdout).unwrap();
+        ["seconds", "probe_seconds"].map(|key| plan[key].as_f64().unwrap())
+    };
+    let few = probed(&["--samples", "16", "--seq-len", "64"]);
+    let many = probed(&["--samples", "100000", "--seq-len", "64"]);
+    let free = probed(&["--method", "rtn"]);
+    assert!([few, many, free].iter().flatten().all(|s| s.is_finite() && *s > 0.0), "{few:?} {many:?} {free:?}");
+    // Six thousand times the tokens, measured on no more than 6144 of them.
+    assert!(many[0] > few[0], "{few:?} {many:?}");
+    assert_eq!(std::fs::read_dir(&scratch).unwrap().count(), 0, "something is left in the temporary folder");
+    let mut command = lowbit(tmp.path());
+    let refused = command.args(["--device", "cpu", "plan", "--probe", "--method", "round"]).arg(demo());
+    let refused = refused.args(["--group-size", "64"]).output().unwrap();
+    assert_eq!(refused.status.code(), Some(3));
+    assert!(stderr(&refused).contains("--probe cannot estimate the time of method round"));
+}
+
+#[test]
 fn the_plan_of_a_gguf_is_exact_and_says_what_falls_back() {
     let tmp = tempfile::tempdir().unwrap();
     let t = tmp.path();

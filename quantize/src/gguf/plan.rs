@@ -135,6 +135,8 @@ pub(crate) fn make(ckpt: &Checkpoint, options: &QuantizeOptions, choice: &GgufCh
         after_bytes: layout.file_bytes(),
         peak_memory_bytes: peak_memory(ckpt, resident_tokens(options, tokens), options.method.recipe(), 0)
             + chunk_memory(c, options, tokens),
+        seconds: None,
+        probe_seconds: None,
         quantized_linears: linears.len(),
         kept_linears: reasons.len(),
         sizes: component_sizes(&tensors),

@@ -125,6 +125,8 @@ pub fn plan() -> PlanRecord {
         before_bytes: q.before_bytes,
         after_bytes: q.after_bytes,
         peak_memory_bytes: 3_000_000_000,
+        seconds: None,
+        probe_seconds: None,
         quantized_linears: 168,
         kept_linears: 1,
         experts: None,
