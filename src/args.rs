@@ -430,11 +430,11 @@ pub struct InspectArgs {
 pub struct PlanArgs {
     /// Model.
     pub model: String,
+    #[command(flatten)]
+    pub quant: QuantOptions,
     /// Estimate the time: does the work of the first block with a few windows, in the temporary folder.
     #[arg(long)]
     pub probe: bool,
-    #[command(flatten)]
-    pub quant: QuantOptions,
 }
 
 #[derive(Args, Debug)]
