@@ -2,6 +2,7 @@
 //! with all offenders listed.
 
 mod linears;
+mod memory;
 mod options;
 mod refusals;
 mod rules;
@@ -9,13 +10,12 @@ mod rules;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
-use lowbit_calibration::sequential::CHUNK_TOKENS;
 use lowbit_checkpoint::gguf::write::FileLayout;
 use lowbit_checkpoint::linear::narrow::declare_kv;
 use lowbit_checkpoint::provenance::Provenance;
 use lowbit_checkpoint::quant_config::Layout;
 use lowbit_checkpoint::writer::Declared;
-use lowbit_checkpoint::{Checkpoint, ModelConfig, linear};
+use lowbit_checkpoint::{Checkpoint, linear};
 use lowbit_kernels::backend::FloatType;
 use lowbit_kernels::ggml::GgmlType;
 use lowbit_kernels::{GroupSize, LinearScheme, Scheme};
@@ -34,10 +34,11 @@ use crate::gguf;
 use crate::record::{ComponentSize, PLAN_SCHEMA, PlanRecord, PlannedTensor};
 use crate::room;
 use crate::solve::Wanted;
-use crate::transform::{Transform, refuse_transforms, rewritten, transform_bytes, untied_head};
+use crate::transform::{Transform, refuse_transforms, rewritten, untied_head};
 use crate::written::written_config;
 
 pub(crate) use self::linears::of_blocks;
+pub(crate) use self::memory::peak_memory;
 pub use self::options::{Method, QuantizeOptions, Recipe};
 pub(crate) use self::refusals::refuse_learned;
 pub(crate) use self::rules::Rules;
@@ -367,14 +368,7 @@ fn assemble(
         provenance: Provenance::default(),
         before_bytes: tensors.iter().map(|t| t.before_bytes).sum(),
         after_bytes: tensors.iter().map(|t| t.after_bytes).sum(),
-        // Offloaded activations are resident one chunk at a time.
-        peak_memory_bytes: peak_memory(
-            ckpt,
-            resident_tokens(options, tokens),
-            options.method.recipe(),
-            experts.as_ref().map_or(0, |e| e.hessian_bytes_at_once),
-        ) + transform_bytes(&ckpt.config, options)
-            + chunk_memory(&ckpt.config, options, tokens),
+        peak_memory_bytes: peak_memory(ckpt, options, &linears, tokens),
         seconds: None,
         probe_seconds: None,
         quantized_linears: quantized,
@@ -400,66 +394,4 @@ pub(crate) fn component_sizes(tensors: &[PlannedTensor]) -> Vec<ComponentSize> {
         s.after_bytes += t.after_bytes;
     }
     sizes.into_values().collect()
-}
-
-/// Tokens whose activations are in memory at once: offloaded, those of a chunk (of a smaller one, rows wait for the usual number to be
-/// summed together), unless a method looks at whole blocks.
-pub(crate) fn resident_tokens(options: &QuantizeOptions, tokens: usize) -> usize {
-    match options.offload.is_some() && !options.method.recipe().learned {
-        true => tokens.min(options.chunk_tokens.max(CHUNK_TOKENS)),
-        false => tokens,
-    }
-}
-
-/// What the values between two stages of a block take where more tokens than usual go through it together; those of a usual chunk
-/// are within the estimate.
-pub(crate) fn chunk_memory(c: &ModelConfig, options: &QuantizeOptions, tokens: usize) -> u64 {
-    let more = options.chunk_tokens.min(tokens).saturating_sub(CHUNK_TOKENS) as u64;
-    let (h, heads) = (c.hidden_size as u64, (c.num_heads * c.head_dim) as u64);
-    // Input and output; queries, keys and values, or gate, up and their product.
-    let dense = 2 * h + 3 * heads.max(c.intermediate_size as u64);
-    let routed = c.experts.as_ref().map_or(0, |e| e.per_token as u64 * (h + 2 * e.intermediate_size as u64));
-    more.saturating_mul(4 * (dense + routed))
-}
-
-/// Tokens of a step of learned rounding: eight windows of the usual length.
-const LEARNED_TOKENS: u64 = 8 * 512;
-
-/// What learning a block takes beside the carried activations: inputs and targets of all tokens; weights, rounded weights, gradients and
-/// offsets; and a step's activations with their gradients.
-fn learning_memory(ckpt: &Checkpoint, tokens: u64) -> u64 {
-    let c = &ckpt.config;
-    let (h, m) = (c.hidden_size as u64, c.intermediate_size as u64);
-    let (q, kv) = ((c.num_heads * c.head_dim) as u64, (c.num_kv_heads * c.head_dim) as u64);
-    let weights = 2 * h * (q + kv) + 3 * h * m;
-    let activations = tokens.min(LEARNED_TOKENS) * (9 * h + 4 * q + 6 * kv + 6 * m);
-    4 * (2 * tokens * h + 4 * weights + activations)
-}
-
-/// Estimate: carried activations of each stream, the widest group's Hessian with its factors, and one block in f32.
-pub(crate) fn peak_memory(ckpt: &Checkpoint, tokens: usize, recipe: Recipe, experts: u64) -> u64 {
-    let c = &ckpt.config;
-    let (h, m) = (c.hidden_size as u64, c.intermediate_size as u64);
-    let t = tokens as u64;
-    let streams = if recipe.float_stream() { 2 } else { 1 };
-    let carried = streams * t * (h + m.max((c.num_heads * c.head_dim) as u64)) * 4;
-    // The damped copy that sweeps read, and the drift on the device and on the host.
-    let more = u64::from(recipe.sweeps > 0) + if recipe.float_stream() { 2 } else { 0 };
-    let latent = c.latent.as_ref().map_or(0, |l| (c.num_heads * l.value) as u64);
-    // Of the groups outside the experts, and of the one expert that is being solved.
-    let wide = m.max(h).max(latent).max(c.experts.as_ref().map_or(0, |e| e.intermediate_size as u64));
-    let hessian = wide.pow(2) * 4 * (5 + more) + experts;
-    // A chunk's outputs of experts, who goes where, and the block itself, which is uploaded whole.
-    let routed = c.experts.as_ref().map_or(0, |e| {
-        let k = e.per_token as u64;
-        let block = 3 * e.count as u64 * h * e.intermediate_size as u64 * FloatType::Bf16.size() as u64;
-        2048 * k * (h + 2 * e.intermediate_size as u64) * 4 + t * k * 8 + streams * block
-    });
-    let matrix = h * m * 4 * 6;
-    if recipe.learned {
-        let table = (c.vocab_size as u64) * h * FloatType::Bf16.size() as u64;
-        return carried + matrix + table + learning_memory(ckpt, t);
-    }
-    let table = (c.vocab_size as u64) * h * FloatType::Bf16.size() as u64;
-    carried + hessian + routed + matrix + table
 }

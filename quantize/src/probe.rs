@@ -1,7 +1,7 @@
 //! Seconds that a plan will take: its own work, done on the first block with a few windows of random tokens.
 //!
-//! What is outside of the blocks (tables, copies) is done whole. The forward pass and the statistics of a block grow with the tokens along a
-//! straight line, which two sizes give; solving it does not depend on them. Reading the calibration text is not part of it.
+//! What is outside of the blocks (tables, copies) is done whole. The forward pass and the statistics of a block grow with the tokens along
+//! a straight line, which two sizes give; solving it does not depend on them. Reading the calibration text is not part of it.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -9,12 +9,14 @@ use std::sync::atomic::AtomicBool;
 
 use lowbit_calibration::Windows;
 use lowbit_checkpoint::Checkpoint;
+use lowbit_checkpoint::writer::Declared;
 use lowbit_kernels::backend::Backend;
 
 use crate::driver::{Silent, quantize};
 use crate::error::{QuantizeError, Result};
 use crate::plan::{Plan, QuantizeOptions};
 use crate::resume::Resume;
+use crate::room;
 
 /// Tokens of the smaller measurement; the larger has [`LARGER`] times as many.
 const TOKENS: usize = 2048;
@@ -50,6 +52,7 @@ pub fn probe(
     let mut one = ckpt.overlay(std::iter::empty());
     one.config.num_layers = layers.min(1);
     let part = first_block(plan, folder);
+    room::check_disk(folder, part.declared.iter().map(Declared::bytes).sum()).map_err(elsewhere)?;
     let vocab = ckpt.config.vocab_size.max(1);
     let measure = |windows: usize| -> Result<(f64, BTreeMap<String, f64>)> {
         let made = windows_of(windows, seq_len, vocab);
@@ -69,6 +72,16 @@ pub fn probe(
     Ok(whole(&small, &large, (samples * seq_len) as f64, layers as f64))
 }
 
+/// The disk that has no room is that of the temporary folder.
+fn elsewhere(e: QuantizeError) -> QuantizeError {
+    match e {
+        QuantizeError::Plan { summary, offenders, .. } => {
+            QuantizeError::Plan { summary, offenders, hint: Some("set TMPDIR to a folder on another disk".into()) }
+        }
+        other => other,
+    }
+}
+
 /// Seconds of the whole run from the stages of two measurements: tokens, and seconds by stage.
 fn whole(small: &(f64, BTreeMap<String, f64>), large: &(f64, BTreeMap<String, f64>), tokens: f64, layers: f64) -> f64 {
     let of = |m: &(f64, BTreeMap<String, f64>), stage: &str| m.1.get(stage).copied().unwrap_or(0.0);
@@ -83,7 +96,9 @@ fn whole(small: &(f64, BTreeMap<String, f64>), large: &(f64, BTreeMap<String, f6
             b
         }
     };
-    let block = mean("solve") + by_tokens("forward and statistics") + by_tokens("transforms");
+    // Noise only adds to it, as does another attempt at a Hessian that few tokens made.
+    let solve = of(small, "solve").min(of(large, "solve"));
+    let block = solve + by_tokens("forward and statistics") + by_tokens("transforms");
     mean("copy") + mean("embedding and head") + layers * block
 }
 

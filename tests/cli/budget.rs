@@ -1,4 +1,4 @@
-//! A budget of bits, and recipes.
+//! A budget of bits, recipes, and the memory that a plan says.
 
 use std::path::Path;
 use std::process::Command;
@@ -145,4 +145,38 @@ fn a_budget_leaves_room_for_scales_of_the_cache() {
     ok(lowbit(tmp.path()).arg("verify").arg(&out).arg("--original").arg(demo()));
     let q = &json(&out.join("config.json"))["quantization_config"];
     assert_eq!(q["kv_cache_scheme"]["type"], "int");
+}
+
+/// Constants of the estimate are those of a release build, and threads and allocator add what nobody can say: a small model has a floor.
+#[test]
+fn quantizing_takes_the_memory_that_the_plan_says() {
+    let tmp = tempfile::tempdir().unwrap();
+    let text = tmp.path().join("text.txt");
+    std::fs::write(&text, std::fs::read_to_string(calibration()).unwrap().repeat(4)).unwrap();
+    let text = text.display().to_string();
+    let all = ["--calib", &text, "--samples", "64", "--seq-len", "256"];
+    let cases: [(&str, &[&str]); 5] = [("rtn", &[]), ("hqq", &[]), ("gptq", &all), ("fast", &all), ("best", &all)];
+    let mut found = Vec::new();
+    for (method, data) in cases {
+        let args = ["--group-size", "64", "--method", method];
+        let mut plan = lowbit(tmp.path());
+        plan.args(["--device", "cpu", "--threads", "2", "--quiet", "--json", "plan"]).arg(demo()).args(args).args(data);
+        let plan: Value = serde_json::from_slice(&ok(&mut plan).stdout).unwrap();
+        let out = tmp.path().join(method);
+        ok(quantize(tmp.path(), &out, &args).args(data).args(["--threads", "2", "--quiet"]));
+        let said = plan["peak_memory_bytes"].as_u64().unwrap() as f64;
+        let taken = json(&out.join("quantize.json"))["peak_rss_bytes"].as_u64().unwrap() as f64;
+        eprintln!("{method}: planned {:.1} MB, taken {:.1} MB", said / 1e6, taken / 1e6);
+        let floor = match (cfg!(debug_assertions), data.is_empty()) {
+            (true, _) => 48e6,
+            (false, true) => 4e6,
+            (false, false) => 16e6,
+        };
+        assert!((said - taken).abs() <= (0.1 * taken).max(floor), "{method}: planned {said}, taken {taken}");
+        // What is written is what was planned, to the byte.
+        assert_eq!(plan["after_bytes"], json(&out.join("quantize.json"))["after_bytes"], "{method}");
+        found.push((said, taken));
+    }
+    let [rtn, _, gptq, _, best] = found[..] else { panic!("{found:?}") };
+    assert!(rtn.0 < gptq.0 && gptq.0 < best.0 && rtn.1 < gptq.1 && gptq.1 < best.1, "{found:?}");
 }

@@ -13,8 +13,7 @@ use lowbit_kernels::{GroupSize, LinearScheme, Scheme};
 use super::GgufChoice;
 use crate::error::{QuantizeError, Result};
 use crate::plan::{
-    Plan, PlannedLinear, QuantizeOptions, Rules, chunk_memory, component, component_sizes, of_blocks, peak_memory,
-    refuse_learned, resident_tokens,
+    Plan, PlannedLinear, QuantizeOptions, Rules, component, component_sizes, of_blocks, peak_memory, refuse_learned,
 };
 use crate::record::{PLAN_SCHEMA, PlanRecord, PlannedTensor};
 
@@ -133,8 +132,7 @@ pub(crate) fn make(ckpt: &Checkpoint, options: &QuantizeOptions, choice: &GgufCh
         provenance: Provenance::default(),
         before_bytes: tensors.iter().map(|t| t.before_bytes).sum(),
         after_bytes: layout.file_bytes(),
-        peak_memory_bytes: peak_memory(ckpt, resident_tokens(options, tokens), options.method.recipe(), 0)
-            + chunk_memory(c, options, tokens),
+        peak_memory_bytes: peak_memory(ckpt, options, &linears, tokens),
         seconds: None,
         probe_seconds: None,
         quantized_linears: linears.len(),
