@@ -89,8 +89,8 @@ fn whole(small: &(f64, BTreeMap<String, f64>), large: &(f64, BTreeMap<String, f6
     let by_tokens = |stage: &str| {
         let (a, b) = (of(small, stage), of(large, stage));
         if large.0 > small.0 {
-            // Noise must not make more tokens cheaper.
-            let slope = ((b - a) / (large.0 - small.0)).max(0.0);
+            // Noise must make more tokens neither cheaper nor dearer than in proportion: what does not grow with them takes time, too.
+            let slope = ((b - a) / (large.0 - small.0)).clamp(0.0, b / large.0);
             b + slope * (tokens - large.0)
         } else {
             b
@@ -147,6 +147,8 @@ mod tests {
         let (small, large) = (at(100.0, 1.5), at(300.0, 3.5));
         let seconds = whole(&small, &large, 1000.0, 2.0);
         assert!((seconds - (3.0 + 2.0 * 14.5)).abs() <= 1e-9, "{seconds}");
+        // A first size that was too fast by chance: no more than in proportion.
+        assert!((whole(&at(100.0, 0.0), &large, 1000.0, 1.0) - (7.0 + 3.5 / 0.3)).abs() <= 1e-9);
         // Without a second size, as without data, a block takes what it took.
         assert!((whole(&small, &small, 0.0, 2.0) - (3.0 + 2.0 * 5.5)).abs() <= 1e-9);
     }
