@@ -90,7 +90,6 @@ fn run(from: &Path, to: &Path, options: &QuantizeOptions) -> Result<(QuantizeRec
     let resume = Resume { identity: "test".into(), fresh: false };
     let (outcome, writer) =
         quantize(&ckpt, &[&CpuBackend::new()], &made, windows, to, false, &resume, &Silent, &AtomicBool::new(false))?;
-    assert_eq!(writer.unfinished().1, 0, "blocks of experts are not kept");
     writer.finish()?;
     let record = QuantizeRecord {
         schema: 1,

@@ -208,11 +208,11 @@ impl Run {
         self.chunk * if self.float { forward * F32 + adding } else { (forward * F32).max(adding) }
     }
 
-    /// What the allocator keeps of the chunks' buffers: what one chunk needs, and after four chunks, between what they leave, most of it
-    /// once more. Measured.
+    /// What the allocator keeps of the chunks' buffers: what one chunk needs, and after some chunks, between what they leave, a part of it
+    /// once more: measured, between nothing and three quarters.
     fn kept(&self, passing: u64) -> u64 {
         let two = 2 * self.chunk;
-        passing.min(KEPT) * self.tokens.clamp(two, 7 * self.chunk / 2) / two
+        passing.min(KEPT) * self.tokens.clamp(two, 5 * self.chunk / 2) / two
     }
 
     /// Solving one linear beside its group's sums.
