@@ -68,6 +68,14 @@ fn guidellm_reports() {
         v["benchmarks"][0]["requests"]["successful"].as_array_mut().unwrap().pop();
     });
     assert!(read(&part).unwrap().stages[0].client.invalid.iter().any(|w| w.contains("5 of 6 requests")));
+    // One stream is called the same, however it was asked for, so that it is compared with ours.
+    for kind in ["concurrent", "synchronous"] {
+        let (_dir, one) = changed("guidellm-0.8.1.json", |v| {
+            v["benchmarks"][0]["config"]["strategy"] = json!({"type_": kind, "streams": 1, "max_concurrency": 1});
+        });
+        let stage = &read(&one).unwrap().stages[0];
+        assert_eq!((stage.profile.as_str(), stage.streams), ("synchronous", Some(1)));
+    }
     let (_dir, other) = changed("guidellm-0.8.1.json", |v| v["benchmarks"][1]["config"] = json!({}));
     let error = read(&other).unwrap_err().to_string();
     assert!(error.contains("benchmarks[1]") && error.contains("0.8.1"), "{error}");

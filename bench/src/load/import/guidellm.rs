@@ -152,18 +152,22 @@ fn stage(b: Benchmark) -> Foreign {
         ));
     }
     let requests = all.into_iter().filter_map(|(r, kind)| trace(r, kind, start, open)).collect();
-    let profile = match s.type_.as_str() {
-        "trace" => "replay",
-        other => other,
+    let kind = s.type_.as_str();
+    let streams = match kind {
+        _ if open => None,
+        "synchronous" => Some(1),
+        _ => s.streams.or(s.max_concurrency),
+    };
+    let profile = match (kind, streams) {
+        ("trace", _) => "replay",
+        // One stream has one name, whichever way it was asked for.
+        ("concurrent", Some(1)) => "synchronous",
+        (other, _) => other,
     };
     Foreign {
         profile: profile.to_string(),
         rate: s.rate,
-        streams: if open {
-            None
-        } else {
-            s.streams.or(if profile == "synchronous" { Some(1) } else { s.max_concurrency })
-        },
+        streams,
         requests,
         // Without a warm-up their window begins when the first request was sent: its schedule was before.
         window: trimmed
