@@ -26,6 +26,11 @@ pub fn prefix(ckpt: &Checkpoint) -> Result<&'static str> {
     )
 }
 
+/// Name of the head that is not tied, beside a decoder at `prefix`.
+pub fn head(prefix: &str) -> &'static str {
+    if prefix == "model" { "lm_head" } else { "language_model.lm_head" }
+}
+
 /// The token embedding.
 pub struct Embedding {
     table: WeightHandle,
@@ -59,9 +64,8 @@ impl Head {
     pub fn load(from: &dyn Source, backend: &dyn Backend) -> Result<Self> {
         let c = from.config();
         let p = from.prefix()?;
-        let own = if p == "model" { "lm_head" } else { "language_model.lm_head" };
         // Some untied configs come without a head of their own: transformers then ties silently; we ask the config.
-        let module = if c.tie_word_embeddings { format!("{p}.embed_tokens") } else { own.to_string() };
+        let module = if c.tie_word_embeddings { format!("{p}.embed_tokens") } else { head(p).to_string() };
         let name = format!("{p}.norm.weight");
         Ok(Self {
             norm: backend.upload(&from.vector(&name, c.hidden_size)?).at(&name)?,

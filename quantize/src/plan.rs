@@ -178,7 +178,7 @@ pub fn make(
     refuse_mixed_sets(&linears)?;
     refuse_gathered(c, options, &linears)?;
     refuse_cache(c, options)?;
-    let head_module = if prefix == "model" { "lm_head" } else { "language_model.lm_head" };
+    let head_module = decoder::head(prefix);
     let head_ignored = ignore.hit(head_module).is_some();
     let untie = options.head_w8 && !head_ignored && c.tie_word_embeddings;
     // One scale per 64 columns adds 3 % to the codes and is what 8-bit kernels like.
@@ -360,7 +360,7 @@ fn assemble(
         .collect();
     // Rotated, the head has the last norm in it and the embedding has not.
     let untie = untie || (ckpt.config.tie_word_embeddings && options.transforms.contains(&Transform::Rotate));
-    let config = written_config(ckpt, options, &linears, left, untie);
+    let config = written_config(ckpt, prefix, options, &linears, left, untie);
     let quantized = linears.len();
     let experts = expert_plan(&ckpt.config, options);
     let record = PlanRecord {

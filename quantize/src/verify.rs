@@ -32,8 +32,7 @@ pub fn verify(ckpt: &Checkpoint, record: Option<&QuantizeRecord>, original: Opti
     let prefix = decoder::prefix(ckpt)?;
     let mut modules = matrices(c, prefix);
     if !c.tie_word_embeddings {
-        let head = if prefix == "model" { "lm_head" } else { "language_model.lm_head" };
-        modules.push((head.into(), c.vocab_size, c.hidden_size));
+        modules.push((decoder::head(prefix).into(), c.vocab_size, c.hidden_size));
     }
     // Where codes of a byte have the name of the floats that they replace.
     let mut replaced = BTreeSet::new();

@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 use lowbit_checkpoint::Checkpoint;
 use lowbit_checkpoint::quant_config::{PackFormat, WrittenGroup, by_scheme, write_compressed_tensors, write_uniform};
 use lowbit_kernels::LinearScheme;
+use lowbit_model::decoder;
 use serde_json::Value;
 
 use crate::plan::{PlannedLinear, QuantizeOptions};
@@ -34,9 +35,10 @@ fn rules(options: &QuantizeOptions, linears: &[PlannedLinear]) -> Vec<(LinearSch
     tables.chain(blocks.into_iter().map(|(scheme, targets)| (scheme, targets, false))).collect()
 }
 
-/// `left` are the modules that stay as they are; `untie` where the head no longer is the embedding's matrix.
+/// The decoder is at `prefix`; `left` are the modules that stay as they are; `untie` where the head no longer is the embedding's matrix.
 pub(crate) fn written_config(
     ckpt: &Checkpoint,
+    prefix: &str,
     options: &QuantizeOptions,
     linears: &[PlannedLinear],
     left: BTreeSet<String>,
@@ -45,7 +47,7 @@ pub(crate) fn written_config(
     let mut config = ckpt.raw_config.clone();
     let tables: Vec<&PlannedLinear> = linears.iter().filter(|l| l.block.is_none()).collect();
     let mut ignore: Vec<String> = left.into_iter().collect();
-    let head_module = if ckpt.has_weight("model.embed_tokens") { "lm_head" } else { "language_model.lm_head" };
+    let head_module = decoder::head(prefix);
     let q = match options.format {
         PackFormat::CompressedTensors => {
             let observer = if options.scale_search == ScaleSearch::MinMax { "memoryless_minmax" } else { "mse" };

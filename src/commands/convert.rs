@@ -191,8 +191,9 @@ fn collect(ckpt: &Checkpoint, q: &QuantConfig, target: Option<Layout>) -> Result
     let c = &ckpt.config;
     let prefix = decoder::prefix(ckpt)?;
     let mut modules = matrices(c, prefix);
-    if ckpt.has_weight("lm_head") {
-        modules.push(("lm_head".into(), c.vocab_size, c.hidden_size));
+    let head = decoder::head(prefix);
+    if ckpt.has_weight(head) {
+        modules.push((head.into(), c.vocab_size, c.hidden_size));
     }
     let mut items = Vec::new();
     let mut dense: Vec<String> = (0..c.num_layers)

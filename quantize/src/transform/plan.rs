@@ -17,7 +17,7 @@ fn refuse(summary: impl Into<String>, offenders: Vec<String>, hint: &str) -> Res
 
 /// Names of the decoder's tables and of its last norm: embedding, head, norm.
 pub(super) fn table_names(prefix: &str) -> [String; 3] {
-    let head = if prefix == "model" { "lm_head" } else { "language_model.lm_head" };
+    let head = decoder::head(prefix);
     [format!("{prefix}.embed_tokens.weight"), format!("{head}.weight"), format!("{prefix}.norm.weight")]
 }
 
