@@ -12,7 +12,7 @@ use minijinja_contrib::pycompat::unknown_method_callback;
 use serde_json::Value as Json;
 
 use crate::error::{CheckpointError, Result};
-pub use limits::{with_stack, writable};
+pub use limits::{indentable, with_stack, writable};
 use python::{strftime, tojson};
 
 const NAME: &str = "chat";
@@ -314,6 +314,8 @@ mod tests {
 
     #[test]
     fn a_request_brings_tools_and_variables() {
+        let many = load("{{ messages | tojson(indent=1000000000) }}").render(&talk(&["user"]), false);
+        assert!(many.unwrap_err().to_string().contains("an indent of 1000000000 is too much"));
         let template = load("{{ tools | tojson }}|{{ messages[0].name }}|{{ mode }}|{{ tools is none }}");
         let messages = serde_json::json!([{"role": "user", "content": "x", "name": "n"}]);
         let tools = serde_json::json!([{"type": "function", "function": {"strict": true, "n": 2}}]);

@@ -1,17 +1,32 @@
 //! How large a value may be that a template writes out.
 
-use minijinja::value::{Value, ValueKind};
+use minijinja::value::{Kwargs, Value, ValueKind};
 use minijinja::{Error, ErrorKind};
 
 /// Bytes and items of one value.
 const MOST: usize = 16 << 20;
 /// Lists in lists.
 const DEEPEST: usize = 64;
+/// Spaces that `tojson` may begin lines with.
+const MOST_INDENTATION: usize = 64 << 20;
 
 /// Fails where `value` is larger on paper than any text for a model. Lists repeated by `*` are made as they are read, and lists
 /// may hold one another many times over, so a few bytes can stand for more than any memory.
 pub fn writable(value: &Value) -> Result<(), Error> {
     spend(value, &mut MOST.clone(), 0)
+}
+
+/// Fails where `value` as JSON, indented by `indent`, would have more spaces than [`MOST_INDENTATION`]. What is no number the filter itself
+/// refuses. Give it what is [`writable`].
+pub fn indentable(value: &Value, indent: Option<&Value>) -> Result<(), Error> {
+    let Some(columns) = indent.and_then(|i| usize::try_from(i.clone()).ok()) else { return Ok(()) };
+    let json = minijinja::filters::tojson(value, None, Kwargs::from_iter([] as [(String, Value); 0]))?.to_string();
+    // Each of them begins a line at most, as deep as values go.
+    let lines = json.bytes().filter(|b| b",[]{}".contains(b)).count().max(1);
+    if lines.saturating_mul(columns).saturating_mul(DEEPEST) > MOST_INDENTATION {
+        return Err(Error::new(ErrorKind::InvalidOperation, format!("tojson: an indent of {columns} is too much")));
+    }
+    Ok(())
 }
 
 /// Stack for a template that may build lists in lists without end (a `namespace` is the only thing that outlives a turn of a

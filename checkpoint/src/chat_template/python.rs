@@ -10,6 +10,7 @@ pub(super) fn tojson(value: &Value, indent: Option<Value>, options: Kwargs) -> R
         Some(indent) => Some(indent),
         None => options.get::<Option<Value>>("indent")?,
     };
+    super::limits::indentable(value, indent.as_ref())?;
     let json = minijinja::filters::tojson(
         value,
         indent.filter(|value| !value.is_none()),

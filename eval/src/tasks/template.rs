@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use lowbit_checkpoint::chat_template::{with_stack, writable};
+use lowbit_checkpoint::chat_template::{indentable, with_stack, writable};
 use minijinja::value::{Kwargs, Value, ValueKind};
 use minijinja::{AutoEscape, Environment, Error, ErrorKind, State, UndefinedBehavior};
 use minijinja_contrib::pycompat::unknown_method_callback;
@@ -57,8 +57,20 @@ impl Default for Templates {
         env.add_filter("trim", |text: &str| python::strip(text).to_owned());
         env.add_filter("capitalize", |text: &str| python::capitalize(text));
         env.add_filter("join", join);
+        env.add_filter("tojson", tojson);
         Self { env, needs: BTreeMap::new() }
     }
+}
+
+/// `tojson`, of what is not larger than any text.
+fn tojson(value: &Value, indent: Option<Value>, options: Kwargs) -> Result<Value, Error> {
+    writable(value)?;
+    let indent = match indent {
+        Some(indent) => Some(indent),
+        None => options.get::<Option<Value>>("indent")?,
+    };
+    indentable(value, indent.as_ref())?;
+    minijinja::filters::tojson(value, indent, options)
 }
 
 impl Templates {
