@@ -16,7 +16,7 @@ pub fn writable(value: &Value) -> Result<(), Error> {
     spend(value, &mut MOST.clone(), 0)
 }
 
-/// Fails where `value` as JSON, indented by `indent`, would have more spaces than [`MOST_INDENTATION`]. What is no number the filter itself
+/// Fails where `value` as JSON, indented by `indent`, would have more than 64 MiB of spaces. What is no number the filter itself
 /// refuses. Give it what is [`writable`].
 pub fn indentable(value: &Value, indent: Option<&Value>) -> Result<(), Error> {
     let Some(columns) = indent.and_then(|i| usize::try_from(i.clone()).ok()) else { return Ok(()) };
